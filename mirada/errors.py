@@ -1,0 +1,121 @@
+"""Every error that Mirada raises on purpose, drawn as a tree.
+
+MiradaError
+├── InputError (ValueError)          the caller can fix it
+│   ├── SettingsError                a setting, option or sampling value is unknown or out of range
+│   ├── UnknownName                  a table has no entry of that name; the nearest are listed
+│   ├── MessageError                 a chat or message does not have the stated form
+│   └── MediaError                   one picture or video cannot be used
+│       ├── MediaNotFound            nothing lies at that path or address
+│       ├── MediaRefused             a safety rule forbids it (private address, file outside the root, redirect)
+│       ├── MediaTooLarge            more bytes, pixels, frames or seconds than the limit
+│       ├── MediaTimeout             the fetch took longer than the limit
+│       ├── MediaDecodeError         the bytes are not a whole, valid picture or video
+│       └── MediaUnsupported         a form (type, shape, scheme) that is not handled
+├── CapacityError                    it is well formed but does not fit
+│   ├── ContextOverflow              prompt (plus answer) longer than the model's context
+│   └── OutOfMemory                  memory does not suffice
+├── CheckpointError                  files of a model are missing, broken or do not match their config
+│   ├── ConfigError                  config.json (or a sibling) has a key or value that is not understood
+│   └── TensorError                  a tensor is missing, unexpected or misshapen
+├── NotAvailable                     an optional dependency, device or later capability is absent
+└── RequestFailed                    a request that was accepted died (cancelled, worker lost)
+
+Each carries ``problem`` (what is wrong, naming the thing) and ``fix`` (what to change); ``str()`` shows both.
+"""
+
+from __future__ import annotations
+
+
+class MiradaError(Exception):
+    """Base of the tree. ``problem`` says what is wrong, ``fix`` what to change."""
+
+    def __init__(self, problem: str, fix: str = "") -> None:
+        self.problem = problem
+        self.fix = fix
+        super().__init__(problem, fix)
+
+    def __str__(self) -> str:
+        return f"{self.problem}. {self.fix}" if self.fix else self.problem
+
+
+class InputError(MiradaError, ValueError):
+    """The caller's input is at fault."""
+
+
+class SettingsError(InputError):
+    """A setting, option or sampling value is unknown or out of range."""
+
+
+class UnknownName(InputError):
+    """A table has no entry of that name."""
+
+
+class MessageError(InputError):
+    """A chat or message does not have the stated form."""
+
+
+class MediaError(InputError):
+    """One picture or video cannot be used."""
+
+
+class MediaNotFound(MediaError):
+    """Nothing lies at that path or address."""
+
+
+class MediaRefused(MediaError):
+    """A safety rule forbids this source."""
+
+
+class MediaTooLarge(MediaError):
+    """More bytes, pixels, frames or seconds than the limit allows."""
+
+
+class MediaTimeout(MediaError):
+    """The fetch took longer than the limit."""
+
+
+class MediaDecodeError(MediaError):
+    """The bytes are not a whole, valid picture or video."""
+
+
+class MediaUnsupported(MediaError):
+    """A type, shape or scheme that is not handled."""
+
+
+class CapacityError(MiradaError):
+    """Well formed, but does not fit. ``needed`` and ``available`` are in ``unit``."""
+
+    def __init__(self, problem: str, fix: str = "", *, needed: int = 0, available: int = 0, unit: str = "") -> None:
+        super().__init__(problem, fix)
+        self.needed = needed
+        self.available = available
+        self.unit = unit
+
+
+class ContextOverflow(CapacityError):
+    """Prompt plus answer is longer than the model's context (unit: tokens)."""
+
+
+class OutOfMemory(CapacityError):
+    """Memory does not suffice (unit: bytes)."""
+
+
+class CheckpointError(MiradaError):
+    """Files of a model are missing, broken or do not match their config."""
+
+
+class ConfigError(CheckpointError):
+    """A key or value of a model's config files is not understood."""
+
+
+class TensorError(CheckpointError):
+    """A tensor is missing, unexpected or misshapen."""
+
+
+class NotAvailable(MiradaError):
+    """An optional dependency, device or capability is absent; ``fix`` says how to get it."""
+
+
+class RequestFailed(MiradaError):
+    """An accepted request died: cancelled, or its worker was lost."""

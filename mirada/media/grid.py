@@ -1,0 +1,124 @@
+"""Pixel budgets to patch grids, and pictures to patches: the only resize arithmetic.
+
+H, W pixels; h, w patches; P patch side; C channels. Patches are row-major (t, then h, then w), uint8.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from mirada.errors import MediaUnsupported
+from mirada.types import Grid
+
+MAX_RATIO = 200
+
+
+@dataclass(frozen=True, slots=True)
+class GridRule:
+    """How a family turns a picture into patches. ``min_pixels`` / ``max_pixels`` bound the resized area."""
+
+    patch: int = 14
+    merge: int = 2
+    min_pixels: int = 4 * 28 * 28
+    max_pixels: int = 1280 * 28 * 28
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    @property
+    def factor(self) -> int:
+        return self.patch * self.merge
+
+
+@dataclass(frozen=True, slots=True)
+class Patches:
+    """One prepared picture or video.
+
+    ``pixels`` uint8 [N, C, P, P]; ``grids`` one (t, h, w) per run of equal frames, in order, with sum(t*h*w) == N.
+    ``size`` (height, width) of the original after orientation; ``key`` 32 bytes over pixels, grids and rule.
+    """
+
+    kind: Literal["image", "video"]
+    pixels: np.ndarray
+    grids: tuple[Grid, ...]
+    size: tuple[int, int]
+    key: bytes
+    timestamps: tuple[float, ...] | None = None
+    """Seconds of each frame used (video)."""
+    fast: tuple[bool, ...] | None = None
+    """Per frame: True where slow-fast chose the small size (video)."""
+    fps: float | None = None
+    """Rate of the sampled frames (video)."""
+    notes: tuple[str, ...] = field(default=())
+    """What was done on the caller's behalf (clamped, deprecated variable read, ...)."""
+
+    @property
+    def num_frames(self) -> int:
+        return sum(t for t, _, _ in self.grids)
+
+
+def fit(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int, enlarge: bool = True) -> tuple[int, int]:
+    """Smallest change of (height, width) to multiples of ``factor`` with an area between the bounds.
+
+    ``enlarge`` first scales sides below ``factor`` up with their ratio kept, as Keye's image processor does
+    (Keye ``image_processing_keye.py`` smart_resize); without it sides are clamped, as qwen-vl-utils and keye-vl-utils do.
+    Rounding is to even (Python ``round``). Raises MediaUnsupported above a ratio of 200.
+    """
+    if height < 1 or width < 1:
+        raise MediaUnsupported(f"a picture of {width}x{height} pixels is empty", "give one with at least one pixel a side")
+    if enlarge:
+        height, width = _enlarge(height, width, factor)
+    if max(height, width) / min(height, width) > MAX_RATIO:
+        raise MediaUnsupported(
+            f"the sides {width}x{height} differ by more than {MAX_RATIO} times", "crop or pad the picture to a wider strip"
+        )
+    high, wide = round(height / factor) * factor, round(width / factor) * factor
+    if not enlarge:
+        high, wide = max(factor, high), max(factor, wide)
+    if high * wide > max_pixels:
+        beta = math.sqrt(height * width / max_pixels)
+        high, wide = _steps(height / beta, factor, math.floor), _steps(width / beta, factor, math.floor)
+    elif high * wide < min_pixels:
+        beta = math.sqrt(min_pixels / (height * width))
+        high, wide = _steps(height * beta, factor, math.ceil), _steps(width * beta, factor, math.ceil)
+    return high, wide
+
+
+def _enlarge(height: int, width: int, factor: int) -> tuple[int, int]:
+    if height < factor:
+        height, width = factor, round(width * factor / height)
+    if width < factor:
+        height, width = round(height * factor / width), factor
+    return height, width
+
+
+def _steps(side: float, factor: int, rounding) -> int:
+    # A strip at the upper bound may round down to nothing; one step is the least that can be cut into patches.
+    return max(factor, rounding(side / factor) * factor)
+
+
+def patchify(frames: np.ndarray, patch: int) -> np.ndarray:
+    """uint8 [T, H, W, C] -> uint8 [T*h*w, C, P, P], row-major."""
+    t, high, wide, channels = frames.shape
+    h, w = high // patch, wide // patch
+    cut = frames.reshape(t, h, patch, w, patch, channels).transpose(0, 1, 3, 5, 2, 4)
+    return np.ascontiguousarray(cut).reshape(t * h * w, channels, patch, patch)
+
+
+def normalise(pixels: np.ndarray, rule: GridRule) -> np.ndarray:
+    """uint8 patches -> float32, with the reference's order of roundings (float64 rescale, float32 normalise)."""
+    table = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    mean = np.asarray(rule.mean, np.float32)[:, None, None]
+    std = np.asarray(rule.std, np.float32)[:, None, None]
+    return (table[pixels] - mean) / std
+
+
+def content_key(pixels: np.ndarray, *facts: object) -> bytes:
+    """256-bit hash of pixels and whatever else decides their features."""
+    digest = hashlib.blake2b(repr((pixels.shape, facts)).encode(), digest_size=32)
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.digest()

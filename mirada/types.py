@@ -1,0 +1,269 @@
+"""Frozen values that cross rooms. Nothing here imports numpy, torch or Pillow.
+
+Shapes and units are said beside each field. Media stay references (``Image.source``) until room ``media`` opens them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from mirada.errors import MessageError, MiradaError, SettingsError
+
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES = ("system", "user", "assistant", "tool")
+Finish = Literal["stop", "length", "tool_calls", "cancelled", "error"]
+Thinking = Literal["auto", "on", "off"]
+Grid = tuple[int, int, int]
+"""(frames, rows, columns) of patches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A picture: path, ``file://``, ``http(s)://``, ``data:`` URI, bytes, PIL image or uint8 array [H, W] / [H, W, 3|4].
+
+    ``min_pixels`` / ``max_pixels`` bound the resized area (pixels); ``resized_height`` / ``resized_width`` ask for an
+    exact size, snapped to the model's factor.
+    """
+
+    source: Any
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    resized_height: int | None = None
+    resized_width: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """A video: path, URL, bytes, or a list of pictures (then ``fps`` is the rate at which they were taken).
+
+    ``fps`` frames per second to sample, or ``nframes`` in all, not both; ``video_start`` / ``video_end`` seconds;
+    ``total_pixels`` bounds the sum over frames. ``None`` takes the model's own default.
+    """
+
+    source: Any
+    fps: float | None = None
+    nframes: int | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+    video_start: float | None = None
+    video_end: float | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    total_pixels: int | None = None
+    resized_height: int | None = None
+    resized_width: int | None = None
+    min_frame_similarity: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the model asks for; ``arguments`` is JSON text."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+
+Part = Text | Image | Video | ToolCall
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. ``parts`` may be given as a string, one part, or a sequence of parts and strings."""
+
+    role: Role
+    parts: tuple[Part, ...]
+    reasoning: str = ""
+    """What an assistant thought before it answered (without its tags)."""
+    tool_call_id: str | None = None
+
+    def __init__(
+        self,
+        role: Role,
+        parts: str | Part | Sequence[str | Part] = (),
+        reasoning: str = "",
+        tool_call_id: str | None = None,
+    ) -> None:
+        if role not in ROLES:
+            raise MessageError(f"message role {role!r} is unknown", f"use one of {', '.join(ROLES)}")
+        object.__setattr__(self, "role", role)
+        object.__setattr__(self, "parts", _parts(parts))
+        object.__setattr__(self, "reasoning", reasoning)
+        object.__setattr__(self, "tool_call_id", tool_call_id)
+
+    @property
+    def text(self) -> str:
+        """All text parts, joined without a separator."""
+        return "".join(part.text for part in self.parts if isinstance(part, Text))
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        return tuple(part for part in self.parts if isinstance(part, ToolCall))
+
+
+def _parts(parts: str | Part | Sequence[str | Part]) -> tuple[Part, ...]:
+    if isinstance(parts, str | Text | Image | Video | ToolCall):
+        parts = (parts,)
+    if not isinstance(parts, Sequence):
+        raise MessageError(
+            f"message parts are a {type(parts).__name__}", "give a string, a part, or a sequence of Text, Image, Video, ToolCall"
+        )
+    made = tuple(Text(part) if isinstance(part, str) else part for part in parts)
+    for index, part in enumerate(made):
+        if not isinstance(part, Text | Image | Video | ToolCall):
+            raise MessageError(
+                f"part {index} of the message is a {type(part).__name__}", "wrap it in Text(...), Image(...) or Video(...)"
+            )
+    return made
+
+
+Chat = Sequence[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A run of placeholder tokens that one block of visual features replaces.
+
+    A picture is one span. A video is one span (all frames share time steps) or one span per frame, as the family says.
+    """
+
+    kind: Literal["image", "video"]
+    start: int
+    """Index of its first placeholder among the prompt's tokens."""
+    grid: Grid
+    """(t, h, w) in patches, before merging."""
+    media_id: int
+    """Which picture or video of the chat (both counted together, in order)."""
+    frame: int = 0
+    """Index of the (first) frame inside its video."""
+    t_step: float = 0.0
+    """Position units between two frames; time index = trunc(float32(frame) * t_step)."""
+    merge: int = 2
+    """Side of the square of patches that becomes one token."""
+    hash: bytes = b""
+    """Content key of the pixels."""
+
+    @property
+    def num_tokens(self) -> int:
+        t, h, w = self.grid
+        return t * h * w // (self.merge * self.merge)
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A rendered chat. ``learn[i]`` says that a loss is taken on predicting token i; same length as ``tokens``."""
+
+    tokens: tuple[int, ...]
+    spans: tuple[Span, ...] = ()
+    learn: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to choose tokens. ``None`` switches a filter off; temperature 0 is greedy."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    """How many alternatives to report per token (0: the chosen token alone)."""
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        for name, ok, allowed in (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature <= 100, "between 0 and 100"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None for off"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1], or None for off"),
+            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1], or None for off"),
+            ("repetition_penalty", 0 < self.repetition_penalty <= 10, "in (0, 10]; 1 is off"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 100, "between 0 and 100, or None for off"),
+            ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"),
+        ):
+            if not ok:
+                raise SettingsError(f"sampling setting {name}={getattr(self, name)!r} is out of range", f"it must be {allowed}")
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Natural-log probability of the chosen token and of the most likely alternatives (token id, logprob)."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Counts of what a request used. ``timestamps``: seconds of the frames used, per video."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    image_tokens: int = 0
+    video_tokens: int = 0
+    num_frames: int = 0
+    timestamps: tuple[tuple[float, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of a reply. Concatenated ``text`` is the answer, ``reasoning`` what came before it."""
+
+    text: str = ""
+    reasoning: str = ""
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[Logprob, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A whole reply, or an error; never both. ``metrics``: seconds per stage by name."""
+
+    message: Message = field(default_factory=lambda: Message("assistant"))
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[Logprob, ...] | None = None
+    finish: Finish = "stop"
+    usage: Usage = Usage()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    error: MiradaError | None = None
+    raw: str = ""
+    """The generated text before it was parsed into reasoning, answer and tool calls."""
+
+
+class Handle(Protocol):
+    """A request under way: iterate its deltas (sync or async), await its result, or cancel it."""
+
+    def __iter__(self) -> Iterator[Delta]: ...
+
+    def __aiter__(self) -> AsyncIterator[Delta]: ...
+
+    def result(self) -> Output: ...
+
+    def cancel(self) -> None: ...
+
+
+class Client(Protocol):
+    """All that evaluation, agents, data and serving know of a model."""
+
+    def submit(self, chat: Chat | Prompt, sampling: Sampling | None = None) -> Handle: ...
