@@ -26,6 +26,8 @@ Each carries ``problem`` (what is wrong, naming the thing) and ``fix`` (what to 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class MiradaError(Exception):
     """Base of the tree. ``problem`` says what is wrong, ``fix`` what to change."""
@@ -119,3 +121,13 @@ class NotAvailable(MiradaError):
 
 class RequestFailed(MiradaError):
     """An accepted request died: cancelled, or its worker was lost."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A sentence that suggests what ``name`` may have meant, and lists what exists."""
+    import difflib  # only on the way to an error
+
+    known = sorted(names)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}known: {', '.join(known) or 'none'}"

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from mirada.errors import UnknownName
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """A sentence that suggests what ``name`` may have meant, and lists what exists."""
-    known = sorted(names)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}known: {', '.join(known) or 'none'}"
+from mirada.errors import UnknownName, nearest
 
 
 class Table:
