@@ -1,0 +1,133 @@
+"""Where keys and values of past tokens live, and attention over them.
+
+T new tokens of all sequences end to end; n new tokens of one sequence; S past + new; H query heads; K key-value heads;
+G = H / K; d head width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mirada.layers.batch import Batch
+
+BLOCK = 256
+"""Tokens by which a slab grows."""
+
+
+class KVCache(Protocol):
+    """Hides how keys and values are laid out (pages, slabs) from the layers that use them."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
+        """Keep the new k, v [T, K, d] of each sequence, then attend causally over past and new: q [T, H, d] -> [T, H, d]."""
+        ...
+
+
+class SlabCache:
+    """One contiguous slab [K, capacity, d] per sequence, layer and side, grown in blocks of ``BLOCK`` tokens.
+
+    Where a sequence stands is said by the batch (``past``, ``lengths``), not remembered here, so writing again from an
+    earlier position simply overwrites. Slabs grow layer by layer: the copy needs room for one layer of one sequence.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.num_layers = num_layers
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self._slabs: dict[int, list[tuple[Tensor, Tensor] | None]] = {}
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token of one sequence takes over all layers."""
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of all slabs that are allocated now."""
+        sides = (side for slabs in self._slabs.values() for pair in slabs if pair is not None for side in pair)
+        return sum(side.numel() * side.element_size() for side in sides)
+
+    def bytes_for(self, tokens: int) -> int:
+        """Bytes that a sequence of ``tokens`` tokens holds, whole blocks counted."""
+        return -(-tokens // BLOCK) * BLOCK * self.bytes_per_token
+
+    def allocate(self, slot: int) -> None:
+        """Open ``slot`` for a new sequence. Raises ValueError if it is in use."""
+        if slot in self._slabs:
+            raise ValueError(f"cache slot {slot} is in use")
+        self._slabs[slot] = [None] * self.num_layers
+
+    def free(self, slot: int) -> None:
+        """Give back all memory of ``slot``."""
+        del self._slabs[slot]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
+        """See KVCache. Each sequence is attended by itself, so its result cannot depend on its batch mates."""
+        out = torch.empty_like(q)
+        start = 0
+        for length, past, slot in zip(batch.lengths, batch.past, batch.slots, strict=True):
+            new = slice(start, start + length)
+            keys, values = self._write(layer, slot, past, k[new], v[new])
+            out[new] = attend_one(q[new], keys, values, scale)
+            start += length
+        return out
+
+    def _write(self, layer: int, slot: int, past: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v [n, K, d] after ``past`` tokens; keys and values [K, past + n, d] so far, as views."""
+        total = past + k.shape[0]
+        keys, values = self._room(layer, slot, past, total)
+        keys[:, past:total] = k.transpose(0, 1)
+        values[:, past:total] = v.transpose(0, 1)
+        return keys[:, :total], values[:, :total]
+
+    def _room(self, layer: int, slot: int, past: int, total: int) -> tuple[Tensor, Tensor]:
+        pair = self._slabs[slot][layer]
+        if pair is not None and pair[0].shape[1] >= total:
+            return pair
+        capacity = -(-total // BLOCK) * BLOCK
+        shape = (self.num_kv_heads, capacity, self.head_dim)
+        grown = (
+            torch.empty(shape, dtype=self.dtype, device=self.device),
+            torch.empty(shape, dtype=self.dtype, device=self.device),
+        )
+        if pair is not None:
+            for side, old in zip(grown, pair, strict=True):
+                side[:, :past] = old[:, :past]
+        self._slabs[slot][layer] = grown
+        return grown
+
+
+def attend_one(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Causal attention of the last n tokens of one sequence: q [n, H, d], keys and values [K, S, d] -> [n, H, d].
+
+    The heads that share a key-value head become query rows when they are few (decode: every key is then read once), and
+    a batch of G otherwise; keys and values are never copied per head.
+    """
+    n, num_heads, width = q.shape
+    num_kv_heads, total = keys.shape[0], keys.shape[1]
+    group = num_heads // num_kv_heads
+    q = q.to(keys.dtype)
+    if n == 1:
+        rows = q.view(1, num_kv_heads, group, width)
+        return F.scaled_dot_product_attention(rows, keys[None], values[None], scale=scale).view(1, num_heads, width)
+    by_group = q.view(n, num_kv_heads, group, width).permute(2, 1, 0, 3)
+    shape = (group, num_kv_heads, total, width)
+    # Rows are the last n of the total, so without a past the plain triangle of is_causal holds and no mask is made.
+    mask = None if n == total else torch.ones(n, total, dtype=torch.bool, device=q.device).tril(total - n)
+    out = F.scaled_dot_product_attention(
+        by_group, keys.expand(shape), values.expand(shape), attn_mask=mask, is_causal=mask is None, scale=scale
+    )
+    return out.permute(2, 1, 0, 3).reshape(n, num_heads, width)
