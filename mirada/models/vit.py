@@ -1,0 +1,97 @@
+"""KeyeViT: a SigLIP encoder at native resolution with rows and columns as rotary angles.
+
+N patches, D width, d head size. Ported facts: Keye ``modeling_keye.py`` (SiglipVisionTransformer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from mirada.layers.attention import attend_packed
+from mirada.layers.embed import GridPositions, PatchEmbed
+from mirada.layers.mlp import MLP
+from mirada.layers.norm import LayerNorm
+from mirada.layers.rope import Rotation, grid_angles, rotate, rotation
+from mirada.types import Grid
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the tower; names as in the released ``vision_config``."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    image_size: int
+    patch_size: int = 14
+    num_channels: int = 3
+    layer_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    spatial_merge_size: int = 2
+    tokens_per_second: float = 2.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def table_side(self) -> int:
+        """Side of the learnt position table, in patches."""
+        return self.image_size // self.patch_size
+
+
+class VisionAttention(nn.Module):
+    """Bidirectional attention inside each segment; ``qkv`` holds the rows of q, then k, then v."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, turn: Rotation, segments: Sequence[int]) -> Tensor:
+        qkv = self.qkv(x).view(len(x), 3 * self.heads, -1)
+        q, k = rotate(qkv[:, : 2 * self.heads], turn).split(self.heads, 1)
+        mixed = attend_packed(q, k, qkv[:, 2 * self.heads :], segments, causal=False, scale=q.shape[-1] ** -0.5)
+        return self.out(mixed.reshape(x.shape))
+
+
+class VisionLayer(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.attention = VisionAttention(config.hidden_size, config.num_attention_heads)
+        self.norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_size, gelu="tanh")
+
+    def forward(self, x: Tensor, turn: Rotation, segments: Sequence[int]) -> Tensor:
+        x = x + self.attention(self.norm1(x), turn, segments)
+        return x + self.mlp(self.norm2(x))
+
+
+class KeyeVisionTower(nn.Module):
+    """[N, C, P, P] patches of all pictures -> [N, D] features, one per patch, after the last norm."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patches = PatchEmbed(config.num_channels, config.patch_size, config.hidden_size)
+        self.positions = GridPositions(config.table_side, config.hidden_size)
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, pixels: Tensor, grids: Sequence[Grid], segments: Sequence[int]) -> Tensor:
+        """``grids``: (t, h, w) per picture or video; ``segments``: runs of patches that see each other, summing to N."""
+        x = self.embed(pixels, grids)
+        turn = rotation(grid_angles(grids, self.config.head_dim, self.config.rope_theta, x.device))
+        for layer in self.layers:
+            x = layer(x, turn, segments)
+        return self.norm(x)
+
+    def embed(self, pixels: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Patch vectors plus their place in the picture: [N, D]."""
+        return self.patches(pixels) + self.positions(grids)
