@@ -16,7 +16,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, ClassVar, Literal, TypeVar, Union
 
 from mirada.errors import MiradaError, SettingsError, nearest
 
@@ -73,11 +73,13 @@ def load(cls: type[T], path: str | Path | None = None, overrides: Iterable[str] 
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a yaml file, by the safe loader with YAML 1.2 numbers and booleans (``1e-4`` is a number, ``off`` text)."""
+    """The mapping in a yaml file: safe loader, YAML 1.2 scalars (``1e-4`` is a number, ``off`` is text), no key twice."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"the settings file {str(path)!r} cannot be read: {error}", "check its path and encoding") from error
+        raise SettingsError(
+            f"the settings file {str(path)!r} cannot be read: {error}", "check its path and encoding"
+        ) from error
     value = _from_yaml(text, str(path))
     if value is None:
         return {}
@@ -98,7 +100,9 @@ def _override(mapping: dict[str, Any], override: str, where: str) -> None:
     for depth, key in enumerate(keys[:-1]):
         inner = mapping.setdefault(key, {})
         if not isinstance(inner, dict):
-            raise SettingsError(f"{where}.{'.'.join(keys[: depth + 1])} is no group of settings", f"{override!r} cannot go inside")
+            raise SettingsError(
+                f"{where}.{'.'.join(keys[: depth + 1])} is no group of settings", f"{override!r} cannot go inside"
+            )
         mapping = inner
     mapping[keys[-1]] = _Flag(value)
 
@@ -225,7 +229,7 @@ def _loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers: dict = {}
+        yaml_implicit_resolvers: ClassVar[dict] = {}
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict:
             seen = set()
@@ -239,7 +243,11 @@ def _loader() -> Any:
     for tag, pattern, first in (
         ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
         ("int", r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+", "-+0123456789"),
-        ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+.0123456789"),
+        (
+            "float",
+            r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+            "-+.0123456789",
+        ),
         ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
         ("merge", r"<<", "<"),
     ):

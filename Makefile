@@ -1,0 +1,45 @@
+# Each target works from nothing but Python 3.11 or newer with venv: it makes .venv and installs what constraints.txt pins.
+#
+#   make demo     a question about a picture, answered by the model inside the package
+#   make test     the default test suite
+#   make check    formatting, lint, types, and who may import whom
+#
+# PIP_ARGS is handed to pip, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for the small CPU torch.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+DEMO_PICTURE ?= examples/receipt.png
+DEMO_QUESTION ?= What is the total?
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check format clean
+
+demo: $(STAMP)
+	@echo "picture   $(DEMO_PICTURE)"
+	@echo "question  $(DEMO_QUESTION)"
+	@printf "answer    "
+	@$(BIN)/mirada ask $(DEMO_PICTURE) "$(DEMO_QUESTION)"
+
+test: $(STAMP)
+	$(BIN)/python -m pytest --durations=15 $(PYTEST_ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Mirada needs Python 3.11 or newer; try: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dev,train]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis *.egg-info

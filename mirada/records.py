@@ -1,0 +1,477 @@
+"""Records of chats on disk: jsonl, parquet and tar shards, read and written alike; mixtures of them by weight.
+
+A record is ``{"id": ..., "messages": [{"role": ..., "content": ...}], "meta": {...}}``. Content is a string, or a list of parts
+that are recognised by their key (``text``, ``image``, ``image_url``, ``video``, ``video_url``), as Qwen, Keye and OpenAI write
+them. Media that are bytes lie inside: as ``data:`` URIs in jsonl, in a column of their own in parquet, as members in tar.
+Pickles are neither written nor read.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import random
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mirada.errors import InputError, MediaUnsupported, MessageError, NotAvailable, SettingsError, nearest
+from mirada.types import Image, Message, Part, Text, ToolCall, Video
+
+SUFFIXES = (".jsonl", ".parquet", ".tar")
+MAX_MEMBER_BYTES = 1 << 30
+"""A tar member above this is refused, before it is read."""
+_PICKLES = (".pkl", ".pickle", ".pyd", ".pth", ".pt")
+_MEDIA = {"image": Image, "video": Video}
+_OPTIONS = {kind: tuple(f.name for f in fields(cls) if f.name != "source") for kind, cls in _MEDIA.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One chat. ``meta`` is whatever a data set says beside it (JSON values)."""
+
+    id: str
+    messages: tuple[Message, ...]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+# Messages <-> JSON values
+
+
+def message_from_json(value: Mapping[str, Any], where: str = "message") -> Message:
+    """``{"role", "content", "reasoning_content"?, "tool_calls"?, "tool_call_id"?}`` -> Message.
+
+    Raises MessageError naming ``where``.
+    """
+    if not isinstance(value, Mapping) or "role" not in value:
+        raise MessageError(f"{where} is no mapping with a role", 'write it as {"role": "user", "content": ...}')
+    content = value.get("content")
+    parts: list[Part] = []
+    if isinstance(content, str):
+        parts.append(Text(content))
+    elif isinstance(content, Sequence):
+        parts += [_part_from_json(part, f"{where}, part {index}") for index, part in enumerate(content)]
+    elif content is not None:
+        raise MessageError(f"the content of {where} is a {type(content).__name__}", "it must be a string or a list of parts")
+    for call in value.get("tool_calls") or ():
+        function = call.get("function", call)
+        arguments = function.get("arguments", "")
+        parts.append(
+            ToolCall(function["name"], arguments if isinstance(arguments, str) else json.dumps(arguments), call.get("id", ""))
+        )
+    reasoning = value.get("reasoning_content") or ""
+    return Message(value["role"], parts, reasoning=reasoning, tool_call_id=value.get("tool_call_id"))
+
+
+def _part_from_json(part: Any, where: str) -> Part:
+    if isinstance(part, str):
+        return Text(part)
+    if not isinstance(part, Mapping):
+        raise MessageError(f"{where} is a {type(part).__name__}", 'write it as {"type": "text", "text": ...}')
+    if "text" in part:
+        return Text(part["text"])
+    for kind, cls in _MEDIA.items():
+        key = next((key for key in (kind, f"{kind}_url") if key in part), None)
+        if key is None:
+            continue
+        source = part[key]
+        if isinstance(source, Mapping):  # {"image_url": {"url": ..., "detail": ...}}
+            if "url" not in source:
+                raise MessageError(f"{where} has a {key} without a url", f'write {{"{key}": {{"url": ...}}}}')
+            source = source["url"]
+        return cls(source, **{name: part[name] for name in _OPTIONS[kind] if part.get(name) is not None})
+    raise MessageError(
+        f"{where} has the keys {', '.join(map(str, part)) or 'none'}", "give text, image, image_url, video or video_url"
+    )
+
+
+def message_to_json(message: Message, store: Callable[[bytes], str] | None = None) -> dict[str, Any]:
+    """Message -> JSON value; ``message_from_json`` gives it back. ``store`` keeps bytes and names them (else data URIs)."""
+    content: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []
+    for part in message.parts:
+        if isinstance(part, Text):
+            content.append({"type": "text", "text": part.text})
+        elif isinstance(part, ToolCall):
+            calls.append({"id": part.id, "type": "function", "function": {"name": part.name, "arguments": part.arguments}})
+        else:
+            kind = "image" if isinstance(part, Image) else "video"
+            options = {name: getattr(part, name) for name in _OPTIONS[kind] if getattr(part, name) is not None}
+            content.append({"type": kind, kind: _source_to_json(part.source, store or _data_uri), **options})
+    plain = len(content) == 1 and content[0]["type"] == "text"
+    value: dict[str, Any] = {"role": message.role, "content": content[0]["text"] if plain else content}
+    if calls:
+        value["tool_calls"] = calls
+    if message.reasoning:
+        value["reasoning_content"] = message.reasoning
+    if message.tool_call_id is not None:
+        value["tool_call_id"] = message.tool_call_id
+    return value
+
+
+def _source_to_json(source: Any, store: Callable[[bytes], str]) -> Any:
+    if isinstance(source, bytes | bytearray | memoryview):
+        return store(bytes(source))
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    if isinstance(source, list | tuple):
+        return [_source_to_json(item, store) for item in source]
+    raise MediaUnsupported(
+        f"a medium that is a {type(source).__name__} cannot be kept in a record",
+        "give its encoded bytes, or save it and give the path",
+    )
+
+
+def _data_uri(data: bytes) -> str:
+    return "data:application/octet-stream;base64," + base64.b64encode(data).decode("ascii")
+
+
+def record_from_json(value: Mapping[str, Any], where: str = "record", default_id: str = "") -> Record:
+    """``{"id"?, "messages", "meta"?}`` -> Record; keys beside these go to ``meta``. Raises MessageError naming ``where``."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("messages"), Sequence) or isinstance(value["messages"], str):
+        raise MessageError(f"{where} has no list of messages", 'write it as {"messages": [{"role": ..., "content": ...}]}')
+    messages = tuple(message_from_json(message, f"{where}, message {index}") for index, message in enumerate(value["messages"]))
+    meta = {key: item for key, item in value.items() if key not in ("id", "messages", "meta")}
+    return Record(str(value.get("id", default_id)), messages, {**(value.get("meta") or {}), **meta})
+
+
+def record_to_json(record: Record, store: Callable[[bytes], str] | None = None) -> dict[str, Any]:
+    """Record -> JSON value, the inverse of ``record_from_json``."""
+    value: dict[str, Any] = {"id": record.id, "messages": [message_to_json(message, store) for message in record.messages]}
+    if record.meta:
+        value["meta"] = dict(record.meta)
+    return value
+
+
+# Reading
+
+
+def shards(path: str | Path) -> list[Path]:
+    """The files behind ``path``: itself, or those of a known suffix in a folder, by name."""
+    path = Path(path)
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+        if not found:
+            raise SettingsError(f"the folder {str(path)!r} holds no records", f"put {', '.join(SUFFIXES)} files into it")
+        return found
+    if path.suffix not in SUFFIXES:
+        raise SettingsError(f"the records {str(path)!r} have an unknown suffix", nearest(path.suffix, SUFFIXES))
+    if not path.is_file():
+        raise SettingsError(f"no records lie at {str(path)!r}", "check the path")
+    return [path]
+
+
+def read(path: str | Path, start: int = 0) -> Iterator[Record]:
+    """Records of a file, or of all shards of a folder in the order of their names, from number ``start`` on.
+
+    A record that is not well formed raises MessageError naming file and place; a torn last line of a jsonl file is left out.
+    """
+    number = 0
+    for shard in shards(path):
+        reader = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".tar": _read_tar}[shard.suffix]
+        for make in reader(shard):  # records are made only from `start` on
+            if number >= start:
+                yield make()
+            number += 1
+
+
+def _read_jsonl(path: Path) -> Iterator[Callable[[], Record]]:
+    with path.open("rb") as file:
+        for index, line in enumerate(file):
+            if line.endswith(b"\n") or _is_json(line):
+                yield lambda line=line, index=index: _record_from_line(line, f"{path}:{index + 1}", str(index))
+
+
+def _record_from_line(line: bytes, where: str, default_id: str) -> Record:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise MessageError(f"{where} is not JSON: {error}", "correct or remove that line") from error
+    return record_from_json(value, where, default_id)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _read_parquet(path: Path) -> Iterator[Callable[[], Record]]:
+    file = _parquet().ParquetFile(path)
+    if "messages" not in file.schema_arrow.names:
+        raise MessageError(f"{path} has no column 'messages'", nearest("messages", file.schema_arrow.names))
+    index = 0
+    for batch in file.iter_batches(batch_size=64):
+        for row in batch.to_pylist():
+            yield lambda row=row, index=index: _record_from_row(row, f"{path}, row {index}", str(index))
+            index += 1
+
+
+def _record_from_row(row: dict[str, Any], where: str, default_id: str) -> Record:
+    media = dict(enumerate(row.pop("media", None) or ()))
+    for key in ("messages", "meta"):
+        if isinstance(row.get(key), str):
+            row[key] = json.loads(row[key])
+    return _with_members(record_from_json(row, where, default_id), {f"media:{i}": data for i, data in media.items()})
+
+
+def _read_tar(path: Path) -> Iterator[Callable[[], Record]]:
+    key, members = None, {}
+    with tarfile.open(path, "r:") as tar:
+        for info in tar:
+            if not info.isfile():
+                continue
+            if Path(info.name).suffix in _PICKLES:
+                raise SettingsError(f"{path} holds the pickle {info.name!r}", "write records as .json and media as they are")
+            if info.size > MAX_MEMBER_BYTES:
+                raise SettingsError(
+                    f"{info.name!r} in {path} has {info.size} bytes", f"keep members below {MAX_MEMBER_BYTES} bytes"
+                )
+            stem = _stem(info.name)
+            if stem != key and members:
+                yield lambda key=key, members=members: _record_from_members(path, str(key), members)
+                members = {}
+            key = stem
+            file = tar.extractfile(info)
+            assert file is not None  # isfile() said so
+            members[info.name] = file.read()
+    if members:
+        yield lambda: _record_from_members(path, str(key), members)
+
+
+def _stem(name: str) -> str:
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def _record_from_members(path: Path, key: str, members: dict[str, bytes]) -> Record:
+    name = f"{key}.json"
+    if name not in members:
+        raise MessageError(f"the sample {key!r} in {path} has no {name}", "put the messages into a .json beside its media")
+    record = _record_from_line(members[name], f"{path}:{name}", key)
+    return _with_members(record, members)
+
+
+def _with_members(record: Record, members: Mapping[str, bytes]) -> Record:
+    """Sources that name a member become its bytes."""
+    if not members:
+        return record
+
+    def fill(source: Any) -> Any:
+        if isinstance(source, list):
+            return [fill(item) for item in source]
+        return members.get(source, source) if isinstance(source, str) else source
+
+    def part(part: Part) -> Part:
+        if isinstance(part, Image | Video):
+            options = {name: getattr(part, name) for name in _OPTIONS["image" if isinstance(part, Image) else "video"]}
+            return type(part)(fill(part.source), **options)
+        return part
+
+    messages = tuple(
+        Message(m.role, tuple(part(p) for p in m.parts), reasoning=m.reasoning, tool_call_id=m.tool_call_id)
+        for m in record.messages
+    )
+    return Record(record.id, messages, record.meta)
+
+
+# Writing
+
+
+class JsonlWriter:
+    """Appends records, each whole line flushed; on opening, a torn last line of an earlier run is cut off.
+
+    ``count`` is how many records the file holds, so a run resumes with ``itertools.islice(source, writer.count, None)``.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: BinaryIO = self.path.open("a+b")
+        self.count = _cut_torn_line(self._file)
+
+    def append(self, record: Record) -> None:
+        line = json.dumps(record_to_json(record), ensure_ascii=False).encode() + b"\n"
+        self._file.write(line)
+        self._file.flush()
+        self.count += 1
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> JsonlWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _cut_torn_line(file: BinaryIO) -> int:
+    """Leave whole lines only; their number. A last line that is whole JSON and lacks just its end is kept and ended."""
+    file.seek(0)
+    count = whole = 0
+    for line in file:
+        if line.endswith(b"\n"):
+            count, whole = count + 1, whole + len(line)
+        elif _is_json(line):
+            file.write(b"\n")
+            return count + 1
+    file.truncate(whole)
+    file.seek(whole)
+    return count
+
+
+def write(path: str | Path, records: Iterable[Record]) -> int:
+    """Write a new .jsonl, .parquet or .tar file; the number of records. It appears under its name only when it is whole."""
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise SettingsError(f"the records {str(path)!r} have an unknown suffix", nearest(path.suffix, SUFFIXES))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    writer = {".jsonl": _write_jsonl, ".parquet": _write_parquet, ".tar": _write_tar}[path.suffix]
+    try:
+        count = writer(partial, records)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+def _write_jsonl(path: Path, records: Iterable[Record]) -> int:
+    count = 0
+    with path.open("wb") as file:
+        for record in records:
+            file.write(json.dumps(record_to_json(record), ensure_ascii=False).encode() + b"\n")
+            count += 1
+    return count
+
+
+def _write_parquet(path: Path, records: Iterable[Record]) -> int:
+    parquet = _parquet()
+    import pyarrow as pa
+
+    schema = pa.schema(
+        [("id", pa.string()), ("messages", pa.string()), ("meta", pa.string()), ("media", pa.list_(pa.binary()))]
+    )
+    rows: list[dict[str, Any]] = []
+    count = 0
+    with parquet.ParquetWriter(path, schema) as writer:
+        for record in records:
+            media: list[bytes] = []
+
+            def store(data: bytes, media: list[bytes] = media) -> str:
+                media.append(data)
+                return f"media:{len(media) - 1}"
+
+            value = record_to_json(record, store)
+            texts = {key: json.dumps(value.get(key, {}), ensure_ascii=False) for key in ("messages", "meta")}
+            rows.append({"id": record.id, **texts, "media": media})
+            count += 1
+            if len(rows) == 256:
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+                rows.clear()
+        if rows:
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+    return count
+
+
+def _write_tar(path: Path, records: Iterable[Record]) -> int:
+    count = 0
+    with tarfile.open(path, "w:") as tar:
+        for index, record in enumerate(records):
+            key = f"{index:08d}"
+            members: dict[str, bytes] = {}
+
+            def store(data: bytes, key: str = key, members: dict[str, bytes] = members) -> str:
+                name = f"{key}.{len(members)}.bin"
+                members[name] = data
+                return name
+
+            line = json.dumps(record_to_json(record, store), ensure_ascii=False).encode()
+            for name, data in {f"{key}.json": line, **members}.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+            count = index + 1
+    return count
+
+
+def _parquet() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise NotAvailable("parquet needs the package pyarrow", "pip install 'mirada[data]'") from error
+    return pyarrow.parquet
+
+
+# Mixtures
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A set of records and how often, relative to the others, one is drawn from it."""
+
+    path: str | Path
+    weight: float = 1.0
+
+
+class Mix:
+    """An endless, repeatable draw from several sources by weight; each source starts again when it ends.
+
+    ``state()`` is a small JSON value; ``Mix(sources, seed, state)`` goes on at the very next record.
+    """
+
+    def __init__(self, sources: Sequence[Source], seed: int = 0, state: Mapping[str, Any] | None = None) -> None:
+        if not sources:
+            raise SettingsError("a mixture has no sources", "give at least one")
+        for source in sources:
+            if not source.weight > 0:
+                raise SettingsError(
+                    f"the weight of {source.path} is {source.weight}", "it must be above 0; leave the source out instead"
+                )
+        self.sources = tuple(sources)
+        self._random = random.Random(seed)
+        self._draws = 0
+        self._positions = [0] * len(sources)
+        if state is not None:
+            self._resume(state)
+        self._readers = [read(source.path, position) for source, position in zip(self.sources, self._positions, strict=True)]
+
+    def _resume(self, state: Mapping[str, Any]) -> None:
+        positions = list(state["positions"])
+        if len(positions) != len(self.sources):
+            raise SettingsError(
+                f"the saved mixture had {len(positions)} sources, this one has {len(self.sources)}",
+                "resume with the same sources",
+            )
+        self._positions = positions
+        for _ in range(state["draws"]):
+            self._choose()
+
+    def state(self) -> dict[str, Any]:
+        return {"draws": self._draws, "positions": list(self._positions)}
+
+    def _choose(self) -> int:
+        self._draws += 1
+        return self._random.choices(range(len(self.sources)), [source.weight for source in self.sources])[0]
+
+    def __iter__(self) -> Iterator[Record]:
+        return self
+
+    def __next__(self) -> Record:
+        return self._next_of(self._choose())
+
+    def _next_of(self, index: int) -> Record:
+        for _ in range(2):
+            record = next(self._readers[index], None)
+            if record is not None:
+                self._positions[index] += 1
+                return record
+            self._readers[index], self._positions[index] = read(self.sources[index].path), 0
+        raise InputError(f"the source {str(self.sources[index].path)!r} holds no records", "leave it out of the mixture")
