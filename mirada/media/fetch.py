@@ -15,6 +15,12 @@ class FetchLimits:
     """Largest file, download or decoded base64 of one picture."""
     video_bytes: int = 2 << 30
     """The same of one video."""
+    video_seconds: float = 4 * 3600.0
+    """Longest video, after a cut by ``video_start`` / ``video_end``."""
+    video_frames: int = 1_000_000
+    """Most frames that a video file may hold."""
+    animation_frames: int = 5_000
+    """The same of an animated GIF, WebP or PNG, which can only be decoded from its first frame on."""
     pixels: int = 89_478_485
     """Largest width times height before any resize (Pillow's own default warning level)."""
     seconds: float = 30.0
