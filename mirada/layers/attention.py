@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 CAUSAL_SLACK = 0.25
 """Causal sequences share a padded batch while the shorter lacks at most this share of the longer."""
@@ -28,14 +27,24 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], causa
     if min(lengths) == max(lengths):
         shape = (len(lengths), lengths[0], *q.shape[1:])
         return _attend(q.reshape(shape), k.reshape(shape), v.reshape(shape), causal, scale).reshape(q.shape)
-    pieces: list[Tensor | None] = [None] * len(lengths)
     parts = [x.split(list(lengths)) for x in (q, k, v)]
+    pieces: dict[int, Tensor] = {}
     for group in groups(lengths, CAUSAL_SLACK if causal else 0.0):
-        batched = [pad_sequence([part[i] for i in group], batch_first=True) for part in parts]
-        out = _attend(batched[0], batched[1], batched[2], causal, scale)
-        for i, row in zip(group, out.unbind(0), strict=True):
-            pieces[i] = row[: lengths[i]]
-    return torch.cat([piece for piece in pieces if piece is not None])
+        sizes = [lengths[i] for i in group]
+        padded = [_pad([part[i] for i in group], sizes) for part in parts]
+        pieces.update(zip(group, _unpad(_attend(padded[0], padded[1], padded[2], causal, scale), sizes), strict=True))
+    return torch.cat([pieces[i] for i in range(len(lengths))])
+
+
+def _pad(pieces: list[Tensor], sizes: list[int]) -> Tensor:
+    """Pieces [n_i, ..] -> [B, sizes[0], ..], zeros on the right. One ``cat``: its backward only takes views."""
+    filled = [x for piece, n in zip(pieces, sizes, strict=True) for x in (piece, piece.new_zeros(sizes[0] - n, *piece.shape[1:]))]
+    return torch.cat(filled).view(len(pieces), sizes[0], *pieces[0].shape[1:])
+
+
+def _unpad(x: Tensor, sizes: list[int]) -> list[Tensor]:
+    cuts = [n for size in sizes for n in (size, sizes[0] - size)]
+    return list(x.flatten(0, 1).split(cuts)[::2])
 
 
 def groups(lengths: Sequence[int], slack: float) -> list[list[int]]:

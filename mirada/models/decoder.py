@@ -61,9 +61,8 @@ class DecoderAttention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         keys = self.heads + self.kv_heads
-        qkv = self.qkv(x).view(len(x), keys + self.kv_heads, -1)
-        qk = rotate(norm_heads(qkv[:, :keys], self.q_norm, self.k_norm, self.heads), ctx.turn)
-        q, k, v = qk[:, : self.heads], qk[:, self.heads :], qkv[:, keys:]
+        qk, v = self.qkv(x).view(len(x), keys + self.kv_heads, -1).split((keys, self.kv_heads), 1)
+        q, k = rotate(norm_heads(qk, self.q_norm, self.k_norm, self.heads), ctx.turn).split((self.heads, self.kv_heads), 1)
         if ctx.cache is None:
             mixed = attend_packed(q, k, v, ctx.batch.lengths, causal=True, scale=self.scale)
         else:

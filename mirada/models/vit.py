@@ -54,9 +54,9 @@ class VisionAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, turn: Rotation, segments: Sequence[int]) -> Tensor:
-        qkv = self.qkv(x).view(len(x), 3 * self.heads, -1)
-        q, k = rotate(qkv[:, : 2 * self.heads], turn).split(self.heads, 1)
-        mixed = attend_packed(q, k, qkv[:, 2 * self.heads :], segments, causal=False, scale=q.shape[-1] ** -0.5)
+        qk, v = self.qkv(x).view(len(x), 3 * self.heads, -1).split((2 * self.heads, self.heads), 1)
+        q, k = rotate(qk, turn).split(self.heads, 1)
+        mixed = attend_packed(q, k, v, segments, causal=False, scale=q.shape[-1] ** -0.5)
         return self.out(mixed.reshape(x.shape))
 
 
