@@ -1,0 +1,21 @@
+"""Synthetic pictures with known truth: deterministic from (task, seed, index, split); NumPy and Pillow only.
+
+>>> from mirada import synth
+>>> drawn = synth.sample("line", seed=0, index=7, split="train", level=0.3)
+"""
+
+from mirada.synth.sample import TASKS, max_chars_at, sample
+from mirada.synth.types import CHARS, COLOURS, IGNORE, NUM_BOX_CLASSES, SHAPES, Dense, Sample
+
+__all__ = [
+    "CHARS",
+    "COLOURS",
+    "IGNORE",
+    "NUM_BOX_CLASSES",
+    "SHAPES",
+    "TASKS",
+    "Dense",
+    "Sample",
+    "max_chars_at",
+    "sample",
+]
