@@ -25,7 +25,7 @@ _seconds: dict[str, float] = defaultdict(float)
 
 
 def pytest_runtest_logreport(report) -> None:
-    folder, _, rest = report.nodeid.removeprefix("tests/").partition("/")
+    folder, _, rest = report.nodeid.partition("::")[0].removeprefix("tests/").partition("/")
     _seconds[folder if rest else "house"] += report.duration
 
 

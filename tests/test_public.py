@@ -1,0 +1,122 @@
+"""The public face: what it lists, how quickly it loads, and what it must not load."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import mirada
+from mirada import errors, types
+
+ROOT = Path(mirada.__file__).parent
+
+PUBLIC = {
+    "VLM",
+    "Message",
+    "Text",
+    "Image",
+    "Video",
+    "ToolCall",
+    "Sampling",
+    "Delta",
+    "Output",
+    "Usage",
+    "Logprob",
+    *(name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)),
+}
+
+
+def fresh(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_public_names_are_these_and_each_is_there():
+    assert set(mirada.__all__) == PUBLIC
+    assert set(dir(mirada)) == PUBLIC | {"__version__"}
+    for name in PUBLIC:
+        assert getattr(mirada, name) is not None
+    assert mirada.Image is types.Image and mirada.MediaError is errors.MediaError
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'Vlm'"):
+        mirada.Vlm  # noqa: B018
+
+
+def test_import_is_quick_and_loads_nothing_heavy():
+    heavy = "torch numpy PIL av tokenizers rich typer yaml pyarrow jinja2 httpx"
+    assert fresh(f"import sys, mirada; print([m for m in {heavy.split()!r} if m in sys.modules])") == "[]"
+    code = "import time; t = time.perf_counter(); import mirada; print(time.perf_counter() - t)"
+    assert min(float(fresh(code)) for _ in range(3)) < 0.2
+
+
+@pytest.mark.parametrize("room", ["records", "media", "prompt", "synth", "cli"])
+def test_rooms_that_load_without_torch(room):
+    folder = ROOT / room
+    files = [folder.with_suffix(".py")] if not folder.is_dir() else sorted(folder.rglob("*.py"))
+    names = [
+        str(f.relative_to(ROOT.parent).with_suffix("")).replace("/", ".")
+        for f in files
+        if f.name not in ("exact.py", "__main__.py")
+    ]
+    assert names
+    code = f"import importlib, sys; [importlib.import_module(n) for n in {names!r}]; print('torch' in sys.modules)"
+    assert fresh(code) == "False"
+
+
+def test_only_config_touches_the_environment():
+    reads = re.compile(r"\bos\.(environ|getenv|putenv)|from os import .*(environ|getenv)")
+    found = [str(f) for f in ROOT.rglob("*.py") if reads.search(f.read_text()) and f != ROOT / "config.py"]
+    assert found == []
+
+
+def test_nothing_unpickles():
+    for file in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
+                assert not {"pickle", "cPickle", "dill", "joblib", "shelve"} & {name.split(".")[0] for name in names}, file
+
+
+def test_functions_and_files_stay_short():
+    for file in ROOT.rglob("*.py"):
+        source = file.read_text()
+        assert source.count("\n") < 500, f"{file} is too long"
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 60, f"{file}: {node.name} is too long"
+
+
+def test_every_error_is_drawn_in_the_tree():
+    drawn = errors.__doc__ or ""
+    for name, value in vars(errors).items():
+        if isinstance(value, type) and issubclass(value, errors.MiradaError):
+            assert re.search(rf"\b{name}\b", drawn), name
+
+
+def test_an_error_says_problem_and_fix():
+    error = errors.MediaNotFound("nothing lies at 'a.png'", "check the path")
+    assert str(error) == "nothing lies at 'a.png'. check the path"
+    assert str(errors.MediaNotFound("nothing lies at 'a.png'")) == "nothing lies at 'a.png'"
+    assert isinstance(error, ValueError) and isinstance(error, errors.InputError)
+
+
+def test_capacity_carries_its_numbers():
+    error = errors.ContextOverflow("too long", "shorten it", needed=9, available=4, unit="tokens")
+    assert (error.needed, error.available, error.unit) == (9, 4, "tokens")
+
+
+def test_the_layers_contract_names_every_room():
+    settings = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())
+    (contract,) = settings["tool"]["importlinter"]["contracts"]
+    named = {room.strip() for level in contract["layers"] for room in level.split("|")}
+    rooms = {f.stem for f in ROOT.iterdir() if (f.suffix == ".py" or (f.is_dir() and any(f.glob("*.py")))) and f.stem[0] != "_"}
+    assert named == rooms
