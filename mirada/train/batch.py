@@ -58,7 +58,9 @@ def collate(examples: Sequence[Example], rule: GridRule) -> TrainBatch:
     lengths = tuple(len(e.prompt.tokens) for e in examples)
     batch = Batch(
         tokens=torch.from_numpy(tokens),
-        positions=torch.from_numpy(np.concatenate([positions(len(e.prompt.tokens), e.prompt.spans)[0] for e in examples], axis=1)),
+        positions=torch.from_numpy(
+            np.concatenate([positions(len(e.prompt.tokens), e.prompt.spans)[0] for e in examples], axis=1)
+        ),
         lengths=lengths,
         past=(0,) * len(examples),
         slots=tuple(range(len(examples))),

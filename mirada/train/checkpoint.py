@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mirada.errors import CheckpointError
@@ -44,7 +45,7 @@ def load(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """Tensors and facts of one checkpoint. Raises CheckpointError when a file is missing or broken."""
     try:
         return load_file(checkpoint / STATE), json.loads((checkpoint / FACTS).read_text())
-    except (OSError, ValueError) as cause:
+    except (OSError, ValueError, SafetensorError) as cause:
         raise CheckpointError(
             f"training checkpoint {checkpoint} cannot be read: {cause}", "delete that folder to resume from an older one"
         ) from cause

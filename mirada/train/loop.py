@@ -58,7 +58,12 @@ class RunState:
 
 
 def train(
-    model: nn.Module, objective: Objective, batches: Batches, settings: TrainSettings, directory: Path, extra: Sequence[nn.Module] = ()
+    model: nn.Module,
+    objective: Objective,
+    batches: Batches,
+    settings: TrainSettings,
+    directory: Path,
+    extra: Sequence[nn.Module] = (),
 ) -> RunState:
     """Train what requires a gradient in ``model`` and ``extra`` (heads that are not exported), resuming from ``directory``.
 
@@ -110,7 +115,9 @@ class _Run:
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(params, self.settings.clip, error_if_nonfinite=False)
         if not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient is not finite at step {self.step}: lower lr, or resume from the last checkpoint")
+            raise FloatingPointError(
+                f"the gradient is not finite at step {self.step}: lower lr, or resume from the last checkpoint"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1

@@ -86,10 +86,7 @@ def round_rows(model: nn.Module) -> None:
 
 
 def unround_rows(model: nn.Module) -> None:
-    """Undo ``round_rows``; the weights keep their full-precision values."""
+    """Undo ``round_rows``; the weights keep their full-precision values, tied ones stay tied."""
     for module in model.modules():
         if parametrize.is_parametrized(module):
-            original = module.parametrizations.weight.original.detach().clone()  # type: ignore[union-attr]
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-            with torch.no_grad():
-                module.weight.copy_(original)  # type: ignore[operator]
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)

@@ -54,4 +54,5 @@ class Dense:
 
     def __call__(self, model: nn.Module, batch: TrainBatch) -> Loss:
         assert batch.media is not None
-        return self.heads.loss(model.visual(batch.media), batch.dense)
+        media = batch.media
+        return self.heads.loss(model.visual(media.pixels, media.grids, model.segments(media.grids)), batch.dense)

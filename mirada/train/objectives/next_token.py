@@ -36,5 +36,6 @@ class NextToken:
             return None, None
         if self.heads is None or not batch.dense or self.dense_weight == 0:
             return model.encode(batch.media), None
-        patches = model.visual(batch.media)
-        return model.projector(patches, batch.media.grids), self.heads.loss(patches, batch.dense)
+        media = batch.media
+        patches = model.visual(media.pixels, media.grids, model.segments(media.grids))
+        return model.projector(patches, media.grids), self.heads.loss(patches, batch.dense)

@@ -1,0 +1,239 @@
+"""mini, from nothing: draw, train, export. ``recipes/mini_speedrun.sh`` is the whole life on one page.
+
+    python recipes/mini.py tokenizer --size cpu --run runs/mini
+    python recipes/mini.py train STAGE --size cpu --run runs/mini [--steps N]
+    python recipes/mini.py export --size cpu --run runs/mini --out mirada/assets/mini
+
+Stages build on one another: ``letters`` and ``dense`` (vision tower alone, from what the generator knows of every patch;
+lines first, then everything), ``text`` (decoder alone: spelling, copying, templates), ``projector`` (that alone), ``all`` (everything, lines growing from 1 to 40
+characters), ``hold`` (the final mix, rate to zero, averaged, weights rounded as they will be stored).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from mini_parts import SIZES, SPECIAL_TOKENS, TEMPLATE, Size, build_tokenizer, model_config, preprocessor_config, write_card
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from mirada import Image, Message, Text, synth
+from mirada.errors import SettingsError
+from mirada.media.grid import GridRule, Patches, content_key, patchify
+from mirada.models.family import FAMILIES
+from mirada.models.load import save_int8_rows
+from mirada.prompt.render import Renderer
+from mirada.train.batch import Example, TrainBatch, collate
+from mirada.train.loop import TrainSettings, train
+from mirada.train.objectives.dense import Dense, DenseHeads
+from mirada.train.objectives.next_token import NextToken
+from mirada.train.optim import round_rows, unround_rows
+from mirada.types import Prompt
+
+DENSE_KINDS = {
+    "char": (2, len(synth.CHARS)),
+    "shape": (1, len(synth.SHAPES)),
+    "colour": (1, len(synth.COLOURS)),
+    "box": (1, synth.NUM_BOX_CLASSES),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage: what it trains, on which share of tasks, how hard (``level`` from first to last step), and its dials."""
+
+    parts: tuple[str, ...]
+    mix: Mapping[str, float]
+    settings: TrainSettings
+    level: tuple[float, float] = (1.0, 1.0)
+    batch: int = 64
+    dense_weight: float = 0.0
+    rounded: bool = False
+
+
+EVERYTHING = {"line": 0.56, "scene": 0.2, "boxes": 0.08, "chart": 0.09, "paragraph": 0.05, "text": 0.02}
+SEEN = {"line": 0.6, "scene": 0.15, "boxes": 0.08, "chart": 0.09, "paragraph": 0.08}
+STAGES = {
+    "letters": Stage(
+        ("visual",), {"line": 0.85, "paragraph": 0.15}, TrainSettings(2400, lr=2e-3, shape="linear", floor=0.25), (0.0, 0.6)
+    ),
+    "dense": Stage(("visual",), SEEN, TrainSettings(1500, lr=1e-3, shape="linear", floor=0.3), level=(0.3, 1.0)),
+    "text": Stage(("decoder", "lm_head"), {"text": 1.0}, TrainSettings(600, lr=2e-3, average=None), batch=64),
+    "projector": Stage(("projector",), EVERYTHING, TrainSettings(250, lr=2e-3), level=(0.0, 0.1)),
+    "all": Stage(
+        ("visual", "projector", "decoder", "lm_head"),
+        EVERYTHING,
+        TrainSettings(6000, lr=1e-3, shape="constant", warmup=200),
+        level=(0.05, 1.0),
+        dense_weight=0.3,
+    ),
+    "hold": Stage(
+        ("visual", "projector", "decoder", "lm_head"),
+        EVERYTHING,
+        TrainSettings(1200, lr=1e-3, shape="linear", warmup=1, average=0.99),
+        dense_weight=0.1,
+        rounded=True,
+    ),
+}
+ORDER = tuple(STAGES)
+
+
+class Drawn(IterableDataset):
+    """Batches of drawn samples; step k is the same whoever draws it, so that workers and resumed runs agree."""
+
+    def __init__(self, name: str, size: Size, start: int, settings: TrainSettings, directory: Path) -> None:
+        self.name, self.stage, self.start, self.steps, self.seed = name, STAGES[name], start, settings.steps, settings.seed
+        self.directory, self.lengths, self.rule = directory, size.lengths, GridRule(max_pixels=size.max_pixels)
+
+    def __iter__(self) -> Iterator[TrainBatch]:
+        torch.set_num_threads(1)
+        worker = torch.utils.data.get_worker_info()
+        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        renderer = None if self.stage.parts == ("visual",) else load_renderer(self.directory)
+        for step in range(self.start + first, self.steps, stride):
+            yield self.draw(step, renderer)
+
+    def draw(self, step: int, renderer: Renderer | None) -> TrainBatch:
+        chooser = random.Random(f"{self.seed} {self.name} {step}")
+        tasks = chooser.choices(list(self.stage.mix), weights=list(self.stage.mix.values()), k=self.stage.batch)
+        low, high = self.stage.level
+        level = low + (high - low) * min(1.0, step / (0.7 * self.steps))
+        seed = self.seed * 16 + ORDER.index(self.name)
+        made = []
+        for i, task in enumerate(tasks):
+            longest = chooser.choices((12, 24, 40), weights=self.lengths)[0]
+            made.append(
+                example(renderer, self.rule, task, seed, step * self.stage.batch + i, level, max(1, round(longest * level)))
+            )
+        return collate(made, self.rule)
+
+
+def example(
+    renderer: Renderer | None, rule: GridRule, task: str, seed: int, index: int, level: float, max_chars: int
+) -> Example:
+    """One drawn sample as a training example; without a renderer, the picture and its labels alone."""
+    if task == "text" and renderer is not None:
+        question, answer = synth.text_sample(seed, index)
+        chat = [Message("user", question), Message("assistant", answer)]
+        return Example(renderer.render(chat, (), add_generation_prompt=False))
+    sample = synth.sample(task, seed, index, level=level, max_chars=max_chars)
+    pixels = patchify(sample.image[None], rule.patch)
+    high, wide = sample.image.shape[:2]
+    grid = (1, high // rule.patch, wide // rule.patch)
+    patches = Patches("image", pixels, (grid,), (high, wide), content_key(pixels, grid))
+    chat = [Message("user", (Image(b""), Text(sample.question))), Message("assistant", sample.answer)]
+    prompt = renderer.render(chat, [patches], add_generation_prompt=False) if renderer else Prompt((0,), (), (False,))
+    labels = {"char": sample.dense.char, "shape": sample.dense.shape, "colour": sample.dense.colour, "box": sample.dense.box}
+    return Example(prompt, (patches,), {k: v.reshape(grid[1] * grid[2], *v.shape[2:]) for k, v in labels.items()})
+
+
+def load_renderer(directory: Path) -> Renderer:
+    return Renderer.from_directory(
+        directory, FAMILIES["KeyeVL1_5"].prompt_format(json.loads((directory / "config.json").read_text()))
+    )
+
+
+def run_stage(name: str, size: Size, run: Path, settings: TrainSettings, workers: int) -> None:
+    """Train one stage from the weights of the one before; leaves ``<stage>.safetensors`` in the run folder."""
+    stage, base = STAGES[name], run / "base"
+    config = json.loads((base / "config.json").read_text())
+    torch.manual_seed(settings.seed)
+    family = FAMILIES["KeyeVL1_5"]
+    model = family.build(family.config(config))
+    model.init_weights(settings.seed)
+    heads = DenseHeads(size.vision_width, DENSE_KINDS)
+    before = [run / f"{earlier}.safetensors" for earlier in ORDER[: ORDER.index(name)]]
+    done = [path for path in before if path.exists()]
+    if done:
+        nn.ModuleList([model, heads]).load_state_dict(load_file(done[-1]))
+    model.requires_grad_(False)
+    for part in stage.parts:
+        getattr(model, part).requires_grad_(True)
+    heads.requires_grad_(stage.parts == ("visual",) or stage.dense_weight > 0)
+    if stage.rounded:
+        round_rows(model)
+
+    def batches(step: int):
+        data = Drawn(name, size, step, settings, base)
+        return iter(DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))
+
+    objective = Dense(heads) if stage.parts == ("visual",) else NextToken(heads, stage.dense_weight)
+    state = train(model, objective, batches, settings, run / name, extra=[heads])
+    if stage.rounded:
+        unround_rows(model)
+    save_file({k: v.clone() for k, v in nn.ModuleList([model, heads]).state_dict().items()}, run / f"{name}.safetensors")
+    print(f"stage {name}: {state.step} steps{' (stopped early)' if state.stopped else ''}")
+
+
+def make_base(size: Size, run: Path) -> None:
+    """The files of the checkpoint that are not weights: tokenizer, config, template, preprocessor."""
+    base = run / "base"
+    base.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer(size.vocabulary)
+    tokenizer.save(str(base / "tokenizer.json"))
+    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    (base / "config.json").write_text(json.dumps(model_config(size, ids), indent=1) + "\n")
+    (base / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, indent=1)
+        + "\n"
+    )
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}, indent=1) + "\n")
+    (base / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(size), indent=1) + "\n")
+    eos = {"do_sample": False, "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]], "pad_token_id": ids["<|endoftext|>"]}
+    (base / "generation_config.json").write_text(json.dumps(eos, indent=1) + "\n")
+
+
+def export(size: Size, run: Path, out: Path) -> None:
+    """Write the newest stage as a checkpoint with int8 rows, and its card."""
+    done = [run / f"{name}.safetensors" for name in ORDER if (run / f"{name}.safetensors").exists()]
+    if not done:
+        raise SettingsError(f"{run} holds no trained stage", "run the train command first")
+    family = FAMILIES["KeyeVL1_5"]
+    model = family.build(family.config(json.loads((run / "base" / "config.json").read_text())))
+    nn.ModuleList([model, DenseHeads(size.vision_width, DENSE_KINDS)]).load_state_dict(load_file(done[-1]))
+    out.mkdir(parents=True, exist_ok=True)
+    for file in (run / "base").iterdir():
+        (out / file.name).write_bytes(file.read_bytes())
+    save_int8_rows(model, out)
+    write_card(out, size, done[-1].stem)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("tokenizer", "train", "export"))
+    parser.add_argument("stage", nargs="?", choices=ORDER)
+    parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--run", type=Path, default=Path("runs/mini"))
+    parser.add_argument("--out", type=Path, default=Path("mirada/assets/mini"))
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
+    size = SIZES[args.size]
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.command == "tokenizer":
+        make_base(size, args.run)
+    elif args.command == "export":
+        export(size, args.run, args.out)
+    elif args.stage is None:
+        sys.exit("train needs a stage: " + ", ".join(ORDER))
+    else:
+        settings = STAGES[args.stage].settings
+        settings = replace(settings, steps=args.steps or settings.steps, seed=args.seed)
+        run_stage(args.stage, size, args.run, settings, args.workers)
+
+
+if __name__ == "__main__":
+    np.seterr(all="raise", under="ignore")
+    main()
