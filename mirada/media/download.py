@@ -21,15 +21,16 @@ from typing import Any
 import httpcore
 import httpx
 
-from mirada.errors import MediaDecodeError, MediaNotFound, MediaRefused, MediaTimeout, MediaTooLarge, MediaUnsupported
+from mirada.errors import MediaDecodeError, MediaNotFound, MediaRefused, MediaTimeout, MediaUnsupported
 from mirada.media.fetch import FetchLimits, show, too_large
 
 REDIRECTS = (301, 302, 303, 307, 308)
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-_SPECIAL = tuple(
-    ipaddress.ip_network(block)  # what some Python versions call global, and tunnels that can lead anywhere
-    for block in "192.0.0.0/24 192.88.99.0/24 64:ff9b:1::/48 100::/64 2001::/23 2002::/16 5f00::/16 fec0::/10".split()
-)
+# What some versions of Python call global, and tunnels that can lead anywhere.
+_SPECIAL = [
+    *map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "64:ff9b:1::/48", "100::/64")),
+    *map(ipaddress.ip_network, ("2001::/23", "2002::/16", "5f00::/16", "fec0::/10")),
+]
 
 
 def download(url: str, limits: FetchLimits, most: int) -> bytes:
@@ -89,7 +90,7 @@ def _hop(url: httpx.URL, name: str, backend: _Guarded, most: int) -> tuple[bytes
         httpcore.ConnectionPool(ssl_context=context, network_backend=backend) as pool,
         pool.stream("GET", target, headers=headers) as response,
     ):
-        facts = {key.lower(): value.decode("latin-1") for key, value in response.headers}
+        facts = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in response.headers}
         if response.status in REDIRECTS and "location" in facts:
             return b"", _parse(str(_join(url, facts["location"])))
         if response.status != 200:

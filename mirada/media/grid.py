@@ -61,7 +61,7 @@ class Patches:
         return sum(t for t, _, _ in self.grids)
 
 
-def fit(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int, enlarge: bool = True) -> tuple[int, int]:
+def fit(height: int, width: int, *, factor: int, min_pixels: float, max_pixels: float, enlarge: bool = True) -> tuple[int, int]:
     """Smallest change of (height, width) to multiples of ``factor`` with an area between the bounds.
 
     ``enlarge`` first scales sides below ``factor`` up with their ratio kept, as Keye's image processor does

@@ -174,7 +174,7 @@ def _rgb(image: pil.Image, alpha: Alpha, name: str, notes: list[str]) -> pil.Ima
         return rgba.convert("RGB")
     white = pil.new("RGB", image.size, (255, 255, 255))
     white.paste(rgba, mask=rgba.getchannel("A"))
-    if rgba.getextrema()[3][0] < 255:
+    if rgba.getchannel("A").histogram()[255] < rgba.width * rgba.height:
         notes.append("transparent parts were laid on white")
     return white
 

@@ -70,7 +70,9 @@ def check_bounds(min_pixels: int, max_pixels: int, factor: int) -> None:
     """Raise SettingsError unless 1 <= min_pixels <= max_pixels and one cell of ``factor`` pixels a side fits."""
     for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SettingsError(f"{name}={value!r} is not a positive whole number of pixels", f"give an area, e.g. {256 * _CELL}")
+            raise SettingsError(
+                f"{name}={value!r} is not a positive whole number of pixels", f"give an area, e.g. {256 * _CELL}"
+            )
     if max_pixels < factor * factor:
         raise SettingsError(f"max_pixels={max_pixels} is less than one cell", f"give at least {factor * factor}")
     if min_pixels > max_pixels:
