@@ -2,79 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import random
+from importlib import resources
 from typing import Any
 
-PHRASINGS: dict[str, dict[str, tuple[str, ...]]] = {}
 
-
-def register(kind: str, train: str, held: str) -> None:
-    """Add a question type: phrasings one a line, with ``{name}`` places to fill."""
-    split = {"train": train, "held": held}
-    PHRASINGS[kind] = {name: tuple(line.strip() for line in text.strip().splitlines()) for name, text in split.items()}
+@functools.lru_cache(maxsize=1)
+def phrasings() -> dict[str, dict[str, tuple[str, ...]]]:
+    """``{question type: {"train": (...), "held": (...)}}`` from phrasings.txt."""
+    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    text = resources.files("mirada.synth").joinpath("phrasings.txt").read_text(encoding="utf-8")
+    kind, split = "", "train"
+    for line in map(str.strip, text.splitlines()):
+        if line.startswith("[") and line.endswith("]"):
+            kind, split = line[1:-1], "train"
+            found[kind] = {"train": (), "held": ()}
+        elif line == "--":
+            split = "held"
+        elif line and not line.startswith("#"):
+            found[kind][split] += (line,)
+    return found
 
 
 def ask(rng: random.Random, kind: str, phrasing: str, **values: Any) -> str:
-    """A question of type ``kind``, now and then in another letter case or without its final mark."""
-    text = rng.choice(PHRASINGS[kind][phrasing]).format(**values)
+    """A question of type ``kind`` with its places filled; now and then its first letter is small or its final mark missing."""
+    template = rng.choice(phrasings()[kind][phrasing])
     roll = rng.random()
     if roll < 0.08:
-        text = text.lower()
-    elif roll < 0.16 and text[-1] in "?.":
-        text = text[:-1]
-    return text
-
-
-register(
-    "read",
-    """
-    What does the text say?
-    What does it say?
-    What does this say?
-    Read the text.
-    Read this.
-    Read the text in the image.
-    Read out the text.
-    Read it to me.
-    What is written here?
-    What is written in the image?
-    What's written here?
-    What text is shown?
-    What text do you see?
-    What text is in the picture?
-    What is the text?
-    Transcribe this.
-    Transcribe the text.
-    Transcribe the image.
-    Please transcribe the text in this picture.
-    OCR
-    OCR this image.
-    Do OCR.
-    Text?
-    Please read the text.
-    Can you read this?
-    Can you read the text for me?
-    Extract the text.
-    Extract all text from the image.
-    Give me the text.
-    Type out what is written.
-    Write down the text you see.
-    What words are shown?
-    Which text appears in the image?
-    Tell me what it says.
-    Copy the text from the picture.
-    What does the image say?
-    What does the sign say?
-    Return the exact text.
-    """,
-    """
-    What is the writing in this picture?
-    Could you tell me what is written?
-    Spell out the text in the image.
-    Please write what you read here.
-    What can be read here?
-    Recognize the text.
-    What's the text in the photo?
-    Output the text exactly as shown.
-    """,
-)
+        template = template[0].lower() + template[1:]
+    elif roll < 0.16 and template[-1] in "?.":
+        template = template[:-1]
+    text = template.format(**values)
+    return text.replace(" a orange", " an orange")

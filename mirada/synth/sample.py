@@ -15,6 +15,9 @@ TASKS = Table(
     {
         "line": "mirada.synth.lines:draw_line",
         "paragraph": "mirada.synth.lines:draw_paragraph",
+        "scene": "mirada.synth.scene:draw_scene",
+        "boxes": "mirada.synth.boxes:draw_boxes",
+        "chart": "mirada.synth.chart:draw_chart",
     },
 )
 

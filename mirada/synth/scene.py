@@ -1,0 +1,243 @@
+"""Task ``scene``: coloured shapes, asked for count, colour, shape, place, relation and existence."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from mirada.synth import effects
+from mirada.synth.phrasing import ask
+from mirada.synth.shapes import DRAWN_SHAPES, PAPERS, PLURALS, colours_on, mark, place, shape_mask, tint
+from mirada.synth.types import CELL, Dense, Options, Sample
+
+Thing = dict[str, Any]
+"""One object: shape, colour, x, y (centre, pixels), radius (pixels)."""
+Question = tuple[dict[str, Any], dict[str, Any], str]
+"""Values for the phrasing, arguments for the facts, answer."""
+
+SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+_SPOKEN = {
+    "left of": ("left of", "to the left of", "on the left of"),
+    "right of": ("right of", "to the right of", "on the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under", "beneath"),
+}
+MARGIN = 10
+"""Pixels by which positions must differ before a question relies on them."""
+
+
+def _objects(rng: random.Random, options: Options, height: int, width: int, colours: list[str]) -> list[Thing]:
+    most = 2 + round(6 * options.level)
+    wanted = rng.randint(1, most)
+    # A few scenes repeat one shape or one colour, so that counting is not always of one.
+    shapes = rng.sample(DRAWN_SHAPES, rng.randint(1, 3)) if rng.random() < 0.4 else DRAWN_SHAPES
+    tones = rng.sample(colours, rng.randint(1, 3)) if rng.random() < 0.4 else colours
+    placed: list[Thing] = []
+    for _ in range(wanted * 12):
+        radius = rng.randint(10, 20 if wanted > 4 else 26)
+        x, y = rng.randint(radius + 1, width - radius - 2), rng.randint(radius + 1, height - radius - 2)
+        if all((x - o["x"]) ** 2 + (y - o["y"]) ** 2 >= (radius + o["radius"] + 3) ** 2 for o in placed):
+            placed.append({"shape": rng.choice(shapes), "colour": rng.choice(tones), "x": x, "y": y, "radius": radius})
+            if len(placed) == wanted:
+                break
+    return placed
+
+
+def name(thing: Thing) -> str:
+    return f"{thing['colour']} {thing['shape']}"
+
+
+def _plural(thing: Thing) -> str:
+    return f"{thing['colour']} {PLURALS[thing['shape']]}"
+
+
+def _unique(things: list[Thing]) -> list[Thing]:
+    """Objects whose colour and shape together occur once."""
+    names = [name(thing) for thing in things]
+    return [thing for thing, its in zip(things, names, strict=True) if names.count(its) == 1]
+
+
+def _absent_or_any(rng: random.Random, things: list[Thing], key: str, choices: list[str]) -> str:
+    """A value that occurs, or (one time in eight) any."""
+    return rng.choice(choices) if rng.random() < 0.125 else rng.choice(things)[key]
+
+
+def _count_all(rng: random.Random, facts: dict[str, Any]) -> Question:
+    return {}, {}, str(len(facts["objects"]))
+
+
+def _count_shape(rng: random.Random, facts: dict[str, Any]) -> Question:
+    shape = _absent_or_any(rng, facts["objects"], "shape", list(DRAWN_SHAPES))
+    total = sum(o["shape"] == shape for o in facts["objects"])
+    return {"shape": shape, "shapes": PLURALS[shape]}, {"shape": shape}, str(total)
+
+
+def _count_colour(rng: random.Random, facts: dict[str, Any]) -> Question:
+    colour = _absent_or_any(rng, facts["objects"], "colour", facts["colours"])
+    return {"colour": colour}, {"colour": colour}, str(sum(o["colour"] == colour for o in facts["objects"]))
+
+
+def _count_both(rng: random.Random, facts: dict[str, Any]) -> Question:
+    colour = _absent_or_any(rng, facts["objects"], "colour", facts["colours"])
+    same = [o for o in facts["objects"] if o["colour"] == colour] or facts["objects"]
+    shape = _absent_or_any(rng, same, "shape", list(DRAWN_SHAPES))
+    total = sum(o["shape"] == shape and o["colour"] == colour for o in facts["objects"])
+    return {"shapes": PLURALS[shape], "colour": colour}, {"shape": shape, "colour": colour}, str(total)
+
+
+def _alone(rng: random.Random, facts: dict[str, Any], key: str) -> Thing | None:
+    """An object whose ``key`` no other object shares."""
+    values = [o[key] for o in facts["objects"]]
+    fitting = [o for o in facts["objects"] if values.count(o[key]) == 1]
+    return rng.choice(fitting) if fitting else None
+
+
+def _colour_of(rng: random.Random, facts: dict[str, Any]) -> Question | None:
+    thing = _alone(rng, facts, "shape")
+    return thing and ({"shape": thing["shape"]}, {"shape": thing["shape"]}, thing["colour"])
+
+
+def _shape_of(rng: random.Random, facts: dict[str, Any]) -> Question | None:
+    thing = _alone(rng, facts, "colour")
+    return thing and ({"colour": thing["colour"]}, {"colour": thing["colour"]}, thing["shape"])
+
+
+def _third(value: int, size: int, names: tuple[str, str, str]) -> str | None:
+    """Which third of ``size`` a position lies in; None within 5 % of a border between thirds."""
+    share = value / size
+    if min(abs(share - 1 / 3), abs(share - 2 / 3)) < 0.05:
+        return None
+    return names[int(share * 3)]
+
+
+def place_name(thing: Thing, height: int, width: int) -> str | None:
+    """ "top left", "top", ... "middle" ... of a 3 x 3 grid; None when on a border."""
+    row = _third(thing["y"], height, ("top", "", "bottom"))
+    column = _third(thing["x"], width, ("left", "", "right"))
+    if row is None or column is None:
+        return None
+    return f"{row} {column}".strip() or "middle"
+
+
+def _where(rng: random.Random, facts: dict[str, Any]) -> Question | None:
+    fitting = [(o, place_name(o, facts["height"], facts["width"])) for o in _unique(facts["objects"])]
+    fitting = [(o, spot) for o, spot in fitting if spot]
+    if not fitting:
+        return None
+    thing, spot = rng.choice(fitting)
+    return {"object": name(thing)}, {"object": name(thing)}, str(spot)
+
+
+def on_side(thing: Thing, anchor: Thing, side: str) -> bool | None:
+    """Whether ``thing`` lies on ``side`` of ``anchor``; None when within MARGIN pixels."""
+    dx, dy = SIDES[side]
+    ahead = (thing["x"] - anchor["x"]) * dx + (thing["y"] - anchor["y"]) * dy
+    return None if abs(ahead) < MARGIN else ahead > 0
+
+
+def _relation(rng: random.Random, facts: dict[str, Any]) -> Question | None:
+    found = []
+    for anchor in _unique(facts["objects"]):
+        for side in SIDES:
+            others = [(o, on_side(o, anchor, side)) for o in facts["objects"] if o is not anchor]
+            ahead = [o for o, is_ahead in others if is_ahead]
+            if len(ahead) == 1 and all(is_ahead is not None for _, is_ahead in others):
+                found.append((anchor, side, ahead[0]))
+    if not found:
+        return None
+    anchor, side, thing = rng.choice(found)
+    spoken = rng.choice(_SPOKEN[side])
+    values = {"object": name(anchor), "side": spoken, "Side": spoken[0].upper() + spoken[1:]}
+    return values, {"object": name(anchor), "side": side}, name(thing)
+
+
+def _exists(rng: random.Random, facts: dict[str, Any]) -> Question:
+    thing = rng.choice(facts["objects"])
+    if rng.random() < 0.5:  # change one property or both: mostly absent then
+        thing = dict(thing)
+        keys = rng.choice((["shape"], ["colour"], ["shape", "colour"]))
+        if "shape" in keys:
+            thing["shape"] = rng.choice(DRAWN_SHAPES)
+        if "colour" in keys:
+            thing["colour"] = rng.choice(facts["colours"])
+    there = any(name(o) == name(thing) for o in facts["objects"])
+    return {"object": name(thing), "objects": _plural(thing)}, {"object": name(thing)}, "yes" if there else "no"
+
+
+EXTREMES: dict[str, Callable[[Thing], int]] = {
+    "leftmost": lambda o: -o["x"],
+    "rightmost": lambda o: o["x"],
+    "topmost": lambda o: -o["y"],
+    "lowest": lambda o: o["y"],
+    "largest": lambda o: o["radius"],
+    "smallest": lambda o: -o["radius"],
+}
+
+
+def _extreme(rng: random.Random, facts: dict[str, Any]) -> Question | None:
+    if len(facts["objects"]) < 2:
+        return None
+    most = rng.choice(tuple(EXTREMES))
+    ordered = sorted(facts["objects"], key=EXTREMES[most])
+    gap = EXTREMES[most](ordered[-1]) - EXTREMES[most](ordered[-2])
+    sized = most in ("largest", "smallest")
+    # Sizes of different shapes are hard to compare: only like shapes are.
+    if gap < (5 if sized else MARGIN) or (sized and len({o["shape"] for o in ordered}) > 1):
+        return None
+    return {"most": most}, {"most": most}, name(ordered[-1])
+
+
+def _compare(rng: random.Random, facts: dict[str, Any]) -> Question | None:
+    fitting = _unique(facts["objects"])
+    if len(fitting) < 2:
+        return None
+    thing, other = rng.sample(fitting, 2)
+    side = rng.choice(tuple(SIDES))
+    is_ahead = on_side(thing, other, side)
+    if is_ahead is None:
+        return None
+    values = {"object": name(thing), "other": name(other), "side": rng.choice(_SPOKEN[side])}
+    return values, {"object": name(thing), "other": name(other), "side": side}, "yes" if is_ahead else "no"
+
+
+QUESTIONS: dict[str, Callable[[random.Random, dict[str, Any]], Question | None]] = {
+    "count_all": _count_all, "count_shape": _count_shape, "count_colour": _count_colour, "count_both": _count_both,
+    "colour_of": _colour_of, "shape_of": _shape_of, "where": _where, "relation": _relation, "exists": _exists,
+    "extreme": _extreme, "compare": _compare,
+}  # fmt: skip
+
+
+def choose_question(rng: random.Random, facts: dict[str, Any], questions: dict[str, Any], phrasing: str) -> tuple[str, str]:
+    """Pick a question type that suits the facts, note it there, and return (question, answer)."""
+    kinds = list(questions)
+    while True:
+        kind = rng.choice(kinds)
+        made = questions[kind](rng, facts)
+        if made is not None:
+            values, arguments, answer = made
+            facts["question_type"], facts["question_arguments"] = kind, arguments
+            return ask(rng, kind, phrasing, **values), answer
+
+
+def draw_scene(rng: random.Random, options: Options) -> Sample:
+    """Draw shapes that do not overlap, 84 x 84 to 168 x 168 pixels, and ask one question."""
+    level = options.level
+    width, height = CELL * rng.randint(3, 4 + round(2 * level)), CELL * rng.randint(3, 4 + round(2 * level))
+    paper = rng.choice(PAPERS)
+    names = colours_on(paper)
+    objects = _objects(rng, options, height, width, names)
+    paper = effects.shifted(rng, paper, round(8 * level))
+    end = effects.shifted(rng, paper, 16) if rng.random() < 0.2 * level else paper
+    canvas = effects.background(rng, height, width, paper, end, 0.5 * level)
+    dense = Dense.empty(height, width)
+    for thing in objects:
+        turn = rng.randint(-12, 12) if rng.random() < 0.5 * level and thing["shape"] not in ("square", "diamond") else 0
+        mask = shape_mask(thing["shape"], thing["radius"], turn)
+        left, top = thing["x"] - thing["radius"], thing["y"] - thing["radius"]
+        place(canvas, mask, left, top, tint(rng, thing["colour"], level))
+        mark(dense, mask, left, top, thing["shape"], thing["colour"])
+    image = effects.disturb(rng, canvas, 0.7 * level)
+    facts: dict[str, Any] = {"objects": objects, "colours": names, "height": height, "width": width}
+    question, answer = choose_question(rng, facts, QUESTIONS, options.phrasing)
+    return Sample("scene", image, question, answer, dense, facts)
