@@ -38,7 +38,9 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], causa
 
 def _pad(pieces: list[Tensor], sizes: list[int]) -> Tensor:
     """Pieces [n_i, ..] -> [B, sizes[0], ..], zeros on the right. One ``cat``: its backward only takes views."""
-    filled = [x for piece, n in zip(pieces, sizes, strict=True) for x in (piece, piece.new_zeros(sizes[0] - n, *piece.shape[1:]))]
+    filled = [
+        x for piece, n in zip(pieces, sizes, strict=True) for x in (piece, piece.new_zeros(sizes[0] - n, *piece.shape[1:]))
+    ]
     return torch.cat(filled).view(len(pieces), sizes[0], *pieces[0].shape[1:])
 
 

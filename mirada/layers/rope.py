@@ -1,7 +1,8 @@
 """Rotary positions, rotate-half form: channel i turns with channel i + d/2.
 
 T tokens, d head size. Angles and rotation are in float32. A ``Rotation`` is made once per forward and shared by all layers.
-Ported facts: RoPE (arXiv 2104.09864), M-RoPE sections (Qwen2-VL, arXiv 2409.12191), row/column halves (Keye ``modeling_keye.py``).
+Ported facts: RoPE (arXiv 2104.09864), M-RoPE sections (Qwen2-VL, arXiv 2409.12191), rows and columns
+(Keye ``modeling_keye.py``).
 """
 
 from __future__ import annotations

@@ -7,12 +7,12 @@ Ported facts: Keye ``modeling_keye.py`` (KeyeDecoderLayer), Qwen3 (arXiv 2505.09
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from mirada.layers.attention import attend_packed
 from mirada.layers.batch import Batch
+from mirada.layers.cache import KVCache
 from mirada.layers.mlp import GatedMLP
 from mirada.layers.norm import RMSNorm, norm_heads
 from mirada.layers.rope import Rotation, mrope_angles, rotate, rotation
@@ -42,7 +42,7 @@ class Context:
 
     batch: Batch
     turn: Rotation
-    cache: Any = None
+    cache: KVCache | None = None
 
 
 class DecoderAttention(nn.Module):
@@ -93,7 +93,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, batch: Batch, cache: Any = None) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch, cache: KVCache | None = None) -> Tensor:
         """[T, D] embeddings -> [T, D] after the final norm."""
         c = self.config
         turn = rotation(mrope_angles(batch.positions, c.mrope_section, c.head_dim, c.rope_theta))

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from mirada.errors import ConfigError
-from mirada.table import Table, nearest
+from mirada.errors import ConfigError, nearest
+from mirada.table import Table
 
 FAMILIES = Table("model family", {"Keye": "mirada.models.keye_vl:KEYE", "KeyeVL1_5": "mirada.models.keye_vl:KEYE_1_5"})
 
@@ -68,7 +68,9 @@ class Keys:
         value = self.mapping.get(name, _MISSING)
         if value is _MISSING:
             if default is _MISSING:
-                raise ConfigError(f"{self.where}: key {name!r} is missing", "take the config.json that belongs to these weights")
+                raise ConfigError(
+                    f"{self.where}: key {name!r} is missing", "take the config.json that belongs to these weights"
+                )
             return default
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if float in kinds and isinstance(value, int) and not isinstance(value, bool):

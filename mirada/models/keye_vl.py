@@ -7,8 +7,8 @@ Ported facts: Keye repository, ``keye-vl-8b-preview/modeling_keye.py``; vLLM ``k
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,11 +17,20 @@ from torch import Tensor, nn
 
 from mirada.errors import ConfigError, MessageError
 from mirada.layers.batch import Batch, MediaBatch
+from mirada.layers.cache import KVCache
 from mirada.layers.mlp import MLP
 from mirada.layers.norm import LayerNorm
+from mirada.media.grid import GridRule
+from mirada.media.rule import KEYE_15 as KEYE_15_MEDIA
+from mirada.media.rule import KEYE_PREVIEW as KEYE_PREVIEW_MEDIA
+from mirada.media.rule import MediaRule, Resample
 from mirada.models.decoder import Decoder, DecoderConfig
 from mirada.models.family import Keys
+from mirada.models.layout import Layout, Rule
 from mirada.models.vit import KeyeVisionTower, VisionConfig
+from mirada.prompt.format import KEYE_1_5 as KEYE_15_FORMAT
+from mirada.prompt.format import KEYE_PREVIEW as KEYE_PREVIEW_FORMAT
+from mirada.prompt.format import PromptFormat
 from mirada.types import Grid
 
 PROJECTOR_EPS = 1e-5
@@ -61,8 +70,7 @@ class KeyeConfig:
     def from_hf(cls, mapping: Mapping[str, Any], where: str = "config.json") -> KeyeConfig:
         """From the released flat layout; ConfigError names a key or value that is not understood."""
         keys = Keys(mapping, where)
-        for name in _TOP_IGNORED:
-            keys.ignore(name)
+        keys.ignore(*_TOP_IGNORED)
         keys.expect("hidden_act", "silu")
         keys.expect("attention_bias", False)
         keys.expect("use_sliding_window", False)
@@ -87,20 +95,20 @@ class KeyeConfig:
 
 # Facts about training, about other software, or ids that the tokenizer says by name.
 _TOP_IGNORED = (
-    "architectures auto_map attention_dropout bos_token_id initializer_range max_window_layers sliding_window torch_dtype dtype "
-    "transformers_version use_cache vision_token_id frame_token_id fast_start_token_id fast_end_token_id fast_video_token_id "
-    "_name_or_path _attn_implementation_autoset mirada"
-).split()
+    "architectures", "auto_map", "attention_dropout", "bos_token_id", "initializer_range", "max_window_layers",
+    "sliding_window", "torch_dtype", "dtype", "transformers_version", "use_cache", "vision_token_id", "frame_token_id",
+    "fast_start_token_id", "fast_end_token_id", "fast_video_token_id", "_name_or_path", "_attn_implementation_autoset",
+    "mirada",
+)  # fmt: skip
 # temporal_patch_size stands as 2 in the release and is never used: frames are patched one by one.
 _VISION_IGNORED = (
-    "model_type attention_dropout temporal_patch_size initializer_range torch_dtype dtype transformers_version _name_or_path "
-    "_attn_implementation_autoset architectures auto_map"
-).split()
+    "model_type", "attention_dropout", "temporal_patch_size", "initializer_range", "torch_dtype", "dtype",
+    "transformers_version", "_name_or_path", "_attn_implementation_autoset", "architectures", "auto_map",
+)  # fmt: skip
 
 
 def _vision(keys: Keys) -> VisionConfig:
-    for name in _VISION_IGNORED:
-        keys.ignore(name)
+    keys.ignore(*_VISION_IGNORED)
     keys.expect("hidden_act", "gelu_pytorch_tanh")
     keys.expect("spatial_merge_size", 2)
     keys.expect("has_learnable_position_embedding", True)
@@ -208,6 +216,8 @@ class KeyeVL(nn.Module):
     def __init__(self, config: KeyeConfig) -> None:
         super().__init__()
         self.config = config
+        self.config_text: str | None = None
+        """config.json as it was read; what a save writes."""
         self.visual = KeyeVisionTower(config.vision)
         self.projector = Projector(config.vision, config.text.hidden_size, config.merge_then_norm)
         self.decoder = Decoder(config.text)
@@ -244,7 +254,7 @@ class KeyeVL(nn.Module):
             return x
         return x.index_copy(0, batch.feature_rows, features.to(x.dtype))
 
-    def forward(self, batch: Batch, features: Tensor | None = None, cache: Any = None) -> Tensor:
+    def forward(self, batch: Batch, features: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Hidden values [T, D] after the final norm. With a cache, only the new tokens are in ``batch``."""
         return self.decoder(self.embed(batch, features), batch, cache)
 
@@ -254,7 +264,7 @@ class KeyeVL(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """Fresh weights for training: normal with deviation 0.02, residual outputs scaled down by depth; norms one, biases zero."""
+        """Fresh weights for training: normal, deviation 0.02, residual outputs less by depth; norms one, biases zero."""
         random = torch.Generator(self.lm_head.weight.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
@@ -263,3 +273,146 @@ class KeyeVL(nn.Module):
             depth = len(self.visual.layers) if name.startswith("visual") else len(self.decoder.layers)
             last = name.endswith(("attention.out.weight", "mlp.fc2.weight", "mlp.down.weight")) and "projector" not in name
             parameter.normal_(std=0.02 / (2 * depth) ** 0.5 if last else 0.02, generator=random)
+
+
+def layout(config: KeyeConfig) -> Layout:
+    """Released names <-> modules, with every shape."""
+    return Layout((*_vision_rules(config), *_projector_rules(config), *_text_rules(config)), _ignored(config))
+
+
+def _ignored(config: KeyeConfig) -> tuple[str, ...]:
+    # The pooling head and the table for packing take no part in the model; rotary frequencies are computed.
+    tied = ("lm_head.weight",) if config.text.tie_word_embeddings else ()
+    return ("visual.vision_model.head.*", "*.packing_position_embedding.*", "*.inv_freq", *tied)
+
+
+def _affine(parameter: str, stored: str, rows: int, *columns: int) -> Iterator[Rule]:
+    yield Rule(f"{parameter}.weight", ((f"{stored}.weight", (rows, *columns)),))
+    yield Rule(f"{parameter}.bias", ((f"{stored}.bias", (rows,)),))
+
+
+def _vision_rules(config: KeyeConfig) -> Iterator[Rule]:
+    v = config.vision
+    d, inner = v.hidden_size, v.intermediate_size
+    embeddings = "visual.vision_model.embeddings"
+    yield from _affine("visual.patches.proj", f"{embeddings}.patch_embedding", d, v.num_channels, v.patch_size, v.patch_size)
+    yield Rule("visual.positions.weight", ((f"{embeddings}.position_embedding.weight", (v.table_side**2, d)),))
+    for i in range(v.num_hidden_layers):
+        ours, theirs = f"visual.layers.{i}", f"visual.vision_model.encoder.layers.{i}"
+        for name, columns in (("weight", (d,)), ("bias", ())):
+            parts = tuple((f"{theirs}.self_attn.{x}_proj.{name}", (d, *columns)) for x in "qkv")
+            yield Rule(f"{ours}.attention.qkv.{name}", parts)
+        yield from _affine(f"{ours}.attention.out", f"{theirs}.self_attn.out_proj", d, d)
+        yield from _affine(f"{ours}.norm1", f"{theirs}.layer_norm1", d)
+        yield from _affine(f"{ours}.norm2", f"{theirs}.layer_norm2", d)
+        yield from _affine(f"{ours}.mlp.fc1", f"{theirs}.mlp.fc1", inner, d)
+        yield from _affine(f"{ours}.mlp.fc2", f"{theirs}.mlp.fc2", d, inner)
+    yield from _affine("visual.norm", "visual.vision_model.post_layernorm", d)
+
+
+def _projector_rules(config: KeyeConfig) -> Iterator[Rule]:
+    d = config.vision.hidden_size
+    wide = d * config.vision.spatial_merge_size**2
+    yield from _affine("projector.norm", "mlp_AR.pre_norm", wide if config.merge_then_norm else d)
+    yield from _affine("projector.mlp.fc1", "mlp_AR.linear_1", wide, wide)
+    yield from _affine("projector.mlp.fc2", "mlp_AR.linear_2", config.text.hidden_size, wide)
+
+
+def _text_rules(config: KeyeConfig) -> Iterator[Rule]:
+    t = config.text
+    d, inner = t.hidden_size, t.intermediate_size
+    q, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
+    yield Rule("decoder.embed.weight", (("model.embed_tokens.weight", (t.vocab_size, d)),))
+    for i in range(t.num_hidden_layers):
+        ours, theirs = f"decoder.layers.{i}", f"model.layers.{i}"
+        parts = tuple((f"{theirs}.self_attn.{x}_proj.weight", (rows, d)) for x, rows in (("q", q), ("k", kv), ("v", kv)))
+        yield Rule(f"{ours}.attention.qkv.weight", parts)
+        yield Rule(f"{ours}.attention.out.weight", ((f"{theirs}.self_attn.o_proj.weight", (d, q)),))
+        for name in ("q_norm", "k_norm"):
+            yield Rule(f"{ours}.attention.{name}.weight", ((f"{theirs}.self_attn.{name}.weight", (t.head_dim,)),))
+        yield Rule(f"{ours}.norm1.weight", ((f"{theirs}.input_layernorm.weight", (d,)),))
+        yield Rule(f"{ours}.norm2.weight", ((f"{theirs}.post_attention_layernorm.weight", (d,)),))
+        gate_up = tuple((f"{theirs}.mlp.{x}_proj.weight", (inner, d)) for x in ("gate", "up"))
+        yield Rule(f"{ours}.mlp.gate_up.weight", gate_up)
+        yield Rule(f"{ours}.mlp.down.weight", ((f"{theirs}.mlp.down_proj.weight", (d, inner)),))
+    yield Rule("decoder.norm.weight", (("model.norm.weight", (d,)),))
+    if not t.tie_word_embeddings:
+        yield Rule("lm_head.weight", (("lm_head.weight", (t.vocab_size, d)),))
+
+
+@dataclass(frozen=True)
+class KeyeFamily:
+    """What the rest of the package asks of Keye-VL; see ``family.Family``."""
+
+    model_type: str
+    format: PromptFormat
+    media: MediaRule
+
+    def config(self, mapping: Mapping[str, Any]) -> KeyeConfig:
+        return KeyeConfig.from_hf(mapping)
+
+    def build(self, config: KeyeConfig) -> KeyeVL:
+        return KeyeVL(config)
+
+    def layout(self, config: KeyeConfig) -> Layout:
+        return layout(config)
+
+    def prompt_format(self, config: KeyeConfig) -> PromptFormat:
+        return replace(self.format, tokens_per_second=config.vision.tokens_per_second, merge=config.vision.spatial_merge_size)
+
+    def media_rule(self, config: KeyeConfig, preprocessor: Mapping[str, Any] | None = None) -> MediaRule:
+        """With preprocessor_config.json: its bounds, mean, deviation and filter. ConfigError names an unknown key or value."""
+        keys = Keys(preprocessor or {}, "preprocessor_config.json")
+        vision, default = config.vision, self.media.grid
+        keys.expect("patch_size", vision.patch_size)
+        keys.expect("merge_size", vision.spatial_merge_size)
+        for name, value in _PROCESSOR_FIXED.items():
+            keys.expect(name, value)
+        keys.ignore(*_PROCESSOR_IGNORED)
+        grid = GridRule(
+            patch=vision.patch_size,
+            merge=vision.spatial_merge_size,
+            min_pixels=keys.take("min_pixels", int, default.min_pixels),
+            max_pixels=keys.take("max_pixels", int, default.max_pixels),
+            mean=_triple(keys, "image_mean", default.mean),
+            std=_triple(keys, "image_std", default.std),
+        )
+        filters: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}
+        keys.expect("resample", *filters)
+        resample = filters[preprocessor["resample"]] if preprocessor and "resample" in preprocessor else self.media.resample
+        keys.done()
+        return replace(self.media, grid=grid, resample=resample)
+
+    def cache_spec(self, config: KeyeConfig) -> dict[str, int]:
+        t = config.text
+        return {"num_layers": t.num_hidden_layers, "num_kv_heads": t.num_key_value_heads, "head_dim": t.head_dim}
+
+
+_PROCESSOR_FIXED: dict[str, Any] = {
+    "temporal_patch_size": 1,
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+    "rescale_factor": 1 / 255,
+}
+# ``size`` repeats the bounds in files that transformers wrote; the bounds themselves are read.
+_PROCESSOR_IGNORED = (
+    "image_processor_type",
+    "processor_class",
+    "auto_map",
+    "size",
+    "_valid_processor_keys",
+    "video_processor_type",
+)
+
+
+def _triple(keys: Keys, name: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
+    made = tuple(float(x) for x in keys.take(name, list, list(default)))
+    if len(made) != 3:
+        raise ConfigError(f"{keys.where}: {name} holds {len(made)} numbers", "one per colour channel: three")
+    return made
+
+
+KEYE = KeyeFamily("Keye", KEYE_PREVIEW_FORMAT, KEYE_PREVIEW_MEDIA)
+KEYE_1_5 = KeyeFamily("KeyeVL1_5", KEYE_15_FORMAT, KEYE_15_MEDIA)

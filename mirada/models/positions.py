@@ -27,7 +27,7 @@ def positions(num_tokens: int, spans: Sequence[Span]) -> tuple[np.ndarray, int]:
     for span in spans:
         if span.start < at or span.end > num_tokens:
             raise MessageError(
-                f"the {span.kind} span of tokens {span.start} to {span.end} overlaps another or leaves the prompt of {num_tokens}",
+                f"the {span.kind} span of tokens {span.start} to {span.end} overlaps another or ends past token {num_tokens}",
                 "give spans in order, each inside the prompt",
             )
         base = following + span.start - at
@@ -48,18 +48,3 @@ def _offsets(span: Span) -> np.ndarray:
     steps = (np.arange(t, dtype=np.float32) * np.float32(span.t_step)).astype(np.int64)
     time, row, column = np.broadcast_arrays(steps[:, None, None], np.arange(h)[:, None], np.arange(w))
     return np.stack((time.ravel(), row.ravel(), column.ravel()))
-
-
-def pack(prompts: Sequence[Prompt], device: torch.device | str = "cpu") -> Batch:
-    """Prompts end to end as one batch without a cache; features must come in the order of the spans."""
-    tokens = [token for prompt in prompts for token in prompt.tokens]
-    places = [positions(len(prompt.tokens), prompt.spans)[0] for prompt in prompts]
-    lengths = tuple(len(prompt.tokens) for prompt in prompts)
-    starts = np.cumsum((0, *lengths))
-    rows = [np.arange(s.start, s.end) + start for start, p in zip(starts, prompts, strict=False) for s in p.spans]
-    return Batch(
-        tokens=torch.tensor(tokens, dtype=torch.int64, device=device),
-        positions=torch.from_numpy(np.concatenate(places, 1)).to(device),
-        lengths=lengths,
-        feature_rows=torch.from_numpy(np.concatenate(rows)).to(device) if rows else None,
-    )

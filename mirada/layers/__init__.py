@@ -1,0 +1,1 @@
+"""Torch blocks for one device. They know nothing of families, checkpoints or parallelism."""

@@ -1,0 +1,1 @@
+"""Families of vision-language models: config, modules, layout of their checkpoints."""

@@ -1,0 +1,154 @@
+"""A model directory to a model, and back.
+
+Files are checked against the family's layout before any memory is taken; then each tensor goes from its mapped pages
+straight to its place, type and device. Ignored tensors of a release are not kept: what is saved is the layout's set.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mirada.errors import CheckpointError, ConfigError, TensorError
+from mirada.layers.linear import dequantise_rows, quantise_rows
+from mirada.models import shards
+from mirada.models.family import Family, family_of
+from mirada.models.layout import Layout
+from mirada.models.shards import Mapped, Stored
+
+INT8_ROWS = "mirada_int8_rows"
+SCALE = "_scale"
+"""``X`` stored as int8 has its scales, float16 [rows], beside it as ``X_scale``."""
+MAX_SHARD_BYTES = 5 << 30
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; ConfigError names the file if it is absent or malformed."""
+    if not file.is_file():
+        raise ConfigError(f"{file} is missing", "give the directory of a whole checkpoint")
+    try:
+        made = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file} is not JSON ({error})", "download it again") from error
+    if not isinstance(made, dict):
+        raise ConfigError(f"{file} holds a {type(made).__name__}", "it must hold a JSON object")
+    return made
+
+
+def load_model(directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Module:
+    """The model of ``directory`` with its weights in ``dtype`` (None: float32 on a CPU, bfloat16 elsewhere) on ``device``.
+
+    Raises CheckpointError and its kinds, each naming the file, key or tensor.
+    """
+    directory, device = Path(directory), torch.device(device)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory", "give the directory that holds config.json and the weights")
+    mapping = read_json(directory / "config.json")
+    model = build(mapping, dtype, device, where=str(directory / "config.json"))
+    model.config_text = (directory / "config.json").read_text(encoding="utf-8")  # pyright: ignore[reportArgumentType]
+    load_weights(model, family_of(mapping).layout(model.config), shards.read_all(shards.find(directory)))
+    return model.eval()
+
+
+def build(
+    mapping: Mapping[str, Any], dtype: torch.dtype | None = None, device: torch.device | str = "cpu", where: str = "config.json"
+) -> nn.Module:
+    """The modules that a config describes, on ``device``, their weights not yet set. On ``meta`` nothing is allocated."""
+    family: Family = family_of(mapping, where)
+    config = family.config(mapping)
+    with torch.device("meta"):
+        model = family.build(config)
+    family.layout(config).check_parameters({name: tuple(p.shape) for name, p in model.named_parameters()})
+    device = torch.device(device)
+    model.to(dtype or (torch.float32 if device.type in ("cpu", "meta") else torch.bfloat16))
+    if device.type != "meta":
+        model.to_empty(device=device)
+        model.tie_weights()  # pyright: ignore[reportCallIssue]
+    model.config_text = json.dumps(mapping, indent=2) + "\n"  # pyright: ignore[reportArgumentType]
+    return model
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, layout: Layout, stored: Mapping[str, Stored]) -> None:
+    """Fills every parameter from ``stored``. Raises TensorError before anything is written if the names do not fit."""
+    packed = _int8_pairs(stored, getattr(model.config, "quantisation", None) == INT8_ROWS)
+    layout.check_stored({name: s.shape for name, s in stored.items() if name not in packed.values()})
+    parameters, mapped = dict(model.named_parameters()), Mapped()
+    wanted = layout.stored()
+    # In the order of the files, so that each is read once from front to back.
+    for name in sorted(wanted, key=lambda name: (str(stored[name].file), stored[name].start)):
+        rule, index, _ = wanted[name]
+        scale = mapped.whole(stored[packed[name]]) if name in packed else None
+        _fill(rule.place(parameters[rule.parameter], index), stored[name], mapped, scale)
+
+
+def _fill(place: Tensor, stored: Stored, mapped: Mapped, scale: Tensor | None) -> None:
+    flat = place.view(-1)
+    row = math.prod(stored.shape[1:])
+    for begin, piece in mapped.chunks(stored, row * stored.torch_dtype.itemsize):
+        if scale is not None:
+            first = begin // row
+            piece = dequantise_rows(piece.view(-1, row), scale[first : first + len(piece) // row]).flatten()
+        flat[begin : begin + len(piece)].copy_(piece)
+
+
+def _int8_pairs(stored: Mapping[str, Stored], allowed: bool) -> dict[str, str]:
+    """Name of each int8 tensor -> name of its scales."""
+    made: dict[str, str] = {}
+    for name, found in stored.items():
+        if found.dtype != "I8":
+            if not found.torch_dtype.is_floating_point:
+                raise TensorError(f"tensor {name!r} is stored as {found.dtype}", "weights must be floating point")
+            continue
+        if not allowed:
+            raise TensorError(
+                f"tensor {name!r} is stored as int8",
+                f'config.json must say "quantization_config": {{"quant_method": "{INT8_ROWS}"}}',
+            )
+        scale = stored.get(name + SCALE)
+        if scale is None or scale.shape != found.shape[:1]:
+            raise TensorError(
+                f"the scales {name + SCALE!r} are missing or not of shape {list(found.shape[:1])}", "save it again"
+            )
+        made[name] = name + SCALE
+    return made
+
+
+@torch.no_grad()
+def save_model(
+    model: nn.Module, directory: str | Path, *, int8_rows: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> list[Path]:
+    """Writes config.json as it was read, and the weights under their released names; returns the weight files.
+
+    Equal weights give equal bytes. ``int8_rows`` stores matrices as int8 rows with float16 scales and says so in
+    config.json; a model that was read so is written so.
+    """
+    directory = Path(directory)
+    mapping = json.loads(str(model.config_text))
+    text = str(model.config_text)
+    method = {"quant_method": INT8_ROWS}
+    if int8_rows and mapping.get("quantization_config") != method:
+        text = json.dumps(mapping | {"quantization_config": method}, indent=2) + "\n"
+    layout: Layout = family_of(mapping).layout(model.config)
+    tensors = dict(layout.read(dict(model.named_parameters())))
+    if int8_rows or mapping.get("quantization_config") == method:
+        tensors = _quantised(tensors)
+    files = shards.write_all(directory, tensors, max_shard_bytes)
+    (directory / "config.json").write_text(text, encoding="utf-8")
+    return files
+
+
+def _quantised(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    made: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim == 1:
+            made[name] = tensor
+        else:
+            made[name], made[name + SCALE] = quantise_rows(tensor)
+    return made
