@@ -34,6 +34,14 @@ class FetchLimits:
     """Largest file, download or decoded base64 of one picture."""
     video_bytes: int = 2 << 30
     """The same of one video."""
+    video_seconds: float = 4 * 3600.0
+    """Longest video, after a cut by ``video_start`` / ``video_end``."""
+    video_frames: int = 1_000_000
+    """Most frames that a video file may hold."""
+    animation_frames: int = 5_000
+    """The same of an animated GIF, WebP or PNG, which can only be decoded from its first frame on."""
+    decode_seconds: float = 1800.0
+    """For decoding one video, all passes together."""
     pixels: int = 89_478_485
     """Largest width times height before any resize (the size above which Pillow warns)."""
     seconds: float = 30.0
@@ -49,7 +57,7 @@ class FetchLimits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name in ("bytes", "video_bytes", "pixels", "seconds") and not value > 0:
+            if field.name not in ("redirects", "allow_private", "allow_files", "file_root") and not value > 0:
                 raise SettingsError(f"limit {field.name}={value!r} lets nothing through", "give a number above 0")
         if self.redirects < 0:
             raise SettingsError(f"limit redirects={self.redirects!r} is negative", "give 0 to follow none")
