@@ -57,10 +57,8 @@ class FetchLimits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("redirects", "allow_private", "allow_files", "file_root") and not value > 0:
-                raise SettingsError(f"limit {field.name}={value!r} lets nothing through", "give a number above 0")
-        if self.redirects < 0:
-            raise SettingsError(f"limit redirects={self.redirects!r} is negative", "give 0 to follow none")
+            if field.type in ("int", "float") and not value > (-1 if field.name == "redirects" else 0):
+                raise SettingsError(f"limit {field.name}={value!r} lets nothing through", "give a larger number")
         if self.file_root is not None:
             object.__setattr__(self, "file_root", Path(self.file_root))
 

@@ -71,6 +71,22 @@ def prepare_many(
     return made
 
 
+def resize_first(part: Image, rule: MediaRule, limits: FetchLimits | None = None) -> pil.Image:
+    """The upright RGB picture after the first resize alone: what ``fetch_image`` of the utility packages returns.
+
+    Raises as :func:`prepare`, and SettingsError for a rule without a first stage.
+    """
+    if rule.first is None:
+        raise SettingsError("this media rule has no first stage", "use prepare")
+    limits = limits or FetchLimits()
+    item = _load(part, rule, limits)
+    if not isinstance(item, _Loaded):
+        raise MediaUnsupported("a Video is not a picture", "give an Image")
+    picture = item.open(limits, rule)
+    high, wide = _sizes(picture, item.part, rule, None)[0]
+    return picture.rgb.resize((wide, high), _RESAMPLE[rule.resample])
+
+
 def check_item(part: Image | Video, grid: GridRule) -> None:
     """Raise SettingsError if a picture's or video's size settings are malformed or contradict one another."""
     names = ("min_pixels", "max_pixels", "resized_height", "resized_width")
@@ -127,8 +143,9 @@ class _Plan:
         high, wide = self.sizes(cap)[-1]
         return high * wide
 
-    def notes(self, sizes: _Sizes) -> tuple[str, ...]:
+    def notes(self) -> tuple[str, ...]:
         """What the model's bounds changed about what the caller asked for."""
+        sizes = self.sizes()
         part, final = self.part, sizes[-1]
         area = final[0] * final[1]
         last = "the bounds of the model's image processor hold last (min_pixels, max_pixels of the model change them)"
@@ -204,11 +221,7 @@ def _prepare_image(
 
 
 def _cut(picture: Picture, part: Image, rule: MediaRule, cap: int | None) -> Patches:
-    plan = _Plan(part, rule, picture.size)
-    try:
-        sizes = plan.sizes(cap)
-    except MediaUnsupported as error:
-        raise MediaUnsupported(f"{picture.name}: {error.problem}", error.fix) from error
+    sizes = _sizes(picture, part, rule, cap)
     resized = picture.rgb
     for high, wide in sizes:
         resized = resized.resize((wide, high), _RESAMPLE[rule.resample])
@@ -216,7 +229,14 @@ def _cut(picture: Picture, part: Image, rule: MediaRule, cap: int | None) -> Pat
     high, wide = sizes[-1]
     grids = ((1, high // rule.grid.patch, wide // rule.grid.patch),)
     key = content_key(pixels, "image", grids, rule.grid)
-    return Patches("image", pixels, grids, picture.size, key, notes=(*picture.notes, *plan.notes(plan.sizes())))
+    return Patches("image", pixels, grids, picture.size, key, notes=(*picture.notes, *_Plan(part, rule, picture.size).notes()))
+
+
+def _sizes(picture: Picture, part: Image, rule: MediaRule, cap: int | None) -> _Sizes:
+    try:
+        return _Plan(part, rule, picture.size).sizes(cap)
+    except MediaUnsupported as error:
+        raise MediaUnsupported(f"{picture.name}: {error.problem}", error.fix) from error
 
 
 def _common_cap(plans: dict[int, _Plan], budget: int, largest: int) -> int:
