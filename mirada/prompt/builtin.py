@@ -78,7 +78,7 @@ KEYE_TEMPLATE = (
 KEYE_TEXT_TEMPLATE = (
     _TOOLS
     + """\
-{%- set last = namespace(question=-1) %}
+{%- set last = namespace(question=(messages | length) - 1) %}
 {%- for message in messages %}
     {%- if message.role == "user" and message.content is string and not (
         message.content.startswith("<tool_response>") and message.content.endswith("</tool_response>")) %}
