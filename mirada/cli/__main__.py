@@ -1,0 +1,5 @@
+"""``python -m mirada.cli``."""
+
+from mirada.cli.main import main
+
+main()

@@ -1,0 +1,53 @@
+"""``mirada ask``: one question, one streamed answer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from mirada.cli import show
+from mirada.errors import InputError
+from mirada.types import Message, Output, Sampling, Text
+
+
+def run(
+    words: list[str],
+    model: str,
+    sampling: Sampling,
+    think: bool | None,
+    fps: float | None,
+    max_pixels: int | None,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Answer ``words[-1]`` about the media ``words[:-1]``; print the answer, or one JSON object."""
+    *sources, question = words
+    if Path(question).is_file():
+        raise InputError(
+            f"the last word, {question!r}, is a file, so there is no question", 'end with one: mirada ask a.png "What is it?"'
+        )
+    show.check_paths(sources)
+    chat = [Message("user", (*(show.medium(source, fps, max_pixels) for source in sources), Text(question)))]
+    vlm = show.open_model(model, device)
+    handle = vlm.submit(chat, sampling, thinking=show.thinking(think))
+    if not as_json:
+        show.stream(handle)
+    output = handle.result()
+    if output.error is not None:
+        raise output.error
+    if as_json:
+        print(json.dumps(as_object(output, model), ensure_ascii=False))
+
+
+def as_object(output: Output, model: str) -> dict:
+    """What ``--json`` prints."""
+    return {
+        "text": output.message.text,
+        "reasoning": output.message.reasoning,
+        "tool_calls": [asdict(call) for call in output.message.tool_calls],
+        "finish": output.finish,
+        "model": model,
+        "usage": asdict(output.usage),
+        "metrics": dict(output.metrics),
+    }

@@ -1,0 +1,136 @@
+"""Options of every command, and how errors reach a person: one message, an exit code, a traceback only on ``--debug``.
+
+Exit codes: 0 done, 1 failed (memory, checkpoint, something absent), 2 wrong usage or input, 130 interrupted.
+Nothing heavier than typer is imported here; ``mirada --help`` stays below 0.3 s.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+import mirada
+from mirada.errors import InputError, MiradaError
+
+app = typer.Typer(
+    name="mirada",
+    help="Ask open vision-language models about pictures and videos.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_debug = False
+
+
+def _set_debug(value: bool) -> bool:
+    global _debug
+    _debug = _debug or value
+    return value
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"mirada {mirada.__version__}")
+        raise typer.Exit
+
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_set_debug, is_eager=True)]
+Model = Annotated[str, typer.Option("--model", "-m", help="'mini', which lies inside the package, or a checkpoint's folder.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option("--temperature", help="0 always takes the likeliest token.")]
+Think = Annotated[
+    bool | None, typer.Option("--think/--no-think", help="Think before answering, or not. Default: the model chooses.")
+]
+Fps = Annotated[float | None, typer.Option("--fps", help="Frames to take per second of video.")]
+MaxPixels = Annotated[int | None, typer.Option("--max-pixels", help="Largest area of a picture or frame after resizing.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps. Default: the best there is.")]
+
+
+@app.callback()
+def _mirada(
+    debug: Debug = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def ask(
+    words: Annotated[list[str], typer.Argument(metavar="MEDIA... QUESTION", help="Paths or addresses, then the question.")],
+    model: Model = "mini",
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    think: Think = None,
+    fps: Fps = None,
+    max_pixels: MaxPixels = None,
+    device: Device = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object once the answer is whole.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Ask one question about pictures and videos. The answer appears as it is made."""
+    from mirada.cli.ask import run
+
+    run(words, model, _sampling(max_tokens, temperature), think, fps, max_pixels, device, json)
+
+
+@app.command()
+def chat(
+    media: Annotated[
+        list[str] | None, typer.Argument(metavar="[MEDIA]...", help="Pictures or videos of the first question.")
+    ] = None,
+    model: Model = "mini",
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    think: Think = None,
+    fps: Fps = None,
+    max_pixels: MaxPixels = None,
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Talk in several turns. /image PATH and /video PATH add media, /reset starts anew, /quit ends."""
+    from mirada.cli.chat import run
+
+    run(media or [], model, _sampling(max_tokens, temperature), think, fps, max_pixels, device)
+
+
+@app.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show versions, devices, decoders, threads and memory, and how to mend what is missing."""
+    from mirada.cli.doctor import run
+
+    raise typer.Exit(run(as_json=json))
+
+
+def _sampling(max_tokens: int, temperature: float) -> mirada.Sampling:
+    return mirada.Sampling(max_tokens=max_tokens, temperature=temperature)
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        app()
+    except MiradaError as error:
+        _fail(
+            error, f"{error.problem}\n  {error.fix}" if error.fix else error.problem, 2 if isinstance(error, InputError) else 1
+        )
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `mirada ask ... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:  # a defect: say so in one line, and where to see more
+        _fail(error, f"internal error: {type(error).__name__}: {error}\n  run it again with --debug to see where", 1)
+
+
+def _fail(error: Exception, message: str, code: int) -> None:
+    if _debug:
+        raise error
+    print(f"mirada: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,63 @@
+"""What the commands share: opening the model, sorting media, printing an answer as it comes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TextIO
+
+import mirada
+from mirada.errors import MediaNotFound
+from mirada.types import Delta, Image, Thinking, Video
+
+_VIDEOS = (".mp4", ".m4v", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp", ".ogv")
+
+
+def thinking(think: bool | None) -> Thinking:
+    return "auto" if think is None else "on" if think else "off"
+
+
+def medium(source: str, fps: float | None = None, max_pixels: int | None = None) -> Image | Video:
+    """A path or address as a picture, or as a video where its ending says so."""
+    if is_video(source):
+        return Video(source, fps=fps, max_pixels=max_pixels)
+    return Image(source, max_pixels=max_pixels)
+
+
+def is_video(source: str) -> bool:
+    if source.startswith("data:"):
+        return source.startswith("data:video")
+    return source.partition("?")[0].partition("#")[0].lower().endswith(_VIDEOS)
+
+
+def open_model(model: str, device: str | None) -> mirada.VLM:
+    return mirada.VLM(model, device=device)
+
+
+def stream(deltas: Iterable[Delta], out: TextIO | None = None) -> None:
+    """Write the answer piece by piece. Reasoning is shown, dim, only to a person at a terminal."""
+    out = out or sys.stdout
+    terminal, dim = out.isatty(), False
+    for delta in deltas:
+        if delta.reasoning and terminal:
+            out.write(("" if dim else "\033[2m") + printable(delta.reasoning))
+            dim = True
+        if delta.text:
+            out.write(("\033[0m\n" if dim else "") + printable(delta.text))
+            dim = False
+        out.flush()
+    out.write("\033[0m\n" if dim else "\n")
+    out.flush()
+
+
+def printable(text: str) -> str:
+    """Without control characters other than newline and tab: a picture must not steer a terminal through its text."""
+    return "".join(c for c in text if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160))
+
+
+def check_paths(sources: Iterable[str]) -> None:
+    """Raise MediaNotFound for a path where nothing lies: before the model is opened, so that a slip costs no time."""
+    for source in sources:
+        if "://" not in source and not source.startswith("data:") and not Path(source).exists():
+            raise MediaNotFound(f"nothing lies at {source!r}", "check the path; the question comes last, in quotes")
