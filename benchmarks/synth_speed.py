@@ -15,7 +15,7 @@ def main() -> None:
     options = parser.parse_args()
     for level in (0.3, 1.0):
         for task in synth.TASKS:
-            for index in range(options.count):  # warm: fonts loaded, glyphs drawn
+            for index in range(2 * options.count):  # warm: fonts loaded, glyphs drawn
                 synth.sample(task, 1, index, level=level, fonts=options.fonts)
             start, cpu = time.perf_counter(), time.process_time()
             for index in range(options.count):

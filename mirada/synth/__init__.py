@@ -4,8 +4,11 @@
 >>> drawn = synth.sample("line", seed=0, index=7, split="train", level=0.3)
 """
 
+from mirada.synth.phrasing import phrasings
 from mirada.synth.sample import TASKS, max_chars_at, sample
+from mirada.synth.textonly import text_sample
 from mirada.synth.types import CHARS, COLOURS, IGNORE, NUM_BOX_CLASSES, SHAPES, Dense, Sample
+from mirada.synth.video import VideoSample, video_sample
 
 __all__ = [
     "CHARS",
@@ -16,6 +19,10 @@ __all__ = [
     "TASKS",
     "Dense",
     "Sample",
+    "VideoSample",
     "max_chars_at",
+    "phrasings",
     "sample",
+    "text_sample",
+    "video_sample",
 ]

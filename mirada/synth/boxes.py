@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mirada.synth import effects, glyphs
-from mirada.synth.lines import pick_face
+from mirada.synth.lines import pick_face, write_text
 from mirada.synth.scene import Question, choose_question
 from mirada.synth.shapes import PAPERS, colours_on, mark, place, tint
 from mirada.synth.types import CELL, Dense, Options, Sample
@@ -65,9 +65,8 @@ def _compare(rng: random.Random, facts: Facts) -> Question | None:
     side = rng.choice(("above", "below"))
     holds = (one < other) == (side == "above")
     arguments = {"side": side, "number": boxes[one]["number"], "other": boxes[other]["number"]}
-    return {**arguments, "side": rng.choice(("above", "over") if side == "above" else ("below", "under"))}, arguments, (
-        "yes" if holds else "no"
-    )
+    spoken = rng.choice(("above", "over") if side == "above" else ("below", "under"))
+    return {**arguments, "side": spoken}, arguments, "yes" if holds else "no"
 
 
 def _exists(rng: random.Random, facts: Facts) -> Question:
@@ -116,26 +115,11 @@ def draw_boxes(rng: random.Random, options: Options) -> Sample:
         fill = tint(rng, colour, level)
         place(canvas, mask, left, y, fill)
         mark(dense, mask, left, y, "box", colour, digit + 1)
-        _write(canvas, dense, font, str(digit), left + box_width // 2, y + box_height // 2, fill)
+        # Black or white ink, whichever stands out more.
+        ink = max(((0, 0, 0), (255, 255, 255)), key=lambda c: effects.contrast(c, fill))
+        write_text(canvas, dense, glyphs.lay_out(font, str(digit)), left + box_width // 2, y + box_height // 2, ink)
         boxes.append({"number": digit, "colour": colour, "left": left, "top": y, "width": box_width, "height": box_height})
     image = effects.disturb(rng, canvas, 0.6 * level)
     facts: Facts = {"boxes": boxes, "font": font.name, "size": font.size}
     question, answer = choose_question(rng, facts, QUESTIONS, options.phrasing)
     return Sample("boxes", image, question, answer, dense, facts)
-
-
-def _write(canvas: np.ndarray, dense: Dense, font: glyphs.Face, text: str, x: int, y: int, paper: effects.RGB) -> None:
-    """Write ``text`` centred at (x, y) in black or white, whichever stands out more from ``paper``."""
-    ink = max(((0, 0, 0), (255, 255, 255)), key=lambda c: effects.contrast(c, paper))
-    write_text(canvas, dense, glyphs.lay_out(font, text), x, y, ink)
-
-
-def write_text(canvas: np.ndarray, dense: Dense, run: glyphs.TextRun, x: int, y: int, ink: effects.RGB) -> None:
-    """Paint a laid-out text with its ink centred at (x, y), and label its characters."""
-    mask = np.zeros((run.height + 2, run.width + 2), np.uint8)
-    glyphs.stamp(mask, run, 1 - run.left, 1 - run.top)
-    left, top = x - mask.shape[1] // 2, y - mask.shape[0] // 2
-    window = canvas[top : top + mask.shape[0], left : left + mask.shape[1]]
-    effects.paint(window, mask[: window.shape[0], : window.shape[1]], ink)
-    pen, baseline = left + 1 - run.left, top + 1 - run.top
-    glyphs.label(dense.char, run.text, [pen + e for e in run.edges], baseline + run.top, baseline + run.bottom)

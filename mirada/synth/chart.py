@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 
 from mirada.synth import effects, glyphs
-from mirada.synth.boxes import write_text
-from mirada.synth.lines import pick_face
+from mirada.synth.lines import pick_face, write_text
 from mirada.synth.scene import Question, choose_question
 from mirada.synth.shapes import colours_on, mark, place, tint
 from mirada.synth.types import CELL, Dense, Options, Sample
 from mirada.synth.words import DAYS, MONTHS, is_held, pick_word
 
 Facts = dict[str, Any]
-_MOST = {"high": (("tallest", "highest"), ("highest", "largest", "greatest")), "low": (("shortest", "lowest"), ("lowest", "smallest"))}
+_MOST = {
+    "high": (("tallest", "highest"), ("highest", "largest", "greatest")),
+    "low": (("shortest", "lowest"), ("lowest", "smallest")),
+}
 
 
 def _count(rng: random.Random, facts: Facts) -> Question:
@@ -76,7 +78,7 @@ QUESTIONS: dict[str, Callable[[random.Random, Facts], Question | None]] = {
 }  # fmt: skip
 
 
-def _label_texts(rng: random.Random, split: str, count: int) -> list[str]:
+def label_texts(rng: random.Random, split: str, count: int) -> list[str]:
     """Distinct bar labels: letters, days, months, years or short words."""
     roll = rng.random()
     if roll < 0.4:
@@ -110,7 +112,7 @@ def draw_chart(rng: random.Random, options: Options) -> Sample:
     level = options.level
     count = rng.randint(2, 3 + round(3 * level))
     font = pick_face(rng, options, 16, 17)
-    labels = _label_texts(rng, options.split, count)
+    labels = label_texts(rng, options.split, count)
     label_runs = [glyphs.lay_out(font, label) for label in labels]
     step, ticks = rng.choice((1, 2, 5, 10, 10, 20, 50, 100)), rng.randint(3, 4 + round(level))
     tick_runs = [glyphs.lay_out(font, str(step * i)) for i in range(ticks + 1)]
@@ -147,10 +149,10 @@ def draw_chart(rng: random.Random, options: Options) -> Sample:
         left, top = middle - bar_width // 2, base - high * pitch
         place(canvas, mask, left, top, tint(rng, colours[i], level))
         mark(dense, mask, left, top, "bar", colours[i])
-        write_text(canvas, dense, label_runs[i], middle, base + 13, ink)
+        write_text(canvas, dense, label_runs[i], middle, base + 18, ink, baseline=True)
         bars.append({"label": label, "value": high * step, "colour": colours[i], "left": left, "top": top, "width": bar_width})
     if title_run.text:
-        write_text(canvas, dense, title_run, width // 2, 12, ink)
+        write_text(canvas, dense, title_run, width // 2, 18, ink, baseline=True)
     image = effects.disturb(rng, canvas, 0.5 * level)
     facts: Facts = {"bars": bars, "title": title_run.text, "step": step, "ticks": ticks, "font": font.name, "size": font.size}
     question, answer = choose_question(rng, facts, QUESTIONS, options.phrasing)
@@ -158,7 +160,12 @@ def draw_chart(rng: random.Random, options: Options) -> Sample:
 
 
 def _axis(
-    rng: random.Random, canvas: np.ndarray, dense: Dense, runs: list[glyphs.TextRun], frame: tuple[int, int, int], ink: effects.RGB
+    rng: random.Random,
+    canvas: np.ndarray,
+    dense: Dense,
+    runs: list[glyphs.TextRun],
+    frame: tuple[int, int, int],
+    ink: effects.RGB,
 ) -> None:
     """Axis lines, tick labels and sometimes grid lines. ``frame``: x of the axis, y of its foot, pixels per tick."""
     axis, base, pitch = frame

@@ -159,17 +159,28 @@ def label(char: np.ndarray, text: str, edges: list[float], top: float, bottom: f
     baseline falls by ``slope`` pixels per pixel to the right.
     """
     h, w, _ = char.shape
-    owner = owners(edges, 2 * w)
     middle = (edges[0] + edges[-1]) / 2
     flat = char.reshape(h, 2 * w)
-    for k, i in enumerate(owner):
+    rows = _rows(top, bottom, h)
+    for k, i in enumerate(owners(edges, 2 * w)):
         if i < 0 or text[i] == " ":
             continue
-        drop = slope * (k * SUB + SUB / 2 - middle)
-        low, high = top + drop, bottom + drop
-        for row in range(max(int(low // PATCH), 0), min(int(high // PATCH) + 1, h)):
-            overlap = min(high, (row + 1) * PATCH) - max(low, row * PATCH)
-            if overlap >= min(3, high - low):
-                flat[row, k] = CHAR_CLASS[text[i]]
-            elif overlap > 0 and flat[row, k] == 0:
+        if slope:
+            drop = slope * (k * SUB + SUB / 2 - middle)
+            rows = _rows(top + drop, bottom + drop, h)
+        for row, is_sure in rows:
+            before, value = flat[row, k], CHAR_CLASS[text[i]]
+            if is_sure and (before <= 0 or before == value):
+                flat[row, k] = value
+            elif is_sure or before == 0:  # two lines meet in this patch, or this one only touches it
                 flat[row, k] = IGNORE
+
+
+def _rows(top: float, bottom: float, num_rows: int) -> list[tuple[int, bool]]:
+    """Patch rows that the ink from ``top`` to ``bottom`` touches, and whether by 3 pixels or more (or wholly)."""
+    found = []
+    for row in range(max(int(top // PATCH), 0), min(int(bottom // PATCH) + 1, num_rows)):
+        overlap = min(bottom, (row + 1) * PATCH) - max(top, row * PATCH)
+        if overlap > 0:
+            found.append((row, overlap >= min(3, bottom - top)))
+    return found

@@ -127,3 +127,20 @@ def draw_paragraph(rng: random.Random, options: Options) -> Sample:
     image = _picture(rng, mask, level)
     facts = {"text": "\n".join(rows), "rows": rows, "font": font.name, "size": font.size, "question_type": "read"}
     return Sample("paragraph", image, ask(rng, "read", options.phrasing), "\n".join(rows), dense, facts)
+
+
+def write_text(
+    canvas: np.ndarray, dense: Dense, run: TextRun, x: int, y: int, ink: effects.RGB, baseline: bool = False
+) -> None:
+    """Paint a laid-out text into float32 ``canvas`` and label its characters.
+
+    Its ink is centred at ``x``, and at ``y`` too unless ``baseline``: then y is the baseline, common to several texts.
+    """
+    mask = np.zeros((run.height, run.width), np.uint8)
+    glyphs.stamp(mask, run, -run.left, -run.top)
+    left = x - run.width // 2
+    top = y + run.top if baseline else y - run.height // 2
+    window = canvas[top : top + run.height, left : left + run.width]
+    effects.paint(window, mask[: window.shape[0], : window.shape[1]], ink)
+    edges = [left - run.left + edge for edge in run.edges]
+    glyphs.label(dense.char, run.text, edges, top, top + run.height)

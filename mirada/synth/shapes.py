@@ -19,7 +19,15 @@ PALETTE: dict[str, RGB] = {
 }  # fmt: skip
 DRAWN_SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 PLURALS = {name: name + ("es" if name.endswith("s") else "s") for name in DRAWN_SHAPES}
-PAPERS: tuple[RGB, ...] = ((255, 255, 255), (235, 235, 230), (245, 238, 220), (214, 228, 244), (226, 240, 222), (26, 28, 38), (0, 0, 0))
+PAPERS: tuple[RGB, ...] = (
+    (255, 255, 255),
+    (235, 235, 230),
+    (245, 238, 220),
+    (214, 228, 244),
+    (226, 240, 222),
+    (26, 28, 38),
+    (0, 0, 0),
+)
 MIN_DISTANCE = 110
 """Objects differ from the background by at least this much in RGB (Euclidean)."""
 _SCALE = 3
@@ -35,8 +43,13 @@ def colours_on(paper: RGB) -> list[str]:
 
 
 def tint(rng: random.Random, name: str, level: float) -> RGB:
-    """The named colour, moved a little at higher levels."""
-    return shifted(rng, PALETTE[name], round(14 * level))
+    """The named colour, moved a little at higher levels; black, white and gray only by brightness, so that they stay neutral."""
+    amount = round(14 * level)
+    if name in ("black", "white", "gray"):
+        move = rng.randint(-amount, amount)
+        r, g, b = (min(max(c + move, 0), 255) for c in PALETTE[name])
+        return r, g, b
+    return shifted(rng, PALETTE[name], amount)
 
 
 def _outline(shape: str, turn: int) -> list[tuple[float, float]]:
@@ -46,7 +59,12 @@ def _outline(shape: str, turn: int) -> list[tuple[float, float]]:
         flat = [(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm), (arm, 1), (-arm, 1), (-arm, arm), (-1, arm),
                 (-1, -arm), (-arm, -arm)]  # fmt: skip
     else:
-        corners, start, inner = {"square": (4, 45, 1.0), "triangle": (3, 90, 1.0), "diamond": (4, 90, 1.0), "star": (10, 90, 0.42)}[shape]
+        corners, start, inner = {
+            "square": (4, 45, 1.0),
+            "triangle": (3, 90, 1.0),
+            "diamond": (4, 90, 1.0),
+            "star": (10, 90, 0.42),
+        }[shape]
         reach = [inner if i % 2 else 1.0 for i in range(corners)] if shape == "star" else [1.0] * corners
         angles = [math.radians(start + 360 / corners * i) for i in range(corners)]
         flat = [(r * math.cos(a), -r * math.sin(a)) for r, a in zip(reach, angles, strict=True)]

@@ -38,8 +38,8 @@ class Dense:
     """Labels per patch.
 
     ``char`` int16 [h, w, 2]: class (index in CHARS) of the character that owns the sub-column, on every patch row
-    that overlaps the ink of its text line by 3 pixels or more; IGNORE where the overlap is 1 or 2 pixels; 0 elsewhere
-    and in spaces. A character owns the sub-columns whose centre its advance box covers; one too narrow to cover any
+    that overlaps the ink of its text line by 3 pixels or more; IGNORE where the overlap is 1 or 2 pixels, or where two
+    lines meet in one patch; 0 elsewhere and in spaces. A character owns the sub-columns whose centre its advance box covers; one too narrow to cover any
     takes the sub-column under its middle from a neighbour that keeps another.
     ``shape``, ``colour``, ``box`` int8 [h, w]: class of the object that covers most of the patch, when that is a
     quarter of it or holds the object's centre; IGNORE from 5 % to 25 %; 0 below. ``colour`` is IGNORE under text lines.

@@ -115,12 +115,11 @@ def _time(rng: random.Random, split: str, limit: int) -> str:
     hour, minute = rng.randrange(24), rng.randrange(60)
     forms = [f"{hour:02d}:{minute:02d}", f"{hour}:{minute:02d}"]
     if limit >= 8:
-        forms += [f"{hour % 12 + 1}:{minute:02d} {rng.choice(('am', 'pm', 'AM', 'PM'))}", f"{hour:02d}:{minute:02d}:{day_second(rng)}"]
+        forms += [
+            f"{hour % 12 + 1}:{minute:02d} {rng.choice(('am', 'pm', 'AM', 'PM'))}",
+            f"{hour:02d}:{minute:02d}:{rng.randrange(60):02d}",
+        ]
     return rng.choice(forms)
-
-
-def day_second(rng: random.Random) -> str:
-    return f"{rng.randrange(60):02d}"
 
 
 def _code(rng: random.Random, split: str, limit: int) -> str:
@@ -132,9 +131,18 @@ def _code(rng: random.Random, split: str, limit: int) -> str:
 
     forms = [f"{letters(1)}{digits(1)}", f"{letters(1)}{digits(2)}", f"{letters(2)}{digits(2)}"]
     if limit >= 6:
-        forms = [f"{letters(1)}{digits(1)}-{digits(3)}", f"{letters(2)}-{digits(3)}", f"{letters(3)}{digits(3)}", f"#{digits(5)}"]
+        forms = [
+            f"{letters(1)}{digits(1)}-{digits(3)}",
+            f"{letters(2)}-{digits(3)}",
+            f"{letters(3)}{digits(3)}",
+            f"#{digits(5)}",
+        ]
     if limit >= 10 and rng.random() < 0.5:
-        forms = [f"{letters(3)}-{digits(2)}-{letters(2)}", f"{digits(3)}-{digits(2)}-{digits(2)}", f"v{digits(1)}.{digits(1)}.{digits(2)}"]
+        forms = [
+            f"{letters(3)}-{digits(2)}-{letters(2)}",
+            f"{digits(3)}-{digits(2)}-{digits(2)}",
+            f"v{digits(1)}.{digits(1)}.{digits(2)}",
+        ]
     return rng.choice(forms)
 
 
