@@ -1,6 +1,6 @@
 """From bytes, a PIL image or an array to one upright RGB picture. The only place that decodes pictures.
 
-ICC profiles are ignored, as the references do. Files with several frames give their first.
+ICC profiles are ignored, as the references do. Files with several frames give their first, PIL images the one they stand at.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image as pil
-from PIL import UnidentifiedImageError
+from PIL import UnidentifiedImageError, features
 
 from mirada.errors import MediaDecodeError, MediaError, MediaTooLarge, MediaUnsupported
 from mirada.media.fetch import FetchLimits, fetch, show
@@ -102,7 +102,8 @@ def from_pil(image: pil.Image, limits: FetchLimits, alpha: Alpha = "white", name
     except Exception as error:  # as in decode: truncated files surface here
         raise MediaDecodeError(f"{name} is broken ({_say(error)})", "open and save it again, or fetch it again") from error
     if image.format != "MPO" and getattr(image, "is_animated", False):
-        notes.append("the first of several frames or pages is used")
+        frame = image.tell()  # of a PIL image given, the one that the caller went to
+        notes.append(f"frame {frame} of an animation is used" if frame else "the first of several frames or pages is used")
     rgb = _rgb(image, alpha, name, notes)
     if turn is not None:
         rgb = rgb.transpose(turn)
@@ -168,7 +169,7 @@ def _rgb(image: pil.Image, alpha: Alpha, name: str, notes: list[str]) -> pil.Ima
         return image.copy() if image.format is None else image.convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
-    rgba = image.convert("RGBA")
+    rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     if alpha == "drop" or (alpha == "white_rgba" and image.mode != "RGBA"):
         notes.append("transparency was dropped")
         return rgba.convert("RGB")
@@ -197,6 +198,8 @@ def _unknown_format(data: bytes, name: str) -> MediaError:
     readable = "JPEG, PNG, WebP, GIF, BMP, TIFF, PPM or ICO"
     if data[4:8] == b"ftyp":
         kind = _BRANDS.get(data[8:12], "MP4 or QuickTime video")
+        if kind == "AVIF" and features.check("avif"):
+            return MediaDecodeError(f"{name} is a broken AVIF file", "open and save it again, or fetch it again")
         fix = "pass it as Video(...)" if "video" in kind else "convert it to JPEG or PNG"
         return MediaUnsupported(f"{name} is in the format {kind}, which is not read as a picture", fix)
     for offset, magic, kind, fix in _NAMES:
