@@ -84,8 +84,9 @@ class Layout:
                 _hint(missing[0], extra),
             )
         if extra:
+            shape = list(shapes[extra[0]])
             raise TensorError(
-                f"the checkpoint holds tensor {extra[0]!r} of shape {list(shapes[extra[0]])}, which is not in the model{_more(extra)}",
+                f"the checkpoint holds tensor {extra[0]!r} of shape {shape}, which is not in the model{_more(extra)}",
                 "take the config.json that belongs to these weights",
             )
         for name, (_, _, shape) in wanted.items():

@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from mirada.errors import MessageError
-from mirada.layers.batch import Batch
-from mirada.types import Prompt, Span
+from mirada.types import Span
 
 
 def positions(num_tokens: int, spans: Sequence[Span]) -> tuple[np.ndarray, int]:
