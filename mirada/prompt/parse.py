@@ -1,0 +1,258 @@
+"""Replies to reasoning, answer and tool calls, while they stream.
+
+The rules, chosen so that each decision needs no more than a tag's length of what follows, and so that nothing is lost:
+
+- ``<think>`` and ``<analysis>`` open only before any answer text; inside, all is reasoning up to their own closing tag.
+- ``<answer>`` opens only before any answer text; after ``</answer>`` further text belongs to the answer.
+- ``<tool_call>`` opens wherever answer text may stand, and ends at the first ``</tool_call>``; if what is inside is not a
+  JSON object with a name, the whole of it, tags included, is answer text.
+- A tag anywhere else (nested, stray, closing what is not open) is text. What is still open at the end is closed there.
+- White space next to a tag is dropped unless answer text stands on both sides; a reply without tags comes through as it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from typing import Literal
+
+from mirada.prompt.format import PromptFormat
+from mirada.types import Delta, Message, Text, ToolCall
+
+State = Literal["start", "text", "answer", "think", "analysis", "call"]
+
+
+class Parser:
+    """``feed`` text as it comes, ``close`` at the end; the joined deltas are the same however the text was cut.
+
+    ``inside``: the block that the prompt has already opened, if any.
+    """
+
+    def __init__(self, form: PromptFormat, inside: Literal["think", "analysis", "answer"] | None = None) -> None:
+        self._tool = form.tool_call
+        opening: dict[str, State] = {
+            form.think.open: "think",
+            form.analysis.open: "analysis",
+            form.answer.open: "answer",
+            form.tool_call.open: "call",
+        }
+        self._tags: dict[State, _TagSet] = {
+            "start": _TagSet(opening),
+            "text": _TagSet({form.tool_call.open: "call"}),
+            "answer": _TagSet({form.tool_call.open: "call", form.answer.close: "text"}),
+            "think": _TagSet({form.think.close: "start"}),
+            "analysis": _TagSet({form.analysis.close: "start"}),
+            "call": _TagSet({form.tool_call.close: "start"}),
+        }
+        self._state: State = inside or "start"
+        self._back: State = "start"
+        """Where a tool call returns to."""
+        self._rest = ""
+        """The beginning of what may become a tag."""
+        self._space: list[str] = []
+        """White space that is dropped if a tag follows."""
+        self._body: list[str] = []
+        """Inside of an open tool call."""
+        self._fresh = inside is not None
+        """Whether the block that is open has no text yet."""
+        self._tagged = inside is not None
+        self._answered = self._reasoned = self._apart = False
+        self._num_calls = 0
+        self._out: list[Delta] = []
+
+    def feed(self, text: str) -> list[Delta]:
+        """What this piece makes certain; perhaps nothing yet."""
+        text = self._rest + text
+        at = 0
+        while at < len(text):
+            tags = self._tags[self._state]
+            if self._state == "start":
+                begin = _skip_space(text, at)
+                if begin > at:
+                    self._space.append(text[at:begin])
+                    at = begin
+                    continue
+                match = tags.pattern.match(text, at)
+                if match is None:
+                    if tags.may_begin(text, at):
+                        break
+                    self._state = "text"
+                    continue
+            else:
+                match = tags.pattern.search(text, at)
+            stop = match.start() if match else len(text) - tags.held(text[max(at, len(text) - tags.longest) :])
+            if stop > at:
+                self._content(text[at:stop])
+            at = stop
+            if match is None:
+                break
+            self._tag(tags.leads[match.group()])
+            at = match.end()
+        self._rest = text[at:]
+        return self._taken()
+
+    def close(self) -> list[Delta]:
+        """What was held back, now that nothing follows."""
+        rest, self._rest = self._rest, ""
+        if rest:
+            if self._state == "start":
+                self._state = "text"
+            self._content(rest)
+        if self._state == "call":
+            self._end_call(closed=False)
+        if self._space and not self._tagged:
+            self._out.append(Delta(text="".join(self._space)))
+        self._space = []
+        return self._taken()
+
+    def _content(self, text: str) -> None:
+        """Text of the present state, with its white space at the end held back."""
+        if self._state == "call":
+            self._body.append(text)
+            return
+        whole = text.rstrip()
+        space = text[len(whole) :]
+        if whole:
+            first = self._fresh if self._state in ("think", "analysis") else self._tagged and not self._answered
+            whole = whole.lstrip() if first else "".join(self._space) + whole
+            self._space = []
+            self._fresh = False
+            self._give(whole)
+        if space:
+            self._space.append(space)
+
+    def _give(self, text: str) -> None:
+        if self._state in ("think", "analysis"):
+            # Two blocks of reasoning (an analysis, then a thought) are set apart by an empty line.
+            self._out.append(Delta(reasoning="\n\n" + text if self._apart else text))
+            self._apart, self._reasoned = False, True
+        else:
+            self._answered = True
+            self._out.append(Delta(text=text))
+
+    def _tag(self, leads: State) -> None:
+        """A tag that counts here was read whole."""
+        if self._state == "call":
+            self._end_call(closed=True)
+            return
+        if leads == "call":
+            # Whether it is a call, and so whether the space before it goes, is known at its end.
+            self._back, self._body = self._state, []
+        else:
+            if self._state != "answer":
+                self._space = []
+            self._tagged = self._fresh = True
+            self._apart = self._reasoned
+        self._state = leads
+
+    def _end_call(self, closed: bool) -> None:
+        body = "".join(self._body)
+        call = read_call(body, self._num_calls)
+        self._state, self._body = self._back, []
+        if call is not None:
+            self._num_calls += 1
+            self._tagged = True
+            self._out.append(Delta(tool_calls=(call,)))
+            return
+        if self._state == "start":
+            self._state = "text"
+        self._content(self._tool.open + body + (self._tool.close if closed else ""))
+
+    def _taken(self) -> list[Delta]:
+        """The deltas so far, neighbours of one kind joined."""
+        taken: list[Delta] = []
+        for kind, run in itertools.groupby(self._out, key=lambda delta: (bool(delta.text), bool(delta.reasoning))):
+            pieces = list(run)
+            if kind == (False, False):
+                taken += pieces
+            else:
+                taken.append(
+                    Delta(text="".join(piece.text for piece in pieces), reasoning="".join(piece.reasoning for piece in pieces))
+                )
+        self._out = []
+        return taken
+
+
+class _TagSet:
+    """The tags that count in one state, and the state that each leads to."""
+
+    def __init__(self, leads: dict[str, State]) -> None:
+        self.leads = {tag: state for tag, state in leads.items() if tag}
+        self.longest = max(map(len, self.leads), default=1)
+        ordered = sorted(self.leads, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+
+    def may_begin(self, text: str, at: int) -> bool:
+        """Whether all that follows ``at`` is the beginning of a tag."""
+        return len(text) - at < self.longest and any(tag.startswith(text[at:]) for tag in self.leads)
+
+    def held(self, text: str) -> int:
+        """Length of the longest end of ``text`` that may be the beginning of a tag."""
+        for size in range(min(len(text), self.longest - 1), 0, -1):
+            if any(tag.startswith(text[-size:]) for tag in self.leads):
+                return size
+        return 0
+
+
+def _skip_space(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
+
+
+def read_call(body: str, number: int = 0) -> ToolCall | None:
+    """``{"name": ..., "arguments": ...}`` -> ToolCall, or None if it is not that. Arguments may be left out."""
+    try:
+        value = json.loads(body)
+        name, arguments = value["name"], value.get("arguments", {})
+        if not isinstance(name, str) or not name:
+            return None
+        name.encode()
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=_has_surrogates(body))
+        text.encode()
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return None
+    return ToolCall(name, text, f"call_{number}")
+
+
+def _has_surrogates(body: str) -> bool:
+    # JSON may escape half a surrogate pair, which no UTF-8 can hold: such arguments stay escaped.
+    return "\\ud" in body.lower()
+
+
+def parse(text: str, form: PromptFormat) -> Message:
+    """A whole reply -> the assistant's message with its reasoning and tool calls."""
+    parser = Parser(form)
+    deltas = parser.feed(text) + parser.close()
+    answer = "".join(delta.text for delta in deltas)
+    calls = [call for delta in deltas for call in delta.tool_calls]
+    parts = ([Text(answer)] if answer else []) + calls
+    return Message("assistant", parts, reasoning="".join(delta.reasoning for delta in deltas))
+
+
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+def extract_answer(text: str) -> str:
+    """The bare answer of a reply, as Keye-VL is graded (Keye ``evaluation``): after the last ``</analysis>`` and the last
+    ``</think>``; the last ``<answer>`` if there is one; inside that the content of the last ``\\boxed{}`` if there is one."""
+    text = text.rpartition("</analysis>")[2]
+    text = text.rpartition("</think>")[2].strip()
+    bodies = _ANSWER.findall(text)
+    if bodies:
+        text = bodies[-1].strip()
+    boxed = _last_boxed(text)
+    return text if boxed is None else boxed
+
+
+def _last_boxed(text: str) -> str | None:
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth, begin = 1, start + len("\\boxed{")
+    for at in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[at], 0)
+        if depth == 0:
+            return text[begin:at]
+    return None

@@ -1,0 +1,149 @@
+"""Chats as other programs write them (OpenAI's API, ``qwen-vl-utils``, ``keye-vl-utils``) -> Message.
+
+One part of a content list may be ``{"type": "image", "image": ...}``, ``{"type": "image_url", "image_url": "..." | {"url":
+"..."}}``, the same with ``video``, ``{"type": "text", "text": "..."}``, or any of these without ``type``. Options of a
+picture or video stand beside it or, with ``{"url": ...}``, inside.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mirada.errors import MessageError
+from mirada.table import nearest
+from mirada.types import Image, Message, Part, Text, ToolCall, Video
+
+_SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+_INTEGERS = (*_SIZES, "nframes", "min_frames", "max_frames", "total_pixels")
+_NUMBERS = ("fps", "video_start", "video_end", "min_frame_similarity")
+_OPTIONS: dict[type, tuple[str, ...]] = {Image: _SIZES, Video: _INTEGERS + _NUMBERS}
+_SOURCES = {"image": Image, "image_url": Image, "video": Video, "video_url": Video}
+_TYPES = ("text", *_SOURCES)
+_MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "refusal")
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+
+
+def messages_from_openai(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """A list of ``{"role": ..., "content": ...}`` -> messages; media stay references.
+
+    Raises MessageError naming the message, the part and the key: unknown keys (and what they may have meant), wrong types,
+    parts of no or two kinds. ``name`` and OpenAI's ``detail`` of a picture are accepted and have no effect.
+    """
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise MessageError(f"the messages are a {type(messages).__name__}", "give a list of objects with role and content")
+    return [_message(value, f"message {index}") for index, value in enumerate(messages)]
+
+
+def _message(value: Any, where: str) -> Message:
+    if isinstance(value, Message):
+        return value
+    if not isinstance(value, Mapping):
+        raise MessageError(f"{where} is a {type(value).__name__}", "give an object with role and content")
+    _known(value, _MESSAGE_KEYS, where)
+    role = value.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise MessageError(f"{where} has the role {role!r}", f"use one of {', '.join(_ROLES)}")
+    parts = _content(value.get("content"), where)
+    reasoning = value.get("reasoning_content") or value.get("reasoning") or ""
+    calls = value.get("tool_calls") or []
+    if (calls or reasoning) and role != "assistant":
+        raise MessageError(f"{where} has tool_calls or reasoning, but the role {role!r}", "only an assistant's message may")
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise MessageError(f"tool_calls of {where} are a {type(calls).__name__}", "give a list")
+    if not isinstance(reasoning, str):
+        raise MessageError(f"the reasoning of {where} is a {type(reasoning).__name__}", "give a string")
+    call_id = value.get("tool_call_id")
+    if call_id is not None and not isinstance(call_id, str):
+        raise MessageError(f"tool_call_id of {where} is a {type(call_id).__name__}", "give a string")
+    if value.get("content") is None and not calls and not reasoning:
+        raise MessageError(f"{where} has no content", "give a string or a list of parts")
+    parts += [_call(call, f"tool call {index} of {where}") for index, call in enumerate(calls)]
+    return Message(_ROLES[role], parts, reasoning, call_id)  # type: ignore[arg-type]
+
+
+def _content(content: Any, where: str) -> list[Part]:
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return [Text(content)]
+    if isinstance(content, Mapping) or not isinstance(content, Sequence):
+        raise MessageError(f"the content of {where} is a {type(content).__name__}", "give a string or a list of parts")
+    return [_part(part, f"part {index} of {where}") for index, part in enumerate(content)]
+
+
+def _part(part: Any, where: str) -> Part:
+    if isinstance(part, str):
+        return Text(part)
+    if not isinstance(part, Mapping):
+        raise MessageError(f"{where} is a {type(part).__name__}", "give a string or an object such as {'type': 'text', 'text': ...}")
+    named = part.get("type")
+    if named is not None and named not in _TYPES:
+        raise MessageError(f"{where} has the type {named!r}", nearest(str(named), _TYPES))
+    kinds = [kind for kind in _TYPES if kind in part]
+    if not kinds:
+        _known(part, ("type", *_TYPES), where)
+    if len(kinds) != 1:
+        found = " and ".join(kinds) or "none of them"
+        raise MessageError(f"{where} must hold exactly one of {', '.join(_TYPES)}; it has {found}", "split it into several parts")
+    kind = kinds[0]
+    if named is not None and named.removesuffix("_url") != kind.removesuffix("_url"):
+        raise MessageError(f"{where} has the type {named!r} but holds {kind!r}", f"write the type {kind!r}")
+    if kind == "text":
+        _known(part, ("type", "text", "cache_control"), where)
+        if not isinstance(part["text"], str):
+            raise MessageError(f"the text of {where} is a {type(part['text']).__name__}", "give a string")
+        return Text(part["text"])
+    return _media(part, kind, where)
+
+
+def _media(part: Mapping[str, Any], kind: str, where: str) -> Image | Video:
+    made = _SOURCES[kind]
+    options = {key: value for key, value in part.items() if key not in ("type", kind, "detail", "cache_control")}
+    source = part[kind]
+    if isinstance(source, Mapping):
+        if "url" not in source:
+            raise MessageError(f"the {kind} of {where} has no url", "give {'url': '...'} or the address itself")
+        options |= {key: value for key, value in source.items() if key not in ("url", "detail")}
+        source = source["url"]
+    if source is None or (isinstance(source, str) and not source):
+        raise MessageError(f"the {kind} of {where} is empty", "give a path, a URL, a data: URI or a picture")
+    _known(options, _OPTIONS[made], where)
+    checked = {key: _number(key, value, where) for key, value in options.items() if value is not None}
+    if made is Video and "fps" in checked and "nframes" in checked:
+        raise MessageError(f"{where} has both fps and nframes", "give one of them")
+    return made(source, **checked)
+
+
+def _number(key: str, value: Any, where: str) -> int | float:
+    whole = key in _INTEGERS
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or (whole and value != int(value)) or value < 0 or (value == 0 and (whole or key == "fps")):
+        wanted = "a positive whole number" if whole else "a positive number" if key == "fps" else "a number of at least 0"
+        raise MessageError(f"{key}={value!r} of {where} is not {wanted}", f"give {wanted}")
+    return int(value) if whole else float(value)
+
+
+def _call(call: Any, where: str) -> ToolCall:
+    if not isinstance(call, Mapping):
+        raise MessageError(f"{where} is a {type(call).__name__}", "give an object with function and id")
+    _known(call, ("id", "type", "function", "index"), where)
+    function = call.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise MessageError(f"{where} names no function", "give {'function': {'name': ..., 'arguments': ...}}")
+    _known(function, ("name", "arguments"), where)
+    arguments = function.get("arguments") or "{}"
+    if not isinstance(arguments, str):
+        try:
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        except (TypeError, ValueError) as error:
+            raise MessageError(f"the arguments of {where} are no JSON: {error}", "give an object or JSON text") from error
+    return ToolCall(function["name"], arguments, str(call.get("id") or ""))
+
+
+def _known(value: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
+    for key in value:
+        if key not in keys:
+            raise MessageError(f"{where} has the unknown key {key!r}", nearest(str(key), keys))
