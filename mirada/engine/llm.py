@@ -1,0 +1,167 @@
+"""The front door: pictures, videos and words in, answers out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+from mirada import config
+from mirada.engine import inputs
+from mirada.engine.handle import EngineHandle
+from mirada.engine.load import Parts, assemble, load
+from mirada.engine.request import Requests
+from mirada.engine.runner import Runner
+from mirada.engine.scheduler import MAX_RUNNING, Scheduler
+from mirada.engine.sequence import Sequence
+from mirada.errors import MessageError, MiradaError
+from mirada.layers.cache import SlabCache
+from mirada.media.fetch import FetchLimits
+from mirada.media.grid import Patches
+from mirada.media.rule import MediaRule
+from mirada.prompt.render import Tools
+from mirada.types import Chat, Delta, Output, Prompt, Sampling, Thinking
+
+SamplingLike = Sampling | Mapping[str, Any] | None
+"""Settings of one request; a mapping is checked key by key."""
+
+
+class VLM:
+    """A vision-language model, ready to answer. Implements ``types.Client``; safe to use from several threads.
+
+    ``model`` is the directory of a checkpoint, or ``"mini"``, the model inside the package. ``device``: cpu, cuda, mps
+    (default: a GPU if there is one). ``dtype``: float32, bfloat16, float16 (default: float32 on a CPU, else as stored).
+    ``min_pixels`` / ``max_pixels`` bound the resized area of every picture. ``limits`` say what may be fetched, and from
+    where. Raises CheckpointError, NotAvailable, SettingsError or OutOfMemory.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "mini",
+        *,
+        device: Any = None,
+        dtype: Any = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        limits: FetchLimits | None = None,
+    ) -> None:
+        self._set_up(load(model, device, dtype, min_pixels, max_pixels), limits)
+
+    @classmethod
+    def from_parts(
+        cls,
+        model: Any,
+        renderer: Any,
+        rule: MediaRule | None = None,
+        *,
+        eos: Iterable[int] = (),
+        limits: FetchLimits | None = None,
+    ) -> VLM:
+        """An engine around a model in memory (it is not copied: what is trained answers with its weights of the moment)."""
+        made = cls.__new__(cls)
+        made._set_up(assemble(model, renderer, rule, eos), limits)
+        return made
+
+    def _set_up(self, parts: Parts, limits: FetchLimits | None) -> None:
+        weight = next(parts.model.parameters())
+        cache = SlabCache(**parts.cache_spec, dtype=weight.dtype, device=weight.device)
+        self.parts = parts
+        self.limits = limits or FetchLimits()
+        self._requests = Requests(parts, self.limits)
+        self._scheduler = Scheduler(Runner(parts.model, cache, parts.rule.grid, parts.eos))
+
+    def ask(
+        self,
+        *media_and_question: Any,
+        text: str | None = None,
+        system: str | None = None,
+        thinking: Thinking = "auto",
+        **options: Any,
+    ) -> str:
+        """The answer to a question about pictures and videos: ``ask("a.png", "b.mp4", "What happens?")``.
+
+        Media are paths, URLs, bytes, PIL images, arrays ([H, W, 3] a picture, [T, H, W, 3] a video), lists of these, or
+        Image and Video with settings of their own; the last input is the question. ``options`` are settings of Sampling
+        (``max_tokens=64``) and of Image and Video (``fps=1``, ``max_pixels=...``). Raises MiradaError.
+        """
+        sampling, media = inputs.split_options(options)
+        turn = inputs.question(media_and_question, text, media, self.limits)
+        chat = [*inputs.system_turn(system), turn]
+        output = self.submit(chat, sampling, thinking=thinking).result()
+        if output.error is not None:
+            raise output.error
+        return output.message.text
+
+    def stream(
+        self, chat: Chat | Prompt, sampling: SamplingLike = None, *, thinking: Thinking = "auto", tools: Tools | None = None
+    ) -> Iterator[Delta]:
+        """The reply piece by piece; raises MiradaError. Leaving the loop early cancels the request."""
+        handle = self.submit(chat, sampling, thinking=thinking, tools=tools)
+        try:
+            yield from handle
+        finally:
+            handle.cancel()
+
+    def generate(
+        self,
+        chats: Iterable[Chat | Prompt],
+        sampling: SamplingLike | Seq[SamplingLike] = None,
+        *,
+        thinking: Thinking = "auto",
+        tools: Tools | None = None,
+    ) -> list[Output]:
+        """One Output per chat, in order; a bad one carries its ``error`` and the others are answered all the same.
+
+        ``sampling`` is one for all, or one per chat. An answer that reaches the end of the model's context finishes with
+        ``length``.
+        """
+        chats = list(chats)
+        settings = self._settings(sampling, len(chats))
+        handles: list[EngineHandle] = []
+        try:
+            for chat, one in zip(chats, settings, strict=True):
+                # Pixels wait in memory until they are encoded, so only as many requests as can run are prepared.
+                while sum(not handle.done for handle in handles) >= MAX_RUNNING:
+                    self._scheduler.advance()
+                handles.append(self.submit(chat, one, thinking=thinking, tools=tools))
+            return [handle.result() for handle in handles]
+        finally:
+            for handle in handles:
+                handle.cancel()
+
+    def submit(
+        self,
+        chat: Chat | Prompt,
+        sampling: SamplingLike = None,
+        *,
+        thinking: Thinking = "auto",
+        tools: Tools | None = None,
+        media: Seq[Patches] = (),
+    ) -> EngineHandle:
+        """Start a request. Bad input does not raise here: the handle carries the error. ``media`` belongs to a Prompt."""
+        try:
+            sequence = self._requests.make(chat, _sampling(sampling), thinking, media, tools)
+        except MiradaError as error:
+            return EngineHandle(self._scheduler, Sequence.failed(error))
+        self._scheduler.submit(sequence)
+        return EngineHandle(self._scheduler, sequence)
+
+    @staticmethod
+    def _settings(sampling: Any, count: int) -> list[SamplingLike]:
+        if sampling is None or isinstance(sampling, Sampling | Mapping):
+            return [sampling] * count
+        if len(sampling) != count:
+            raise MessageError(f"{len(sampling)} sampling settings for {count} chats", "give one for all, or one per chat")
+        return list(sampling)
+
+
+def _sampling(given: SamplingLike) -> Sampling:
+    if isinstance(given, Sampling):
+        return given
+    values = dict(given or {})
+    for field in dataclasses.fields(Sampling):
+        if isinstance(values.get(field.name), str) and field.name == "stop":
+            values["stop"] = (values["stop"],)
+    return config.parse(Sampling, values, "sampling")

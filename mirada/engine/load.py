@@ -1,0 +1,150 @@
+"""A model's name or directory to everything that the engine needs of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mirada.engine import memory
+from mirada.errors import CheckpointError, NotAvailable, SettingsError
+from mirada.media.rule import MediaRule
+from mirada.models import shards
+from mirada.models.family import family_of
+from mirada.models.load import load_model, read_json
+from mirada.prompt.render import Renderer
+from mirada.table import nearest
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model in memory with what belongs to it."""
+
+    model: Any
+    renderer: Renderer
+    rule: MediaRule
+    eos: frozenset[int]
+    context: int
+    """Most tokens of prompt and answer together."""
+    cache_spec: dict[str, int]
+
+
+def load(
+    name: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+) -> Parts:
+    """Read the checkpoint ``name``: a directory, or the name of a model inside the package (``mini``).
+
+    Raises CheckpointError, NotAvailable (device), SettingsError, or OutOfMemory before any weight is read.
+    """
+    directory = find(name)
+    place = pick_device(device)
+    mapping = read_json(directory / "config.json")
+    kind = pick_dtype(dtype, place, mapping)
+    family = family_of(mapping, str(directory / "config.json"))
+    check_weights(directory, kind, place)
+    model = load_model(directory, kind, place)
+    config: Any = model.config
+    preprocessor = directory / "preprocessor_config.json"
+    rule: MediaRule = family.media_rule(config, read_json(preprocessor) if preprocessor.exists() else None)
+    return assemble(
+        model,
+        Renderer.from_directory(directory, family.prompt_format(config)),
+        rule.bounded(min_pixels, max_pixels) if min_pixels or max_pixels else rule,
+        eos=_eos(directory),
+    )
+
+
+def assemble(model: Any, renderer: Renderer, rule: MediaRule | None = None, eos: Iterable[int] = ()) -> Parts:
+    """Parts from modules in memory; what is not given is the family's own."""
+    family = family_of({"model_type": model.config.model_type})
+    tokenizer, form = renderer.tokenizer, renderer.format
+    ends = {*eos, *model.config.eos_token_ids, *(tokenizer.control[text] for text in form.eos if text in tokenizer.control)}
+    return Parts(
+        model=model,
+        renderer=renderer,
+        rule=rule or family.media_rule(model.config),
+        eos=frozenset(ends),
+        context=model.config.text.max_position_embeddings,
+        cache_spec=dict(family.cache_spec(model.config)),
+    )
+
+
+def find(name: str | Path) -> Path:
+    """The directory of a model. Raises CheckpointError listing the models inside the package."""
+    path = Path(name)
+    inside = ASSETS / path
+    if isinstance(name, str) and path.name == name and (inside / "config.json").is_file() and not path.is_dir():
+        return inside
+    if not path.is_dir():
+        known = [folder.parent.name for folder in ASSETS.glob("*/config.json")]
+        raise CheckpointError(
+            f"there is no model {str(name)!r}", f"give the directory of a checkpoint; {nearest(str(name), known)}"
+        )
+    return path
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the GPU if there is one, else the CPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        made = torch.device(device)
+    except RuntimeError as error:
+        raise SettingsError(f"device {device!r} is unknown", "use cpu, cuda, cuda:1 or mps") from error
+    if made.type == "cuda" and not torch.cuda.is_available():
+        raise NotAvailable("device cuda is not available", "use device='cpu', or install a CUDA build of torch and its driver")
+    if made.type == "cuda" and (made.index or 0) >= torch.cuda.device_count():
+        raise NotAvailable(f"device {made} is not available", f"there are {torch.cuda.device_count()} CUDA devices")
+    if made.type == "mps" and not torch.backends.mps.is_available():
+        raise NotAvailable("device mps is not available", "use device='cpu'; mps needs macOS on Apple silicon")
+    if made.type not in ("cpu", "cuda", "mps"):
+        raise SettingsError(f"device {str(device)!r} is not supported", "use cpu, cuda, cuda:1 or mps")
+    return made
+
+
+def pick_dtype(dtype: str | torch.dtype | None, device: torch.device, config: dict[str, Any]) -> torch.dtype:
+    """The type asked for; else float32 on a CPU (without fast bfloat16 it is the quickest) and the checkpoint's elsewhere."""
+    if isinstance(dtype, torch.dtype):
+        name = str(dtype).removeprefix("torch.")
+    elif dtype is None:
+        name = "float32" if device.type == "cpu" else str(config.get("torch_dtype") or config.get("dtype") or "bfloat16")
+    else:
+        name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise SettingsError(f"dtype {name!r} is not supported", nearest(name, DTYPES))
+    return DTYPES[name]
+
+
+def check_weights(directory: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise OutOfMemory unless the weights in ``dtype`` fit, counted from the headers of their files."""
+    stored = shards.read_all(shards.find(directory))
+    needed = sum(math.prod(found.shape) for found in stored.values()) * dtype.itemsize
+    smaller = "use dtype='bfloat16', " if dtype.itemsize > 2 else "use "
+    memory.require(
+        needed, memory.available(device), f"model {directory.name!r} in {str(dtype).removeprefix('torch.')}",
+        f"{smaller}a quantised mode, a smaller model, or another device",
+    )  # fmt: skip
+
+
+def _eos(directory: Path) -> tuple[int, ...]:
+    file = directory / "generation_config.json"
+    found = read_json(file).get("eos_token_id") if file.exists() else None
+    return () if found is None else (found,) if isinstance(found, int) else tuple(found)

@@ -1,0 +1,88 @@
+"""How much memory is free, said in bytes, and refusing what will not fit before anything is allocated."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from mirada.errors import OutOfMemory
+
+PROC = Path("/proc")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def available(device: torch.device) -> int:
+    """Bytes that can still be allocated on ``device``: on a CPU the least that the machine and its control groups leave."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch has reserved and does not use will be handed out again.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return min([_machine(PROC), *_groups(PROC, CGROUP)])
+
+
+def require(needed: int, free: int, what: str, fix: str) -> None:
+    """Raise OutOfMemory (bytes) unless ``needed`` fits into ``free``."""
+    if needed > free:
+        raise OutOfMemory(
+            f"{what} needs about {say(needed)} of memory, and {say(max(free, 0))} is available",
+            fix,
+            needed=needed,
+            available=max(free, 0),
+            unit="bytes",
+        )
+
+
+def say(size: int) -> str:
+    """Bytes as people write them: ``3.2 GB``."""
+    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= step:
+            return f"{size / step:.1f} {unit}"
+    return f"{size} bytes"
+
+
+def _machine(proc: Path) -> int:
+    text = _read(proc / "meminfo")
+    for line in text.splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    # No /proc (macOS): all there is, an upper bound.
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _groups(proc: Path, root: Path) -> list[int]:
+    """What each control group that holds this process leaves (version 2, then version 1); none without a limit."""
+    left = []
+    for line in _read(proc / "self" / "cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            left += _walk(root, path, ("memory.max", "memory.current", "inactive_file"))
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            left += _walk(root / "memory", path, names)
+    return left
+
+
+def _walk(root: Path, path: str, names: tuple[str, str, str]) -> list[int]:
+    """Inside a container the path may be the host's and not exist here; the root itself is then this process's group."""
+    limit_name, used_name, cached_name = names
+    group = root / path.strip("/")
+    left = []
+    for folder in (group, *group.parents):
+        limit, used = _read(folder / limit_name).strip(), _read(folder / used_name).strip()
+        if limit.isdigit() and used.isdigit():
+            stat = dict(line.split(" ", 1) for line in _read(folder / "memory.stat").splitlines())
+            left.append(int(limit) - int(used) + int(stat.get(cached_name, 0)))
+        if folder == root:
+            break
+    return left
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,246 @@
+"""One request: its prompt, what has been generated, and how tokens become text that is never taken back."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from mirada.errors import MiradaError
+from mirada.types import Delta, Finish, Logprob, Message, Output, Prompt, Sampling, Text, ToolCall, Usage
+
+if TYPE_CHECKING:
+    from mirada.media.grid import Patches
+
+
+class StopStrings:
+    """Finds the first stop string to be completed in a growing text, and holds back what may yet belong to one.
+
+    The result does not depend on how the text is cut into pieces: the match that ends first wins, of those the longest.
+    """
+
+    def __init__(self, stops: Seq[str]) -> None:
+        self.stops = tuple(stops)
+        self.found: str | None = None
+        self._held = ""
+        self._longest = max(map(len, self.stops), default=0)
+
+    def feed(self, text: str) -> str:
+        """The text that is now certain to stand before any stop string."""
+        if not self.stops or self.found:
+            return text if not self.found else ""
+        text = self._held + text
+        matches = [(at + len(stop), at, stop) for stop in self.stops if (at := text.find(stop)) >= 0]
+        if matches:
+            _, at, self.found = min(matches)
+            self._held = ""
+            return text[:at]
+        keep = self._overlap(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def close(self) -> str:
+        """What was held back, once no more text can come."""
+        held, self._held = self._held, ""
+        return held
+
+    def _overlap(self, text: str) -> int:
+        """Length of the longest end of ``text`` with which a stop string begins."""
+        for size in range(min(len(text), self._longest - 1), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self.stops):
+                return size
+        return 0
+
+
+class Decoder(Protocol):
+    """Tokens to text, piece by piece; an unfinished character is held back (``prompt.tokenizer``)."""
+
+    def feed(self, ids: Iterable[int]) -> str: ...
+
+    def close(self) -> str: ...
+
+
+class Parser(Protocol):
+    """Text to answer, reasoning and tool calls, piece by piece (``prompt.parse``)."""
+
+    def feed(self, text: str) -> list[Delta]: ...
+
+    def close(self) -> list[Delta]: ...
+
+
+class Reply:
+    """Tokens in, deltas out: decode, cut at stop strings, parse. ``raw`` is the text before it was parsed."""
+
+    def __init__(self, decoder: Decoder, parser: Parser, stops: Seq[str] = ()) -> None:
+        self._decoder = decoder
+        self._parser = parser
+        self._stops = StopStrings(stops)
+        self._raw: list[str] = []
+        self.has_calls = False
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string is complete."""
+        return self._stops.found is not None
+
+    @property
+    def raw(self) -> str:
+        return "".join(self._raw)
+
+    def feed(self, token: int) -> list[Delta]:
+        """The pieces that ``token`` makes certain."""
+        return self._parse(self._stops.feed(self._decoder.feed((token,))))
+
+    def close(self) -> list[Delta]:
+        """The pieces that were held back, now that nothing follows."""
+        rest = self._stops.feed(self._decoder.close())
+        pieces = self._parse(rest + self._stops.close()) + self._parser.close()
+        self.has_calls = self.has_calls or any(piece.tool_calls for piece in pieces)
+        return pieces
+
+    def _parse(self, text: str) -> list[Delta]:
+        if not text:
+            return []
+        self._raw.append(text)
+        pieces = self._parser.feed(text)
+        self.has_calls = self.has_calls or any(piece.tool_calls for piece in pieces)
+        return pieces
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request under way: the one thing in the engine that lives long and changes."""
+
+    prompt: Prompt
+    sampling: Sampling
+    reply: Reply | None
+    media: tuple[Patches, ...] = ()
+    """Prepared pixels; let go once they are encoded."""
+    positions: np.ndarray | None = None
+    """int64 [3, prompt tokens]; let go after prefill."""
+    first_position: int = 0
+    """Position of the first generated token, on all three axes; media take up fewer positions than tokens, so this is
+    the request's own and not the length of its prompt."""
+    usage: Usage = field(default_factory=Usage)
+    limit: int = 0
+    """Most tokens to generate: what was asked, or what the context leaves."""
+    slot: int = -1
+    bytes_reserved: int = 0
+    tokens: list[int] = field(default_factory=list)
+    deltas: list[Delta] = field(default_factory=list)
+    seen: Any = None
+    """bool [V]: tokens of prompt and answer, where a repetition penalty asks for it."""
+    finish: Finish | None = None
+    error: MiradaError | None = None
+    cancelled: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+    born: float = field(default_factory=time.perf_counter)
+    done: bool = False
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.sampling.seed)
+
+    @classmethod
+    def failed(cls, error: MiradaError) -> Sequence:
+        """A request that ended before it began."""
+        made = cls(Prompt(()), Sampling(), None)
+        made.fail(error)
+        return made
+
+    @property
+    def past(self) -> int:
+        """Tokens in the cache: all but the last one generated."""
+        return len(self.prompt.tokens) + len(self.tokens) - 1
+
+    @property
+    def position(self) -> int:
+        """Position of the last generated token."""
+        return self.first_position + len(self.tokens) - 1
+
+    def spent(self, stage: str, seconds: float) -> None:
+        self.metrics[stage] = self.metrics.get(stage, 0.0) + seconds
+
+    def append(self, token: int, logprob: Logprob | None, is_end: bool) -> None:
+        """Take in one generated token and publish what it makes certain. Sets ``finish`` when it is the last."""
+        assert self.reply is not None
+        if not self.tokens:
+            self.metrics["first_token"] = time.perf_counter() - self.born
+        self.tokens.append(token)
+        pieces = [] if is_end else self.reply.feed(token)
+        finish: Finish | None = None
+        if is_end or self.reply.stopped:
+            finish = "stop"
+        elif len(self.tokens) >= self.limit:
+            finish = "length"
+        if finish is not None:
+            pieces = pieces + self.reply.close()
+            finish = "tool_calls" if finish == "stop" and self.reply.has_calls else finish
+        joined = join(pieces)
+        logprobs = () if logprob is None else (logprob,)
+        self._publish(Delta(joined.text, joined.reasoning, (token,), logprobs, joined.tool_calls, finish))
+
+    def cancel(self) -> None:
+        """End early, keeping what there is."""
+        pieces = join(self.reply.close() if self.reply is not None else [])
+        self._publish(Delta(pieces.text, pieces.reasoning, tool_calls=pieces.tool_calls, finish="cancelled"))
+
+    def fail(self, error: MiradaError) -> None:
+        self.error = error
+        self._publish(Delta(finish="error"))
+
+    def _publish(self, delta: Delta) -> None:
+        self.deltas.append(delta)
+        if delta.finish is None:
+            return
+        self.finish = delta.finish
+        self.metrics["total"] = time.perf_counter() - self.born
+        self.media, self.positions, self.seen = (), None, None
+        self.done = True  # last: whoever sees it may read all the rest
+
+    def output(self) -> Output:
+        """The whole reply: the fold of the deltas, with what was used."""
+        if self.error is not None:
+            return Output(finish="error", error=self.error, metrics=dict(self.metrics))
+        raw = self.reply.raw if self.reply is not None else ""
+        usage = replace(self.usage, completion_tokens=len(self.tokens))
+        return fold(self.deltas, usage=usage, metrics=dict(self.metrics), raw=raw, logprobs=self.sampling.logprobs is not None)
+
+
+def join(deltas: Iterable[Delta]) -> Delta:
+    """Several pieces as one."""
+    deltas = list(deltas)
+    return Delta(
+        text="".join(d.text for d in deltas),
+        reasoning="".join(d.reasoning for d in deltas),
+        tokens=tuple(token for d in deltas for token in d.tokens),
+        logprobs=tuple(logprob for d in deltas for logprob in d.logprobs),
+        tool_calls=tuple(call for d in deltas for call in d.tool_calls),
+        finish=next((d.finish for d in reversed(deltas) if d.finish), None),
+    )
+
+
+def fold(
+    deltas: Iterable[Delta],
+    *,
+    usage: Usage | None = None,
+    metrics: dict[str, float] | None = None,
+    raw: str = "",
+    logprobs: bool = False,
+) -> Output:
+    """A stream as a whole reply."""
+    whole = join(deltas)
+    parts: list[Text | ToolCall] = [Text(whole.text)] if whole.text else []
+    return Output(
+        message=Message("assistant", [*parts, *whole.tool_calls], reasoning=whole.reasoning),
+        tokens=whole.tokens,
+        logprobs=whole.logprobs if logprobs else None,
+        finish=whole.finish or "stop",
+        usage=usage or Usage(),
+        metrics=metrics or {},
+        raw=raw,
+    )
