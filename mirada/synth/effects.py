@@ -30,7 +30,7 @@ def noise(rng: random.Random, height: int, width: int) -> np.ndarray:
     return bank[y : y + height, x : x + width]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _linear(value: int) -> float:
     share = value / 255
     return share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4

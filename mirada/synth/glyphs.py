@@ -54,7 +54,7 @@ class Face:
 
 def _trim(mask: np.ndarray, dx: int, dy: int) -> tuple[np.ndarray, int, int]:
     """Cut empty borders off, so that glyph boxes are ink boxes."""
-    rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+    rows, columns = np.flatnonzero(mask.max(1, initial=0)), np.flatnonzero(mask.max(0, initial=0))
     if not len(rows):
         return np.zeros((0, 0), np.uint8), 0, 0
     cut = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]

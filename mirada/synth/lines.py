@@ -94,7 +94,8 @@ def draw_rows(rng: random.Random, runs: list[TextRun], pitch: int, level: float)
 
 def _picture(rng: random.Random, mask: np.ndarray, level: float) -> np.ndarray:
     ink, start, end = effects.ink_and_paper(rng, level)
-    canvas = effects.background(rng, *mask.shape, start, end, level)
+    height, width = mask.shape
+    canvas = effects.background(rng, height, width, start, end, level)
     effects.paint(canvas, mask, ink)
     return effects.disturb(rng, canvas, level)
 

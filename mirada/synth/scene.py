@@ -95,12 +95,16 @@ def _alone(rng: random.Random, facts: dict[str, Any], key: str) -> Thing | None:
 
 def _colour_of(rng: random.Random, facts: dict[str, Any]) -> Question | None:
     thing = _alone(rng, facts, "shape")
-    return thing and ({"shape": thing["shape"]}, {"shape": thing["shape"]}, thing["colour"])
+    if thing is None:
+        return None
+    return {"shape": thing["shape"]}, {"shape": thing["shape"]}, thing["colour"]
 
 
 def _shape_of(rng: random.Random, facts: dict[str, Any]) -> Question | None:
     thing = _alone(rng, facts, "colour")
-    return thing and ({"colour": thing["colour"]}, {"colour": thing["colour"]}, thing["shape"])
+    if thing is None:
+        return None
+    return {"colour": thing["colour"]}, {"colour": thing["colour"]}, thing["shape"]
 
 
 def _third(value: int, size: int, names: tuple[str, str, str]) -> str | None:

@@ -31,19 +31,17 @@ PAPERS: tuple[RGB, ...] = (
 MIN_DISTANCE = 110
 """Objects differ from the background by at least this much in RGB (Euclidean)."""
 _SCALE = 3
-
-
-def distance(one: RGB, other: RGB) -> float:
-    return math.dist(one, other)
+_CORNERS = {"square": (4, 45, 1.0), "triangle": (3, 90, 1.0), "diamond": (4, 90, 1.0), "star": (10, 90, 0.42)}
+"""Corners, angle of the first in degrees, reach of every second corner."""
 
 
 def colours_on(paper: RGB) -> list[str]:
     """Names of the colours that stand out from ``paper``."""
-    return [name for name, colour in PALETTE.items() if distance(colour, paper) >= MIN_DISTANCE]
+    return [name for name, colour in PALETTE.items() if math.dist(colour, paper) >= MIN_DISTANCE]
 
 
 def tint(rng: random.Random, name: str, level: float) -> RGB:
-    """The named colour, moved a little at higher levels; black, white and gray only by brightness, so that they stay neutral."""
+    """The named colour, moved a little at higher levels (black, white and gray only in brightness)."""
     amount = round(14 * level)
     if name in ("black", "white", "gray"):
         move = rng.randint(-amount, amount)
@@ -55,17 +53,11 @@ def tint(rng: random.Random, name: str, level: float) -> RGB:
 def _outline(shape: str, turn: int) -> list[tuple[float, float]]:
     """Corner points on the unit circle (cross: a plus sign), turned by ``turn`` degrees."""
     if shape == "cross":
-        arm = 0.36
-        flat = [(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm), (arm, 1), (-arm, 1), (-arm, arm), (-1, arm),
-                (-1, -arm), (-arm, -arm)]  # fmt: skip
+        a = 0.36  # half the width of an arm
+        flat = [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]
     else:
-        corners, start, inner = {
-            "square": (4, 45, 1.0),
-            "triangle": (3, 90, 1.0),
-            "diamond": (4, 90, 1.0),
-            "star": (10, 90, 0.42),
-        }[shape]
-        reach = [inner if i % 2 else 1.0 for i in range(corners)] if shape == "star" else [1.0] * corners
+        corners, start, inner = _CORNERS[shape]
+        reach = [inner if i % 2 else 1.0 for i in range(corners)]
         angles = [math.radians(start + 360 / corners * i) for i in range(corners)]
         flat = [(r * math.cos(a), -r * math.sin(a)) for r, a in zip(reach, angles, strict=True)]
         if shape == "diamond":

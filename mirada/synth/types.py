@@ -5,7 +5,6 @@ H, W pixels; h, w patches of 14 pixels; a sub-column is 7 pixels wide.
 
 from __future__ import annotations
 
-import string
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ MIN_PIXELS = 4 * CELL * CELL
 IGNORE = -100
 """Label of a place where the class is ambiguous or does not apply; no loss is taken there."""
 
-CHARS: tuple[str, ...] = ("",) + tuple(c for c in map(chr, range(33, 127)))
+CHARS: tuple[str, ...] = ("", *map(chr, range(33, 127)))
 """Character classes: 0 is none (also the space), then printable ASCII from ``!`` to ``~``."""
 CHAR_CLASS: dict[str, int] = {c: i for i, c in enumerate(CHARS) if c} | {" ": 0}
 SHAPES: tuple[str, ...] = ("none", "circle", "square", "triangle", "star", "diamond", "cross", "box", "bar")
@@ -30,19 +29,18 @@ NUM_BOX_CLASSES = 11
 """Box classes: 0 is none, d + 1 is the box that carries digit d."""
 
 Split = Literal["train", "held"]
-assert set(string.ascii_letters + string.digits) <= set(CHARS)
 
 
 @dataclass(frozen=True, slots=True)
 class Dense:
     """Labels per patch.
 
-    ``char`` int16 [h, w, 2]: class (index in CHARS) of the character that owns the sub-column, on every patch row
-    that overlaps the ink of its text line by 3 pixels or more; IGNORE where the overlap is 1 or 2 pixels, or where two
-    lines meet in one patch; 0 elsewhere and in spaces. A character owns the sub-columns whose centre its advance box covers; one too narrow to cover any
-    takes the sub-column under its middle from a neighbour that keeps another.
-    ``shape``, ``colour``, ``box`` int8 [h, w]: class of the object that covers most of the patch, when that is a
-    quarter of it or holds the object's centre; IGNORE from 5 % to 25 %; 0 below. ``colour`` is IGNORE under text lines.
+    ``char`` int16 [h, w, 2]: class (index in CHARS) of the character that owns the sub-column, on every patch row that
+    overlaps the ink of its text line by 3 pixels or more; IGNORE where the overlap is 1 or 2 pixels, or where two lines
+    meet in one patch; 0 elsewhere and in spaces. A character owns the sub-columns whose centre its advance box covers;
+    one too narrow to cover any takes the sub-column under its middle from a neighbour that keeps another.
+    ``shape``, ``colour``, ``box`` int8 [h, w]: class of the object that covers a quarter of the patch or has its centre
+    there; IGNORE where an object covers 5 % to 25 %; 0 below. ``colour`` is IGNORE all over pictures of text lines.
     """
 
     char: np.ndarray

@@ -123,27 +123,14 @@ def _time(rng: random.Random, split: str, limit: int) -> str:
 
 
 def _code(rng: random.Random, split: str, limit: int) -> str:
-    def letters(count: int) -> str:
-        return "".join(rng.choices(_CODE_LETTERS, k=count))
-
-    def digits(count: int) -> str:
-        return "".join(rng.choices(string.digits, k=count))
-
-    forms = [f"{letters(1)}{digits(1)}", f"{letters(1)}{digits(2)}", f"{letters(2)}{digits(2)}"]
+    """A string of a pattern: A is a capital letter, 9 a digit, the rest stands for itself."""
+    patterns = ("A9", "A99", "AA99")
     if limit >= 6:
-        forms = [
-            f"{letters(1)}{digits(1)}-{digits(3)}",
-            f"{letters(2)}-{digits(3)}",
-            f"{letters(3)}{digits(3)}",
-            f"#{digits(5)}",
-        ]
+        patterns = ("A9-999", "AA-999", "AAA999", "#99999")
     if limit >= 10 and rng.random() < 0.5:
-        forms = [
-            f"{letters(3)}-{digits(2)}-{letters(2)}",
-            f"{digits(3)}-{digits(2)}-{digits(2)}",
-            f"v{digits(1)}.{digits(1)}.{digits(2)}",
-        ]
-    return rng.choice(forms)
+        patterns = ("AAA-99-AA", "999-99-99", "v9.9.99")
+    pools = {"A": _CODE_LETTERS, "9": string.digits}
+    return "".join(rng.choice(pools.get(char, char)) for char in rng.choice(patterns))
 
 
 def _email(rng: random.Random, split: str, limit: int) -> str:
