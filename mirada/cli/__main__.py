@@ -1,5 +1,5 @@
 """``python -m mirada.cli``."""
 
-from mirada.cli.main import main
+from mirada.cli.commands import main
 
 main()

@@ -7,8 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mirada.cli import show
+from mirada.engine import inputs
 from mirada.errors import InputError
-from mirada.types import Message, Output, Sampling, Text
+from mirada.media.fetch import FetchLimits
+from mirada.types import Output, Sampling
 
 
 def run(
@@ -28,9 +30,9 @@ def run(
             f"the last word, {question!r}, is a file, so there is no question", 'end with one: mirada ask a.png "What is it?"'
         )
     show.check_paths(sources)
-    chat = [Message("user", (*(show.medium(source, fps, max_pixels) for source in sources), Text(question)))]
+    turn = inputs.question(tuple(words), None, show.media_options(fps, max_pixels), FetchLimits())
     vlm = show.open_model(model, device)
-    handle = vlm.submit(chat, sampling, thinking=show.thinking(think))
+    handle = vlm.submit([turn], sampling, thinking=show.thinking(think))
     if not as_json:
         show.stream(handle)
     output = handle.result()

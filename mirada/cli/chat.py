@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import mirada
 from mirada.cli import show
+from mirada.engine import inputs
 from mirada.errors import MiradaError, nearest
 from mirada.types import Delta, Image, Message, Sampling, Text, Thinking, Video
 
@@ -62,7 +63,8 @@ def run(
     """Read lines until /quit or the end of input."""
     show.check_paths(media)
     talk = Conversation(show.open_model(model, device), sampling, show.thinking(think))
-    talk.media += [show.medium(source, fps, max_pixels) for source in media]
+    parts = [inputs.as_part(source, talk.vlm.limits) for source in media]
+    talk.media += inputs.with_settings(parts, show.media_options(fps, max_pixels))  # type: ignore[arg-type]
     if sys.stdin.isatty():
         import readline  # noqa: F401  (line editing and history for input())
 

@@ -23,6 +23,7 @@ _MODULES = {  # distribution -> module, where they differ
     "pre-commit": "pre_commit",
 }
 _CODECS = ("h264", "hevc", "vp9", "av1", "mpeg4", "mjpeg")
+_DRIVER = Path("/proc/driver/nvidia/version")
 _PICTURES = ("jpg", "zlib", "webp", "avif", "libtiff", "jpg_2000")
 
 
@@ -98,7 +99,7 @@ def _devices(problems: list[Problem]) -> dict[str, Any]:
         made[f"cuda:{index}"] = f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB, capability {facts.major}.{facts.minor}"
     if torch.backends.mps.is_available():
         made["mps"] = "Apple GPU"
-    if sys.platform == "linux" and Path("/proc/driver/nvidia/version").exists() and torch.version.cuda is None:
+    if _DRIVER.exists() and torch.version.cuda is None:
         problems.append(
             Problem(
                 "warning",

@@ -5,39 +5,29 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 import mirada
 from mirada.errors import MediaNotFound
-from mirada.types import Delta, Image, Thinking, Video
-
-_VIDEOS = (".mp4", ".m4v", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp", ".ogv")
+from mirada.types import Delta, Thinking
 
 
 def thinking(think: bool | None) -> Thinking:
     return "auto" if think is None else "on" if think else "off"
 
 
-def medium(source: str, fps: float | None = None, max_pixels: int | None = None) -> Image | Video:
-    """A path or address as a picture, or as a video where its ending says so."""
-    if is_video(source):
-        return Video(source, fps=fps, max_pixels=max_pixels)
-    return Image(source, max_pixels=max_pixels)
-
-
-def is_video(source: str) -> bool:
-    if source.startswith("data:"):
-        return source.startswith("data:video")
-    return source.partition("?")[0].partition("#")[0].lower().endswith(_VIDEOS)
+def media_options(fps: float | None, max_pixels: int | None) -> dict[str, Any]:
+    """Those of the settings of media that were given."""
+    return {name: value for name, value in (("fps", fps), ("max_pixels", max_pixels)) if value is not None}
 
 
 def open_model(model: str, device: str | None) -> mirada.VLM:
     return mirada.VLM(model, device=device)
 
 
-def stream(deltas: Iterable[Delta], out: TextIO | None = None) -> None:
+def stream(deltas: Iterable[Delta]) -> None:
     """Write the answer piece by piece. Reasoning is shown, dim, only to a person at a terminal."""
-    out = out or sys.stdout
+    out = sys.stdout
     terminal, dim = out.isatty(), False
     for delta in deltas:
         if delta.reasoning and terminal:
