@@ -1,0 +1,15 @@
+"""Our outputs beside those of the reference, one test per recorded fact."""
+
+from __future__ import annotations
+
+from parity.checks import collect
+from parity.conftest import golden_dir
+
+
+def test_recorded(check) -> None:
+    check()
+
+
+def test_there_is_something_to_check(pytestconfig) -> None:
+    directory = golden_dir(pytestconfig)
+    assert collect(directory), f"{directory} holds nothing that could be checked"
