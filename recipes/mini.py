@@ -30,7 +30,7 @@ from mirada import Image, Message, Text, synth
 from mirada.errors import SettingsError
 from mirada.media.grid import GridRule, Patches, content_key, patchify
 from mirada.models.family import FAMILIES
-from mirada.models.load import save_int8_rows
+from mirada.models.load import build, save_model
 from mirada.prompt.render import Renderer
 from mirada.train.batch import Example, TrainBatch, collate
 from mirada.train.loop import TrainSettings, train
@@ -49,37 +49,38 @@ DENSE_KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage: what it trains, on which share of tasks, how hard (``level`` from first to last step), and its dials."""
+    """One stage: what it trains, on which share of tasks, how hard (``level`` from first to last step), and its dials.
+
+    ``grow``: lines grow with the level too; where every patch has its own label, length is no difficulty.
+    """
 
     parts: tuple[str, ...]
     mix: Mapping[str, float]
     settings: TrainSettings
     level: tuple[float, float] = (1.0, 1.0)
     batch: int = 64
+    grow: bool = True
     dense_weight: float = 0.0
     rounded: bool = False
 
 
+TOWER, WHOLE = ("visual",), ("visual", "projector", "decoder", "lm_head")
+LINES = {"line": 0.85, "paragraph": 0.15}
+SEEN = {"line": 0.55, "scene": 0.2, "boxes": 0.08, "chart": 0.09, "paragraph": 0.08}
 EVERYTHING = {"line": 0.56, "scene": 0.2, "boxes": 0.08, "chart": 0.09, "paragraph": 0.05, "text": 0.02}
-SEEN = {"line": 0.6, "scene": 0.15, "boxes": 0.08, "chart": 0.09, "paragraph": 0.08}
+COMMON = TrainSettings(steps=1, optimizer="muon", save_every=400)
 STAGES = {
-    "letters": Stage(
-        ("visual",), {"line": 0.85, "paragraph": 0.15}, TrainSettings(2400, lr=2e-3, shape="linear", floor=0.25), (0.0, 0.6)
-    ),
-    "dense": Stage(("visual",), SEEN, TrainSettings(1500, lr=1e-3, shape="linear", floor=0.3), level=(0.3, 1.0)),
-    "text": Stage(("decoder", "lm_head"), {"text": 1.0}, TrainSettings(600, lr=2e-3, average=None), batch=64),
-    "projector": Stage(("projector",), EVERYTHING, TrainSettings(250, lr=2e-3), level=(0.0, 0.1)),
+    "letters": Stage(TOWER, LINES, replace(COMMON, steps=1600, lr=2e-3, shape="linear", floor=0.3), (0.0, 0.6), grow=False),
+    "dense": Stage(TOWER, SEEN, replace(COMMON, steps=900, lr=1e-3, shape="linear", floor=0.3), (0.3, 1.0), grow=False),
+    "text": Stage(("decoder", "lm_head"), {"text": 1.0}, replace(COMMON, steps=600, lr=2e-3, shape="linear", floor=0.2)),
+    "projector": Stage(("projector",), EVERYTHING, replace(COMMON, steps=250, lr=2e-3), (0.0, 0.1)),
     "all": Stage(
-        ("visual", "projector", "decoder", "lm_head"),
-        EVERYTHING,
-        TrainSettings(6000, lr=1e-3, shape="constant", warmup=200),
-        level=(0.05, 1.0),
-        dense_weight=0.3,
+        WHOLE, EVERYTHING, replace(COMMON, steps=6000, lr=1e-3, shape="constant", warmup=200), (0.05, 1.0), dense_weight=0.3
     ),
     "hold": Stage(
-        ("visual", "projector", "decoder", "lm_head"),
+        WHOLE,
         EVERYTHING,
-        TrainSettings(1200, lr=1e-3, shape="linear", warmup=1, average=0.99),
+        replace(COMMON, steps=1200, lr=1e-3, shape="linear", warmup=1, average=0.99),
         dense_weight=0.1,
         rounded=True,
     ),
@@ -98,7 +99,7 @@ class Drawn(IterableDataset):
         torch.set_num_threads(1)
         worker = torch.utils.data.get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        renderer = None if self.stage.parts == ("visual",) else load_renderer(self.directory)
+        renderer = None if self.stage.parts == TOWER else load_renderer(self.directory)
         for step in range(self.start + first, self.steps, stride):
             yield self.draw(step, renderer)
 
@@ -111,9 +112,8 @@ class Drawn(IterableDataset):
         made = []
         for i, task in enumerate(tasks):
             longest = chooser.choices((12, 24, 40), weights=self.lengths)[0]
-            made.append(
-                example(renderer, self.rule, task, seed, step * self.stage.batch + i, level, max(1, round(longest * level)))
-            )
+            limit = max(1, round(longest * level)) if self.stage.grow else longest
+            made.append(example(renderer, self.rule, task, seed, step * self.stage.batch + i, level, limit))
         return collate(made, self.rule)
 
 
@@ -147,8 +147,7 @@ def run_stage(name: str, size: Size, run: Path, settings: TrainSettings, workers
     stage, base = STAGES[name], run / "base"
     config = json.loads((base / "config.json").read_text())
     torch.manual_seed(settings.seed)
-    family = FAMILIES["KeyeVL1_5"]
-    model = family.build(family.config(config))
+    model = build(config)
     model.init_weights(settings.seed)
     heads = DenseHeads(size.vision_width, DENSE_KINDS)
     before = [run / f"{earlier}.safetensors" for earlier in ORDER[: ORDER.index(name)]]
@@ -158,7 +157,7 @@ def run_stage(name: str, size: Size, run: Path, settings: TrainSettings, workers
     model.requires_grad_(False)
     for part in stage.parts:
         getattr(model, part).requires_grad_(True)
-    heads.requires_grad_(stage.parts == ("visual",) or stage.dense_weight > 0)
+    heads.requires_grad_(stage.parts == TOWER or stage.dense_weight > 0)
     if stage.rounded:
         round_rows(model)
 
@@ -166,7 +165,7 @@ def run_stage(name: str, size: Size, run: Path, settings: TrainSettings, workers
         data = Drawn(name, size, step, settings, base)
         return iter(DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))
 
-    objective = Dense(heads) if stage.parts == ("visual",) else NextToken(heads, stage.dense_weight)
+    objective = Dense(heads) if stage.parts == TOWER else NextToken(heads, stage.dense_weight)
     state = train(model, objective, batches, settings, run / name, extra=[heads])
     if stage.rounded:
         unround_rows(model)
@@ -197,13 +196,12 @@ def export(size: Size, run: Path, out: Path) -> None:
     done = [run / f"{name}.safetensors" for name in ORDER if (run / f"{name}.safetensors").exists()]
     if not done:
         raise SettingsError(f"{run} holds no trained stage", "run the train command first")
-    family = FAMILIES["KeyeVL1_5"]
-    model = family.build(family.config(json.loads((run / "base" / "config.json").read_text())))
+    model = build(json.loads((run / "base" / "config.json").read_text()))
     nn.ModuleList([model, DenseHeads(size.vision_width, DENSE_KINDS)]).load_state_dict(load_file(done[-1]))
     out.mkdir(parents=True, exist_ok=True)
     for file in (run / "base").iterdir():
         (out / file.name).write_bytes(file.read_bytes())
-    save_int8_rows(model, out)
+    save_model(model, out, int8_rows=True)
     write_card(out, size, done[-1].stem)
 
 

@@ -264,15 +264,17 @@ class KeyeVL(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """Fresh weights for training: normal, deviation 0.02, residual outputs less by depth; norms one, biases zero."""
+        """Fresh weights for training: tables normal with deviation 0.02, matrices 1/sqrt(inputs), residual outputs less
+        by depth; norms one, biases zero. Small widths learn markedly faster from these than from 0.02 throughout."""
         random = torch.Generator(self.lm_head.weight.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
                 continue
-            depth = len(self.visual.layers) if name.startswith("visual") else len(self.decoder.layers)
-            last = name.endswith(("attention.out.weight", "mlp.fc2.weight", "mlp.down.weight")) and "projector" not in name
-            parameter.normal_(std=0.02 / (2 * depth) ** 0.5 if last else 0.02, generator=random)
+            std = 0.02 if "embed" in name or "positions" in name or "lm_head" in name else parameter.shape[1] ** -0.5
+            if name.endswith(("attention.out.weight", "mlp.fc2.weight", "mlp.down.weight")) and "projector" not in name:
+                std *= (2 * len(self.visual.layers if name.startswith("visual") else self.decoder.layers)) ** -0.5
+            parameter.normal_(std=std, generator=random)
 
 
 def layout(config: KeyeConfig) -> Layout:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from mirada.train import checkpoint
 from mirada.train.batch import TrainBatch
 from mirada.train.log import RunLog
 from mirada.train.objectives.base import Loss
-from mirada.train.optim import Average, Schedule, adamw
+from mirada.train.optim import Average, Schedule, optimizers
 
 Objective = Callable[[nn.Module, TrainBatch], Loss]
 Batches = Callable[[int], Iterator[TrainBatch]]
@@ -35,6 +36,7 @@ class TrainSettings:
 
     steps: int
     lr: float = 1e-3
+    optimizer: Literal["adamw", "muon"] = "adamw"
     warmup: int = 100
     shape: str = "cosine"
     floor: float = 0.0
@@ -99,7 +101,7 @@ class _Run:
         torch.manual_seed(settings.seed)
         self.objective, self.model, self.settings, self.directory = objective, model, settings, directory
         self.modules = nn.ModuleList([model, *extra])
-        self.optimizer = adamw(self.modules, settings.weight_decay, settings.betas)
+        self.optimizers = optimizers(self.modules, settings.weight_decay, settings.betas, settings.optimizer)
         self.schedule = Schedule(settings.lr, settings.steps, settings.warmup, settings.shape, settings.floor)  # type: ignore[arg-type]
         self.average = None if settings.average is None else Average(model, settings.average)
         self.step = 0
@@ -108,18 +110,20 @@ class _Run:
     def one_step(self, batch: TrainBatch) -> Callable[[], dict[str, float]]:
         """One update. The figures are read only when called for: reading waits for the device."""
         rate = self.schedule.at(self.step)
-        for group in self.optimizer.param_groups:
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group in groups:
             group["lr"] = rate
         loss = self.objective(self.model, batch)
         loss.total.backward()
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        params = [p for group in groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(params, self.settings.clip, error_if_nonfinite=False)
         if not torch.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient is not finite at step {self.step}: lower lr, or resume from the last checkpoint"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self.average is not None:
             self.average.update(self.step)
@@ -128,7 +132,8 @@ class _Run:
 
     def save(self) -> None:
         tensors = {f"model/{k}": v for k, v in self.modules.state_dict().items()}
-        tensors |= {f"optim/{k}": v for k, v in checkpoint.optimizer_tensors(self.optimizer).items()}
+        for i, optimizer in enumerate(self.optimizers):
+            tensors |= {f"optim{i}/{k}": v for k, v in checkpoint.optimizer_tensors(optimizer).items()}
         tensors["random"] = torch.get_rng_state()
         if self.average is not None:
             tensors |= {f"average/{k}": v for k, v in self.average.shadow.items()}
@@ -141,7 +146,8 @@ class _Run:
         tensors, facts = checkpoint.load(found)
         self._check_settings(found, facts["settings"])
         self.modules.load_state_dict(_under(tensors, "model/"))
-        checkpoint.load_optimizer(self.optimizer, _under(tensors, "optim/"))
+        for i, optimizer in enumerate(self.optimizers):
+            checkpoint.load_optimizer(optimizer, _under(tensors, f"optim{i}/"))
         torch.set_rng_state(tensors["random"])
         if self.average is not None:
             for name, value in _under(tensors, "average/").items():

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -85,8 +86,10 @@ def test_labels_are_the_next_token_where_it_is_learnt() -> None:
     assert len(rows) == (batch.batch.tokens == IMAGE).sum()
 
 
-def test_resume_is_bit_exact(tmp_path: Path) -> None:
-    whole, whole_heads, _ = run(tmp_path / "whole")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resume_is_bit_exact(tmp_path: Path, optimizer: Literal["adamw", "muon"]) -> None:
+    settings = replace(SETTINGS, optimizer=optimizer)
+    whole, whole_heads, _ = run(tmp_path / "whole", settings)
 
     def ends_after_three(step: int) -> Iterator[TrainBatch]:
         for k, batch in zip(range(step, 4), batches(step), strict=False):
@@ -95,8 +98,8 @@ def test_resume_is_bit_exact(tmp_path: Path) -> None:
             yield batch
 
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "broken", draws=ends_after_three)
-    resumed, resumed_heads, _ = run(tmp_path / "broken")
+        run(tmp_path / "broken", settings, draws=ends_after_three)
+    resumed, resumed_heads, _ = run(tmp_path / "broken", settings)
     for one, two in ((whole, resumed), (whole_heads, resumed_heads)):
         for name, value in weights(one).items():
             assert torch.equal(value, two.state_dict()[name]), name

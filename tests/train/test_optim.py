@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mirada.errors import SettingsError
-from mirada.train.optim import Average, Schedule, adamw, round_rows, unround_rows
+from mirada.train.optim import Average, Muon, Schedule, optimizers, orthogonal, round_rows, unround_rows
 
 
 @pytest.mark.parametrize("shape,half", [("constant", 1.0), ("linear", 0.55), ("cosine", 0.55)])
@@ -27,7 +27,8 @@ def test_unknown_shape() -> None:
 def test_only_matrices_decay_and_frozen_parts_stay() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
     model[2].requires_grad_(False)
-    groups = adamw([model, model], 0.1, (0.9, 0.99)).param_groups
+    (adamw,) = optimizers(nn.ModuleList([model, model]), 0.1, (0.9, 0.99))
+    groups = adamw.param_groups
     assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.1), (3, 0.0)]
 
 
@@ -51,9 +52,38 @@ def test_rounded_weights_are_those_of_the_stored_form_and_can_be_undone() -> Non
     model = nn.ModuleList([embed, head])
     plain = embed.weight.detach().clone()
     round_rows(model)
-    assert torch.equal(head.weight, dequantise_rows(*quantise_rows(plain), torch.float32))
+    assert torch.equal(head.weight, dequantise_rows(*quantise_rows(plain)))
     head.weight.sum().backward()
     unround_rows(model)
     assert torch.equal(embed.weight, plain)
     assert head.weight is embed.weight
     assert embed.weight.grad is not None and bool((embed.weight.grad == 1).all())  # straight through
+
+
+def test_orthogonal_keeps_directions_and_evens_lengths() -> None:
+    torch.manual_seed(0)
+    made = orthogonal(torch.randn(3, 8, 24))
+    singular = torch.linalg.svdvals(made)
+    assert 0.6 < singular.min() and singular.max() < 1.3
+
+
+def test_muon_takes_the_inner_matrices_and_cuts_fused_ones() -> None:
+    block = nn.ModuleDict({"qkv": nn.Linear(4, 12), "gate_up": nn.Linear(4, 16), "down": nn.Linear(8, 4)})
+    model = nn.ModuleDict({"m": nn.ModuleDict({"layers": nn.ModuleList([block]), "head": nn.Linear(4, 9)})})
+    adamw, muon = optimizers(model, 0.0, (0.9, 0.99), "muon")
+    assert isinstance(muon, Muon)
+    assert {g["pieces"]: [tuple(p.shape) for p in g["params"]] for g in muon.param_groups} == {
+        3: [(12, 4)],
+        2: [(16, 4)],
+        1: [(4, 8)],
+    }
+    assert sum(len(g["params"]) for g in adamw.param_groups) == 5
+    before = block["qkv"].weight.detach().clone()
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    muon.param_groups[0]["lr"] = 0.1
+    muon.step()
+    moved = (block["qkv"].weight.detach() - before) / (0.1 * 0.2 * 4**0.5)
+    for piece in moved.chunk(3):
+        assert torch.linalg.svdvals(piece).max() < 1.3
+    assert torch.linalg.svdvals(moved).max() > 1.4  # cut, not one matrix of twelve rows
