@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import queue
+import re
 import socket
 import ssl
 import threading
@@ -68,6 +69,8 @@ def _parse(url: str) -> httpx.URL:
         raise MediaUnsupported(f"{show(url)} is not an address ({error})", "write http(s)://host/path") from error
     if parsed.scheme not in ("http", "https"):
         raise MediaRefused(f"a redirect leads to the scheme {parsed.scheme!r}", "only http and https are followed")
+    if re.search(r"[\s%\[\]]", parsed.host) or not 0 < (parsed.port or 80) < 65536:
+        raise MediaUnsupported(f"{show(url)} is not an address (its host or port)", "write http(s)://host/path")
     if not parsed.host:
         raise MediaUnsupported(f"{show(url)} names no host", "write http(s)://host/path")
     if parsed.userinfo:

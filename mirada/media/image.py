@@ -115,7 +115,7 @@ def from_array(array: np.ndarray) -> pil.Image:
     name = f"an array of shape {array.shape} and type {array.dtype}"
     if array.ndim == 4:
         fix = "give one picture at a time, or Video(list of arrays)"
-    elif array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (3, 4):
+    elif array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] > 4:
         fix = "channels come last: use array.transpose(1, 2, 0)"
     elif array.ndim == 3 and array.shape[2] == 1:
         fix = "drop the last axis: use array[:, :, 0]"
