@@ -1,0 +1,71 @@
+"""Random mixes of text, pictures and videos, and what a model makes of them without engine or cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from tiny import pack, random_prompt
+
+from mirada import VLM
+from mirada.engine.vision import encode
+from mirada.media.grid import Patches
+from mirada.types import Prompt
+
+
+def mix(vlm: VLM, seed: int, count: int) -> list[tuple[Prompt, list[Patches]]]:
+    """``count`` prompts, each with the media that it refers to."""
+    config = vlm.parts.model.config
+    random = np.random.default_rng(seed)
+    pads = (config.image_token_id, config.video_token_id)
+    return [patched(random, *random_prompt(random, pads, config.frames_apart)) for _ in range(count)]
+
+
+def patched(random: np.random.Generator, prompt: Prompt, grids) -> tuple[Prompt, list[Patches]]:
+    kinds = {span.media_id: span.kind for span in prompt.spans}
+    media = []
+    for index, (t, h, w) in enumerate(grids):
+        pixels = random.integers(0, 256, (t * h * w, 3, 14, 14), dtype=np.uint8)
+        media.append(Patches(kinds[index], pixels, ((t, h, w),), (h * 14, w * 14), bytes(32)))
+    return prompt, media
+
+
+def features(vlm: VLM, media: Sequence[Patches]) -> torch.Tensor | None:
+    return encode(vlm.parts.model, media, vlm.parts.rule.grid, torch.device("cpu"), torch.float32)
+
+
+@torch.no_grad()
+def plain_logits(vlm: VLM, asked: Sequence[tuple[Prompt, list[Patches]]], answers: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Logits [V] by one forward without a cache over whole sequences, as training runs them: for each, one row per answer
+    token, being what it was chosen from."""
+    whole = [Prompt((*p.tokens, *answer), p.spans) for (p, _), answer in zip(asked, answers, strict=True)]
+    model = vlm.parts.model
+    logits = model.logits(model(pack(whole), features(vlm, [item for _, media in asked for item in media])))
+    rows = logits.split([len(prompt.tokens) for prompt in whole])
+    return [row[len(p.tokens) - 1 : -1] for row, (p, _) in zip(rows, asked, strict=True)]
+
+
+@contextmanager
+def recorded(vlm: VLM):
+    """While open, {prompt tokens: [logits the engine chose from, step by step]}."""
+    runner, seen = vlm._scheduler._runner, {}
+    original = runner._choose
+
+    def choose(sequences, logits):
+        for sequence, row in zip(sequences, logits, strict=True):
+            seen.setdefault(sequence.prompt.tokens, []).append(row.clone())
+        return original(sequences, logits)
+
+    runner._choose = choose
+    try:
+        yield seen
+    finally:
+        del runner._choose
+
+
+def gap(logits: torch.Tensor) -> float:
+    """Between the two largest."""
+    top = logits.topk(2).values
+    return float(top[0] - top[1])

@@ -1,0 +1,65 @@
+"""Greedy ids of the reference, through the engine's own prefill, cache and decode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from parity.golden import Case, cases, load_reference_model
+from tiny import make_tiny_keye
+
+from mirada import VLM, Sampling
+from mirada.engine import vision
+from mirada.media.grid import Patches
+from mirada.prompt.render import Renderer
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "keye_vl"
+PREVIEW = ("mixed", "image", "video_default_seconds", "video_fps2", "text", "left_padded_batch")
+
+
+@pytest.fixture(scope="module", params=["Keye", "KeyeVL1_5"])
+def reference(request, tmp_path_factory):
+    """(engine, {name: case}) of one model type. The reference's own vocabulary is not recorded, so any renderer will do."""
+    if request.param == "Keye":
+        model = load_reference_model(GOLDEN / "model_config.json", GOLDEN / "model_weights.safetensors")
+        recorded = cases(GOLDEN / "model_goldens.safetensors")
+        assert set(recorded) == set(PREVIEW)
+    else:
+        override = GOLDEN / "keye15_projector_override.safetensors"
+        model = load_reference_model(GOLDEN / "keye15_config.json", GOLDEN / "model_weights.safetensors", override)
+        recorded = cases(GOLDEN / "keye15_goldens.safetensors")
+        assert len(recorded) == 1
+    directory = make_tiny_keye(tmp_path_factory.mktemp(request.param), request.param)
+    form = VLM(directory, device="cpu").parts.renderer.format
+    vlm = VLM.from_parts(model, Renderer.from_directory(directory, form))
+    return vlm, {name: Case(model, tensors) for name, tensors in recorded.items()}
+
+
+def media_of(case: Case) -> list[list[Patches]]:
+    """Per prompt, one Patches for every span, holding the recorded (already normalised) pixels."""
+    queues = {}
+    for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        if name in case.theirs:
+            queues[kind] = case.theirs[name].numpy()
+    made = []
+    for prompt in case.prompts:
+        media = []
+        for span in prompt.spans:
+            count = int(np.prod(span.grid))
+            media.append(Patches(span.kind, queues[span.kind][:count], (span.grid,), (0, 0), bytes(32)))
+            queues[span.kind] = queues[span.kind][count:]
+        made.append(media)
+    assert not any(len(left) for left in queues.values())
+    return made
+
+
+def test_greedy_ids(reference, monkeypatch):
+    vlm, recorded = reference
+    monkeypatch.setattr(vision, "normalise", lambda pixels, rule: pixels)
+    handles, expected = [], []
+    for case in recorded.values():
+        for prompt, media, ids in zip(case.prompts, media_of(case), case.theirs["generated"].tolist(), strict=True):
+            handles.append(vlm.submit(prompt, Sampling(max_tokens=len(ids), ignore_eos=True), media=media))
+            expected.append(tuple(ids))
+    assert [handle.result().tokens for handle in handles] == expected  # all cases in one batch
