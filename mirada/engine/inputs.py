@@ -78,7 +78,7 @@ def as_part(source: Any, limits: FetchLimits) -> Part:
     if isinstance(source, Image | Video | Text):
         return source
     if getattr(source, "ndim", None) == 4:
-        return Video(list(source))
+        return Video(source)
     if not isinstance(source, str | os.PathLike | bytes | bytearray | memoryview):
         return Image(source)
     suffix = _suffix(source)

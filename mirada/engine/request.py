@@ -15,6 +15,7 @@ from mirada.media.prepare import prepare_many
 from mirada.models.positions import positions
 from mirada.prompt.parse import Parser
 from mirada.prompt.render import Tools
+from mirada.prompt.wire import messages_from_openai
 from mirada.types import Chat, Image, Message, Prompt, Sampling, Thinking, Usage, Video
 
 
@@ -88,17 +89,14 @@ class Requests:
 
 
 def check_chat(chat: Any, thinking: Any) -> list[Message]:
-    """The chat as a list of messages; MessageError says what is wrong with its form."""
+    """The chat as messages (mappings with role and content are taken too); MessageError says what is wrong with its form."""
     if thinking not in ("auto", "on", "off"):
         raise SettingsError(f"thinking={thinking!r} is unknown", "use 'auto', 'on' or 'off'")
     if isinstance(chat, str | bytes | Message) or not isinstance(chat, Seq):
         raise MessageError(f"a chat is given as a {type(chat).__name__}", 'give a list: [Message("user", ...)]')
-    for index, message in enumerate(chat):
-        if not isinstance(message, Message):
-            raise MessageError(f"message {index} of the chat is a {type(message).__name__}", 'give Message("user", ...)')
     if not chat:
         raise MessageError("the chat has no messages", 'give at least one: [Message("user", "...")]')
-    return list(chat)
+    return messages_from_openai(chat)
 
 
 def usage(prompt: Prompt, media: Seq[Patches]) -> Usage:

@@ -1,0 +1,389 @@
+"""The front door, as written in the README: ask, generate, stream, submit."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as pil
+
+import mirada
+from mirada import VLM, Delta, Image, Message, Sampling, Text, Video
+from mirada.engine.scheduler import MAX_RUNNING
+from mirada.engine.sequence import fold
+from mirada.errors import ContextOverflow, MediaNotFound, MessageError, MiradaError, RequestFailed, SettingsError
+
+HI = [Message("user", "hi")]
+LONG = Sampling(max_tokens=12, ignore_eos=True)
+
+
+def frames(count):
+    return [np.random.default_rng(i).integers(0, 256, (56, 84, 3), dtype=np.uint8) for i in range(count)]
+
+
+@pytest.fixture
+def chat(picture):
+    return [Message("user", (Image(picture), Text("What does the text say?")))]
+
+
+def test_the_snippet(vlm, picture, tmp_path):
+    path = tmp_path / "receipt.png"
+    pil.fromarray(picture).save(path)
+    answer = vlm.ask(str(path), "What is the total?", max_tokens=8)
+    assert isinstance(answer, str)
+    chat = [Message("user", (Image(str(path)), Text("What does the text say?")))]
+    outputs = list(vlm.generate([chat, chat], Sampling(max_tokens=8, temperature=0.0)))
+    assert len(outputs) == 2
+    for output in outputs:
+        assert output.error is None and output.finish in ("stop", "length")
+        assert 1 <= len(output.tokens) == output.usage.completion_tokens <= 8
+    assert outputs[0].tokens == outputs[1].tokens
+    assert "".join(delta.text for delta in vlm.stream(chat, Sampling(max_tokens=8))) == outputs[0].message.text
+
+
+def test_ask_takes_media_of_every_kind_and_gives_the_same_answer(vlm, picture, tmp_path):
+    path = tmp_path / "a.png"
+    pil.fromarray(picture).save(path)
+    data = path.read_bytes()
+    kinds = [path, str(path), path.as_uri(), data, io.BytesIO(data).getbuffer(), pil.fromarray(picture), picture, Image(picture)]
+    answers = {vlm.ask(kind, "What?", max_tokens=6, ignore_eos=True) for kind in kinds}
+    assert len(answers) == 1
+    assert vlm.ask([path, picture], "What?", max_tokens=4) == vlm.ask(path, picture, text="What?", max_tokens=4)
+    assert isinstance(vlm.ask("no media at all", max_tokens=2), str)
+
+
+def test_ask_passes_settings_on(vlm, picture):
+    used = []
+    original = type(vlm._requests).make
+
+    def make(self, chat, *rest):
+        sequence = original(self, chat, *rest)
+        used.append((chat, sequence))
+        return sequence
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(vlm._requests), "make", make)
+        vlm.ask(np.stack(frames(4)), picture, "What?", fps=2.0, max_pixels=50_000, max_tokens=2, system="Be brief.", thinking="off")
+    chat, sequence = used[0]
+    assert [message.role for message in chat] == ["system", "user"]
+    video, image, text = chat[1].parts
+    assert (video.fps, video.max_pixels, image.max_pixels, text.text) == (2.0, 50_000, 50_000, "What?")
+    assert sequence.sampling.max_tokens == 2
+    assert "/no_think" in vlm.parts.renderer.tokenizer.decode(sequence.prompt.tokens)
+
+
+def test_a_video_file_is_known_by_its_bytes(vlm, tmp_path):
+    import av
+
+    path = tmp_path / "clip.bin"
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 84, 56, "yuv420p"
+        for frame in frames(8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    for source in (path, path.read_bytes()):
+        assert isinstance(vlm.ask(source, "What happens?", max_tokens=2), str)
+    output = vlm.generate([[Message("user", (Video(str(path), fps=2.0), Text("?")))]], Sampling(max_tokens=2))[0]
+    assert output.error is None
+    assert output.usage.num_frames == len(output.usage.timestamps[0]) == 4
+    assert output.usage.timestamps[0][0] == 0
+
+
+def test_ask_and_stream_raise(vlm):
+    with pytest.raises(MediaNotFound, match="nowhere"):
+        vlm.ask("/nowhere.png", "What?")
+    with pytest.raises(MediaNotFound, match="nowhere"):
+        next(vlm.stream([Message("user", Image("/nowhere.png"))]))
+    with pytest.raises(MessageError, match="question"):
+        vlm.ask()
+    with pytest.raises(MessageError, match="question"):
+        vlm.ask(b"bytes alone")
+    with pytest.raises(SettingsError, match="max_tokens"):
+        vlm.ask("What?", max_token=4)
+    with pytest.raises(SettingsError, match="fps is for a video"):
+        vlm.ask("What?", fps=4)
+
+
+def test_usage_counts(vlm, picture):
+    video = Video(frames(4), fps=2.0)
+    output = vlm.generate([[Message("user", (Image(picture), video, Text("?")))]], Sampling(max_tokens=3, ignore_eos=True))[0]
+    assert output.error is None, output.error
+    pads = vlm.parts.model.config
+    sequence = vlm._requests.make([Message("user", (Image(picture), video, Text("?")))], Sampling(), "auto")
+    assert output.usage.prompt_tokens == len(sequence.prompt.tokens)
+    assert output.usage.image_tokens == sequence.prompt.tokens.count(pads.image_token_id) > 0
+    assert output.usage.video_tokens == sequence.prompt.tokens.count(pads.video_token_id) > 0
+    assert output.usage.num_frames == 4
+    assert output.usage.timestamps == ((0.0, 0.5, 1.0, 1.5),)
+    assert output.usage.completion_tokens == 3
+    assert {"prepare", "render", "encode", "prefill", "decode", "first_token", "total"} <= set(output.metrics)
+    assert output.metrics["first_token"] <= output.metrics["total"]
+    text = vlm.generate([HI], Sampling(max_tokens=1))[0]
+    assert "encode" not in text.metrics and text.usage.image_tokens == 0
+
+
+def test_bad_ones_do_not_disturb_good_ones_and_order_is_kept(vlm, chat):
+    bad = [Message("user", Image("/nowhere.png"))]
+    outputs = vlm.generate([chat, bad, HI, bad, chat], LONG)
+    assert [output.error is None for output in outputs] == [True, False, True, False, True]
+    assert isinstance(outputs[1].error, MediaNotFound) and outputs[1].finish == "error"
+    assert outputs[0].tokens == outputs[4].tokens != outputs[2].tokens
+
+
+def test_more_requests_than_can_run_at_once(vlm):
+    chats = [[Message("user", f"number {i}")] for i in range(MAX_RUNNING + 5)]
+    sampling = Sampling(max_tokens=2, ignore_eos=True)
+    together = vlm.generate(chats, sampling)
+    assert [o.tokens for o in together] == [vlm.generate([one], sampling)[0].tokens for one in chats]
+
+
+def test_each_chat_may_have_its_own_settings(vlm):
+    short, long = vlm.generate([HI, HI], [Sampling(max_tokens=2, ignore_eos=True), {"max_tokens": 5, "ignore_eos": True}])
+    assert (len(short.tokens), len(long.tokens)) == (2, 5)
+    assert long.tokens[:2] == short.tokens
+    with pytest.raises(MessageError, match="2 sampling settings for 1"):
+        vlm.generate([HI], [Sampling(), Sampling()])
+
+
+def test_chats_as_other_programs_write_them(vlm, picture):
+    ours = vlm.generate([[Message("user", (Image(picture), Text("What?")))]], LONG)[0]
+    theirs = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}]
+    assert vlm.generate([theirs], LONG)[0].tokens == ours.tokens
+
+
+def test_seeds(vlm):
+    def sample(seed, company=()):
+        settings = Sampling(max_tokens=12, temperature=1.5, seed=seed, ignore_eos=True)
+        others = [Sampling(max_tokens=12, temperature=2.0, seed=99 + i) for i in range(len(company))]
+        return vlm.generate([*company, HI], [*others, settings])[-1].tokens
+
+    assert sample(1) == sample(1) != sample(2)
+    assert sample(1, company=[HI, [Message("user", "someone else")]]) == sample(1)
+    free = {vlm.generate([HI], Sampling(max_tokens=12, temperature=1.5, ignore_eos=True))[0].tokens for _ in range(3)}
+    assert len(free) > 1
+
+
+def test_top_k_of_one_is_greedy(vlm):
+    hot = Sampling(max_tokens=12, temperature=5.0, top_k=1, ignore_eos=True)
+    assert vlm.generate([HI], hot)[0].tokens == vlm.generate([HI], LONG)[0].tokens
+
+
+def test_repetition_penalty_counts_prompt_and_answer(vlm):
+    plain = vlm.generate([HI], LONG)[0].tokens
+    punished = vlm.generate([HI, HI], [Sampling(max_tokens=40, repetition_penalty=10.0, ignore_eos=True), LONG])
+    assert punished[1].tokens == plain
+    assert len(set(punished[0].tokens)) == len(punished[0].tokens) == 40
+    prompt = vlm._requests.make(HI, Sampling(), "auto").prompt.tokens
+    assert not set(punished[0].tokens) & set(prompt)
+
+
+def test_stop_strings_across_tokens(vlm):
+    """Every stretch of the answer, as a stop string: the text ends before it, whatever the tokens' borders."""
+    whole = vlm.generate([HI], LONG)[0].message.text
+    assert len(whole) >= 6
+    for size in (1, 2, 3):
+        for at in range(len(whole) - size + 1):
+            stop = whole[at : at + size]
+            sampling = Sampling(max_tokens=12, stop=stop, ignore_eos=True)
+            shown = ""
+            for delta in vlm.stream(HI, sampling):
+                shown += delta.text
+                assert whole.startswith(shown)
+            output = vlm.generate([HI], sampling)[0]
+            assert shown == output.message.text == whole[: whole.find(stop)].rstrip() or stop not in shown
+            assert stop not in shown and output.finish == "stop"
+
+
+def test_end_tokens_end_the_reply_and_are_no_text(vlm, monkeypatch):
+    tokens = vlm.generate([HI], LONG)[0].tokens
+    monkeypatch.setattr(vlm._scheduler._runner, "eos", frozenset({tokens[3]}))
+    output = vlm.generate([HI], Sampling(max_tokens=12))[0]
+    first = tokens.index(tokens[3])
+    assert output.tokens == tokens[: first + 1] and output.finish == "stop"
+    assert output.raw == vlm.parts.renderer.tokenizer.decode(tokens[:first], skip_special=True)
+    assert len(vlm.generate([HI], LONG)[0].tokens) == 12
+
+
+def test_logprobs(vlm):
+    output, silent = vlm.generate([HI, HI], [Sampling(max_tokens=4, logprobs=3, ignore_eos=True), LONG])
+    assert silent.logprobs is None and output.logprobs is not None
+    for token, report in zip(output.tokens, output.logprobs, strict=True):
+        assert report.token == token == report.top[0][0]
+        assert report.logprob == report.top[0][1] <= 0
+        assert [p for _, p in report.top] == sorted((p for _, p in report.top), reverse=True)
+        assert len(report.top) == 3
+    hot = Sampling(max_tokens=4, logprobs=0, temperature=3.0, seed=1, ignore_eos=True)
+    drawn = vlm.generate([HI], hot)[0]
+    assert drawn.logprobs is not None and drawn.logprobs[0].top == ()
+
+
+def test_a_stream_is_the_reply(vlm, chat):
+    deltas = list(vlm.stream(chat, LONG))
+    output = vlm.generate([chat], LONG)[0]
+    assert fold(deltas).message == output.message
+    assert fold(deltas).tokens == output.tokens
+    assert [delta.finish for delta in deltas] == [None] * 11 + ["length"]
+    assert all(isinstance(delta, Delta) and len(delta.tokens) == 1 for delta in deltas)
+
+
+def test_handles(vlm, chat):
+    handles = [vlm.submit(chat, LONG), vlm.submit(HI, LONG)]
+    second = handles[1].result()
+    assert handles[0].done  # whoever waits drives all
+    assert fold(handles[1]).tokens == fold(handles[1]).tokens == second.tokens
+    failed = vlm.submit([Message("user", Image("/nowhere.png"))])
+    assert isinstance(failed.result().error, MediaNotFound)
+    with pytest.raises(MediaNotFound):
+        list(failed)
+
+
+def test_cancel(vlm):
+    handle, other = vlm.submit(HI, LONG), vlm.submit(HI, LONG)
+    stream = iter(handle)
+    read = [next(stream) for _ in range(3)]
+    handle.cancel()
+    rest = list(stream)
+    assert rest[-1].finish == "cancelled" and handle.done
+    output = handle.result()
+    assert output.finish == "cancelled" and output.error is None
+    assert output.tokens == tuple(token for delta in read for token in delta.tokens)
+    assert len(other.result().tokens) == 12
+    other.cancel()
+    assert other.result().finish == "length"
+    waiting = vlm.submit(HI, LONG)
+    waiting.cancel()
+    assert waiting.result().tokens == () and waiting.result().finish == "cancelled"
+
+
+def test_leaving_a_stream_early_ends_the_request(vlm):
+    for _ in vlm.stream(HI, Sampling(max_tokens=2000, ignore_eos=True)):
+        break
+    assert vlm._scheduler._runner.cache.bytes_held == 0
+
+
+def test_async(vlm):
+    async def main():
+        one, two = vlm.submit(HI, LONG), vlm.submit([Message("user", "ho")], LONG)
+
+        async def read(handle):
+            return [delta async for delta in handle]
+
+        return await asyncio.gather(read(one), read(two))
+
+    one, two = asyncio.run(main())
+    assert fold(one).tokens == vlm.generate([HI], LONG)[0].tokens
+    assert len(fold(two).tokens) == 12
+
+
+def test_threads(vlm, chat):
+    chats = [chat, HI, [Message("user", "someone else")], [Message("user", Image("/nowhere.png"))]] * 2
+    expected = [vlm.generate([one], LONG)[0] for one in chats]
+    found: list = [None] * len(chats)
+
+    def work(index):
+        if index % 2:
+            found[index] = vlm.generate([chats[index]], LONG)[0]
+        else:
+            found[index] = fold(vlm.stream(chats[index], LONG))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(chats))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+    for got, want in zip(found, expected, strict=True):
+        assert got.tokens == want.tokens and type(got.error) is type(want.error)
+
+
+def test_context(vlm):
+    context = vlm.parts.context
+    chat = [Message("user", "z " * context)]
+    with pytest.raises(ContextOverflow) as caught:
+        next(vlm.stream(chat))
+    assert caught.value.available == context and caught.value.needed > context and caught.value.unit == "tokens"
+    for word in (str(context), "shorten", "max_pixels"):
+        assert word in str(caught.value)
+    room = 5
+    length = context - room - len(vlm._requests.make(HI, Sampling(), "auto").prompt.tokens) + 1
+    fitting = [Message("user", "z" * (length + 1))]
+    assert len(vlm._requests.make(fitting, Sampling(), "auto").prompt.tokens) == context - room
+    output = vlm.generate([fitting], Sampling(max_tokens=100, ignore_eos=True))[0]
+    assert (len(output.tokens), output.finish) == (room, "length")
+
+
+def test_broken_weights_are_said_so(vlm):
+    weight = vlm.parts.model.lm_head.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight[3] = float("nan")
+    try:
+        output = vlm.generate([HI], LONG)[0]
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+    assert isinstance(output.error, RequestFailed) and "finite" in str(output.error) and "float32" in str(output.error)
+
+
+def test_a_defect_is_raised_and_the_engine_goes_on(vlm, monkeypatch):
+    runner = vlm._scheduler._runner
+    with monkeypatch.context() as patch:
+        patch.setattr(type(runner), "decode", lambda self, sequences: 1 // 0)
+        handle = vlm.submit(HI, LONG)
+        with pytest.raises(ZeroDivisionError):
+            handle.result()
+    assert isinstance(handle.result().error, RequestFailed)
+    assert len(vlm.generate([HI], LONG)[0].tokens) == 12
+
+
+def test_thinking(vlm):
+    tokenizer = vlm.parts.renderer.tokenizer
+
+    def rendered(mode):
+        return tokenizer.decode(vlm._requests.make(HI, Sampling(), mode).prompt.tokens)
+
+    assert "/think" in rendered("on") and "/no_think" in rendered("off") and "think" not in rendered("auto")
+    assert isinstance(vlm.generate([HI], LONG, thinking="often")[0].error, SettingsError)  # pyright: ignore[reportArgumentType]
+
+
+def test_prompts_are_taken_as_they_are(vlm, chat):
+    made = vlm._requests.make(chat, Sampling(), "auto")
+    handle = vlm.submit(made.prompt, LONG, media=made.media)
+    assert handle.result().tokens == vlm.generate([chat], LONG)[0].tokens
+    without = vlm.submit(made.prompt, LONG).result()
+    assert isinstance(without.error, MessageError) and "patches" in str(without.error)
+
+
+def test_from_parts_answers_with_the_weights_of_the_moment(vlm):
+    made = VLM.from_parts(vlm.parts.model, vlm.parts.renderer, vlm.parts.rule)
+    before = made.generate([HI], LONG)[0].tokens
+    assert before == vlm.generate([HI], LONG)[0].tokens
+    weight = vlm.parts.model.lm_head.weight
+    with torch.no_grad():
+        weight.neg_()
+        try:
+            assert made.generate([HI], LONG)[0].tokens != before
+        finally:
+            weight.neg_()
+
+
+def test_min_and_max_pixels_of_the_model(tiny_directories, picture):
+    big = np.zeros((600, 600, 3), np.uint8)
+    small = VLM(tiny_directories["Keye"], device="cpu", max_pixels=28 * 28 * 10)
+    plain = VLM(tiny_directories["Keye"], device="cpu")
+    chat = [Message("user", Image(big))]
+    tokens = [engine.generate([chat], Sampling(max_tokens=1))[0].usage.image_tokens for engine in (small, plain)]
+    assert tokens[0] <= 10 < tokens[1]
+    with pytest.raises(SettingsError, match="max_pixels"):
+        VLM(tiny_directories["Keye"], device="cpu", max_pixels=3)
+
+
+def test_it_is_a_client(vlm):
+    client: mirada.types.Client = vlm  # pyright checks the shape
+    assert isinstance(client.submit(HI, Sampling(max_tokens=1)).result(), mirada.Output)
+    assert issubclass(MiradaError, Exception)

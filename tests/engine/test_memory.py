@@ -1,0 +1,130 @@
+"""Counting memory: what control groups leave, and refusing what does not fit before it is allocated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mirada import VLM, Message, Sampling
+from mirada.engine import load, memory
+from mirada.errors import OutOfMemory
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def host(tmp_path, monkeypatch):
+    """A made /proc and control-group tree; returns a function that writes files into it."""
+
+    def write(name, text):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+    monkeypatch.setattr(memory, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path / "cg")
+    write("proc/meminfo", "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
+    write("proc/self/cgroup", "0::/a/b\n")
+    return write
+
+
+def test_the_machine_alone(host):
+    assert memory.available(CPU) == 8000 * 1024
+
+
+def test_the_tightest_group_of_all_parents_counts(host):
+    host("cg/a/b/memory.max", "max")
+    host("cg/a/b/memory.current", "100")
+    host("cg/a/memory.max", "5000")
+    host("cg/a/memory.current", "4000")
+    assert memory.available(CPU) == 1000
+    host("cg/a/memory.stat", "anon 1\ninactive_file 300\n")  # page cache that is given back on demand
+    assert memory.available(CPU) == 1300
+    host("cg/a/b/memory.max", "600")
+    assert memory.available(CPU) == 500
+
+
+def test_a_path_of_the_host_is_not_found_inside_a_container(host):
+    host("proc/self/cgroup", "0::/kubepods/pod1\n")
+    host("cg/memory.max", "900")
+    host("cg/memory.current", "200")
+    assert memory.available(CPU) == 700
+
+
+def test_version_one(host):
+    host("proc/self/cgroup", "5:cpu,memory:/docker/x\n3:cpuset:/\n")
+    host("cg/memory/docker/x/memory.limit_in_bytes", "4000")
+    host("cg/memory/docker/x/memory.usage_in_bytes", "1500")
+    assert memory.available(CPU) == 2500
+
+
+def test_without_proc_all_of_the_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "PROC", tmp_path)
+    assert memory.available(CPU) > 1 << 28
+
+
+def test_this_machine():
+    assert 1 << 20 < memory.available(CPU) < 1 << 50
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(tiny_directories, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: 1000)
+    monkeypatch.setattr(load, "load_model", lambda *args: pytest.fail("weights were read"))
+    with pytest.raises(OutOfMemory) as caught:
+        VLM(tiny_directories["Keye"], device="cpu")
+    error = caught.value
+    assert error.available == 1000 and error.needed > 100_000 and error.unit == "bytes"
+    for word in ("Keye", "1.0 kB", "available", "quantised", "bfloat16"):
+        assert word in str(error)
+
+
+def test_a_request_that_does_not_fit_is_refused_and_the_next_answers(vlm, monkeypatch):
+    cache = vlm._scheduler._runner.cache
+    long = Sampling(max_tokens=4000)
+    per_token = cache.bytes_per_token
+    monkeypatch.setattr(memory, "available", lambda device: per_token * 1500)
+    bad, good = vlm.generate([[Message("user", "hi")]] * 2, [long, Sampling(max_tokens=3, ignore_eos=True)])
+    assert isinstance(bad.error, OutOfMemory)
+    assert bad.error.needed > bad.error.available == per_token * 1500
+    for word in ("4000", "max_tokens", "max_pixels", "quantised"):
+        assert word in str(bad.error)
+    assert good.error is None and len(good.tokens) == 3
+
+
+def test_requests_wait_for_room_instead_of_failing(vlm, monkeypatch):
+    """Room for one at a time: all three are answered, never two at once."""
+    cache = vlm._scheduler._runner.cache
+    chats = [[Message("user", text)] for text in ("one", "two", "three")]
+    sampling = Sampling(max_tokens=100, ignore_eos=True)
+    expected = [output.tokens for output in vlm.generate(chats, sampling)]
+    held = []
+    total = cache.bytes_for(200) * 3
+
+    def available(device):
+        held.append(cache.bytes_held)
+        return total - cache.bytes_held
+
+    monkeypatch.setattr(memory, "available", available)
+    assert [output.tokens for output in vlm.generate(chats, sampling)] == expected
+    assert max(held) == cache.bytes_for(1)
+
+
+def test_running_out_in_the_middle_is_the_same_error(vlm, monkeypatch):
+    """The allocator fails for one of two: it gets the typed error, the other its answer."""
+    runner = vlm._scheduler._runner
+    original = type(runner).decode
+
+    def decode(self, sequences):
+        if any(sequence.sampling.max_tokens == 9 for sequence in sequences):
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        original(self, sequences)
+
+    monkeypatch.setattr(type(runner), "decode", decode)
+    chats = [[Message("user", "hi")]] * 2
+    bad, good = vlm.generate(chats, [Sampling(max_tokens=9, ignore_eos=True), Sampling(max_tokens=4, ignore_eos=True)])
+    assert isinstance(bad.error, OutOfMemory) and "max_tokens" in str(bad.error)
+    assert good.error is None and len(good.tokens) == 4
+
+
+def test_bytes_as_people_write_them():
+    assert [memory.say(n) for n in (12, 3_400, 5_600_000, 7_800_000_000)] == ["12 bytes", "3.4 kB", "5.6 MB", "7.8 GB"]
