@@ -49,6 +49,8 @@ class MediaRule:
     """``None``: as many as ``total_pixels`` holds at ``frame_min_pixels``."""
     frame_multiple: int = 2
     """Number of frames is rounded to a multiple of this."""
+    frame_rounding: Literal["down", "nearest"] = "down"
+    """``nearest``: as qwen-vl-utils 0.0.8 rounds."""
     frame_min_pixels: int = 128 * _CELL
     frame_max_pixels: int = 768 * _CELL
     total_pixels: int = 115200 * _CELL

@@ -158,7 +158,7 @@ def count_frames(total: int, rate: float, part: Video, rule: MediaRule) -> tuple
 
 
 def uniform_nframes(total: int, rate: float, part: Video, rule: MediaRule) -> int:
-    """keye-vl-utils 1.0.0 ``smart_nframes`` without its final check: the result may lie outside [2, total]."""
+    """``smart_nframes`` of keye-vl-utils 1.0.0 or qwen-vl-utils 0.0.8 before its check against [2, total]."""
     step = rule.frame_multiple
     if part.nframes is not None:
         return round(part.nframes / step) * step
@@ -166,8 +166,10 @@ def uniform_nframes(total: int, rate: float, part: Video, rule: MediaRule) -> in
     least = math.ceil((rule.min_frames if part.min_frames is None else part.min_frames) / step) * step
     most = min(rule.max_frames or total, total) if part.max_frames is None else part.max_frames
     most = math.floor(most / step) * step
-    num = min(min(max(total / rate * fps, least), most), total)
-    return math.floor(num / step) * step
+    num = min(max(total / rate * fps, least), most)
+    if rule.frame_rounding == "nearest":
+        return round(num / step) * step
+    return math.floor(min(num, total) / step) * step
 
 
 def strict_nframes(total: int, rate: float, part: Video, rule: MediaRule) -> int:
