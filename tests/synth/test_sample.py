@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -95,6 +96,14 @@ def test_held_words_are_never_trained_on(task):
         facts = draw(task, index).facts
         drawn = facts["text"] if "text" in facts else " ".join([facts["title"], *(bar["label"] for bar in facts["bars"])])
         assert not held & set(tokens(drawn)), drawn
+
+
+def test_held_words_that_come_up_by_chance_are_drawn_again(monkeypatch):
+    held = sorted(words.held_words())[5]
+    offered = iter([f"x-{held.upper()}9", held, "7zq7", held])
+    monkeypatch.setattr(words, "_KINDS", {"random": (lambda rng, split, limit: next(offered), 1, 1)})
+    assert words.line_text(random.Random(0), "train", 40) == ("7zq7", "random")
+    assert words.line_text(random.Random(0), "held", 40) == (held, "random")
 
 
 def test_held_split_draws_held_words():
