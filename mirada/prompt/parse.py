@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Mapping
 from typing import Literal
 
 from mirada.prompt.format import PromptFormat
@@ -177,8 +178,8 @@ class Parser:
 class _TagSet:
     """The tags that count in one state, and the state that each leads to."""
 
-    def __init__(self, leads: dict[str, State]) -> None:
-        self.leads = {tag: state for tag, state in leads.items() if tag}
+    def __init__(self, leads: Mapping[str, State]) -> None:
+        self.leads: dict[str, State] = {tag: state for tag, state in leads.items() if tag}
         self.longest = max(map(len, self.leads), default=1)
         ordered = sorted(self.leads, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")

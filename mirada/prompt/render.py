@@ -130,10 +130,9 @@ class Renderer:
             {"name": marks.hide(call.name), "arguments": marks.hide_json(parse_arguments(call.arguments))} for call in calls
         ]
         if self.template.knows("tool_calls"):
-            ids = [marks.hide(call.id) for call in calls]
             row["tool_calls"] = [
-                {"type": "function", "id": number, "function": function}
-                for number, function in zip(ids, functions, strict=True)
+                {"type": "function", "id": marks.hide(call.id), "function": function}
+                for call, function in zip(calls, functions, strict=True)
             ]
             return
         tags = self.format.tool_call

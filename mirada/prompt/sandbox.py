@@ -11,43 +11,27 @@ from __future__ import annotations
 import datetime
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, LoopControlExtension
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-MAX_STEPS = 4_000_000
-MAX_CHARS = 32 * 1024 * 1024
+MAX_STEPS = 1_000_000
+MAX_CHARS = 8 * 1024 * 1024
+"""Characters of one text."""
+MAX_TOTAL_CHARS = 256 * 1024 * 1024
+"""Characters of all texts together that one rendering makes; an item of a list counts as 64."""
 MAX_SECONDS = 20.0
 """Processor seconds of one rendering."""
-_UNBOUNDED_METHODS = {
-    "center",
-    "ljust",
-    "rjust",
-    "zfill",
-    "expandtabs",
-    "translate",
-    "format",
-    "format_map",
-    "encode",
-    "to_bytes",
-}
-_UNBOUNDED_FILTERS = (
-    "center",
-    "format",
-    "indent",
-    "wordwrap",
-    "urlize",
-    "xmlattr",
-    "pprint",
-    "batch",
-    "slice",
-    "filesizeformat",
+_UNBOUNDED_METHODS = frozenset(
+    ("center", "ljust", "rjust", "zfill", "expandtabs", "translate", "format", "format_map", "encode", "to_bytes")
 )
+_UNBOUNDED_FILTERS = ("center", "format", "indent", "wordwrap", "urlize", "xmlattr", "pprint", "batch", "slice")
 
 
 class Refused(jinja2.TemplateError):
@@ -59,6 +43,7 @@ class Budget:
 
     def __init__(self) -> None:
         self.steps = 0
+        self.chars = 0
         self._checked = 0
         self._end = time.thread_time() + MAX_SECONDS
 
@@ -72,27 +57,43 @@ class Budget:
                 raise SecurityError(f"it takes more than {MAX_SECONDS:g} s of processor time")
 
     def room(self, num_chars: int) -> None:
+        """Check the size of a text before it is made."""
         if num_chars > MAX_CHARS:
             raise SecurityError(f"it makes a text of more than {MAX_CHARS} characters")
 
+    def made(self, num_chars: int) -> None:
+        """Charge a text that was made."""
+        self.room(num_chars)
+        self.chars += num_chars
+        if self.chars > MAX_TOTAL_CHARS:
+            raise SecurityError(f"it makes more than {MAX_TOTAL_CHARS} characters in all")
+        self.charge(1 + num_chars // 256)
+
 
 class _Charge(NodeTransformer):
-    """Wraps loops and joined strings so that they are charged."""
+    """Wraps loops, and all that makes a new text, so that they are charged."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
         node.iter = nodes.Filter(node.iter, "charge_loop", [], [], None, None, lineno=node.lineno)
         return node
 
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+    def visit_Concat(self, node: nodes.Expr) -> nodes.Node:
         self.generic_visit(node)
         return nodes.Filter(node, "charge_text", [], [], None, None, lineno=node.lineno)
+
+    def visit_Filter(self, node: nodes.Filter) -> nodes.Node:
+        # Without an operand it is a filter block, which jinja needs as it is; its text was charged as it was made.
+        return self.visit_Concat(node) if node.node is not None else self.generic_visit(node)
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        return self.visit_Concat(node) if isinstance(node.arg, nodes.Slice) else self.generic_visit(node)
 
 
 class _Generation(Extension):
     """``{% generation %}...{% endgeneration %}``: some templates mark assistant text with it; the text passes through."""
 
-    tags = {"generation"}
+    tags: ClassVar = {"generation"}
 
     def parse(self, parser) -> nodes.Node:
         lineno = next(parser.stream).lineno
@@ -125,12 +126,24 @@ class Environment(ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         return _Charge().visit(super()._parse(source, name, filename))
 
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """An attribute, but for methods whose result has no bound."""
+        if isinstance(obj, str | bytes | int) and attribute in _UNBOUNDED_METHODS:
+            raise SecurityError(f"the method {attribute!r} is not allowed in a template")
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """An item, or an attribute by its name (``"x"["center"]``)."""
+        return (
+            self.getattr(obj, argument)
+            if isinstance(obj, str) and isinstance(argument, str)
+            else super().getitem(obj, argument)
+        )
+
     def call(self, __context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """A call inside a template (also of a macro): charged, and refused where the result has no bound."""
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
-        self.budget.charge(1)
-        if isinstance(owner, str | bytes | int) and name in _UNBOUNDED_METHODS:
-            raise SecurityError(f"the method {name!r} is not allowed in a template")
+        self.budget.charge(5)
         if isinstance(owner, str) and name == "replace":
             return self._replace(owner, *args, **kwargs)
         if isinstance(owner, str) and name == "join" and args:
@@ -146,7 +159,8 @@ class Environment(ImmutableSandboxedEnvironment):
             numbers = [value for value in (left, right) if isinstance(value, int | float)]
             if len(numbers) < 2:
                 sized = right if numbers and numbers[0] is left else left
-                self.budget.room(len(sized) * max(0, int(numbers[0])) if numbers and hasattr(sized, "__len__") else 0)
+                if numbers and hasattr(sized, "__len__"):
+                    self.budget.room(len(sized) * max(0, int(numbers[0])) * (1 if isinstance(sized, str) else 64))
             elif operator == "**" and (abs(left) > 1e6 or abs(right) > 64):
                 raise SecurityError("the power of these numbers is too large")
             elif max(abs(left), abs(right)) > 1e18:
@@ -166,8 +180,7 @@ class Environment(ImmutableSandboxedEnvironment):
 
     def _charge_text(self, value: Any) -> Any:
         if isinstance(value, str | list | tuple | dict):
-            self.budget.room(len(value))
-            self.budget.charge(1 + len(value) // 1024)
+            self.budget.made(len(value) * (1 if isinstance(value, str) else 64))
         return value
 
     def _join(self, values: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:

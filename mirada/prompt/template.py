@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2.sandbox import SecurityError
+from jinja2.exceptions import SecurityError
 
 from mirada.errors import CheckpointError, MessageError
 from mirada.prompt import sandbox
@@ -40,7 +40,7 @@ class Template:
         except (jinja2.TemplateError, RecursionError, SyntaxError, MemoryError) as error:
             line = getattr(error, "lineno", None)
             raise CheckpointError(
-                f"{origin} is no valid template: {error}" + (f" (line {line})" if line else ""),
+                f"{origin} is no valid template{f' (line {line})' if line else ''}: {error}",
                 "use the release's own template",
             ) from error
 
@@ -83,7 +83,7 @@ class Template:
             except (SecurityError, RecursionError, MemoryError) as error:
                 raise CheckpointError(
                     f"{self.origin} was stopped: {error}",
-                    "use the template of the model's release; this one is not safe to run",
+                    "it is not safe to run; use the template of the model's release",
                 ) from error
             except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
                 raise CheckpointError(

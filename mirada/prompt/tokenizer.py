@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mirada.errors import CheckpointError
+from mirada.errors import CheckpointError, MessageError
 from mirada.prompt import tokenizer_files
 from mirada.table import nearest
 
@@ -25,15 +25,18 @@ class Tokenizer:
     that are no part of a reply's text (turn marks, placeholders). ``names``: ``eos_token`` and the like -> string.
     """
 
-    def __init__(self, spec: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
-        """``spec``: what a ``tokenizer.json`` holds. Raises CheckpointError for anything but byte-level BPE."""
+    def __init__(self, spec: Mapping[str, Any], names: Mapping[str, str] | None = None, origin: str = "tokenizer") -> None:
+        """``spec``: what a ``tokenizer.json`` holds; ``origin``: where it came from, for messages.
+
+        Raises CheckpointError for anything but byte-level BPE.
+        """
         import tokenizers
 
         plain, added = tokenizer_files.separate(spec)
         try:
             self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain, ensure_ascii=False))
         except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"the tokenizer is broken: {error}", "copy tokenizer.json again from the release") from error
+            raise CheckpointError(f"{origin} is broken: {error}", "copy it again from the release") from error
         self.control: Mapping[str, int] = MappingProxyType({token["content"]: token["id"] for token in added})
         self.special_ids = frozenset(token["id"] for token in added if token.get("special"))
         self.names: Mapping[str, str] = MappingProxyType(dict(names or {}))
@@ -48,7 +51,7 @@ class Tokenizer:
 
         Raises CheckpointError naming the file that is missing or broken.
         """
-        return cls(*tokenizer_files.read(Path(path)))
+        return cls(*tokenizer_files.read(Path(path)), origin=f"the tokenizer in {path}")
 
     def id(self, text: str) -> int:
         """Id of a control string; CheckpointError when the vocabulary lacks it."""
@@ -61,7 +64,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Plain text -> ids. Control strings in it become ordinary text pieces."""
-        ids = self._plain.encode(text, add_special_tokens=False).ids
+        ids = self._encoding(text).ids
         return ids if self._control_ids.isdisjoint(ids) else self._without_control(ids)
 
     def encode_control(self, text: str) -> list[int]:
@@ -73,7 +76,7 @@ class Tokenizer:
 
     def encode_offsets(self, text: str) -> tuple[list[int], list[int]]:
         """Plain text -> ids, and for each the index of the first character that it covers (at least in part)."""
-        encoding = self._plain.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text)
         if self._control_ids.isdisjoint(encoding.ids):
             return encoding.ids, [start for start, _ in encoding.offsets]
         ids, starts = [], []
@@ -82,6 +85,12 @@ class Tokenizer:
             ids += pieces
             starts += [start] * len(pieces)
         return ids, starts
+
+    def _encoding(self, text: str) -> Any:
+        try:
+            return self._plain.encode(text, add_special_tokens=False)
+        except TypeError:
+            raise MessageError("a text holds half of a surrogate pair, which is no character", "send valid Unicode") from None
 
     def split(self, text: str) -> Iterable[tuple[str, int | None]]:
         """Cut at control strings (leftmost, longest): (text, None) and (control string, id) in turn, no empty text."""

@@ -15,6 +15,8 @@ QWEN2_PATTERN = (
 )
 """How Qwen2 cuts text into words before merging (Qwen2 ``tokenizer.json``, pre_tokenizer)."""
 
+MAX_IDS = 1 << 24
+"""Larger ids are refused: tables are as long as the largest id."""
 NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -86,18 +88,22 @@ def _from_merges(directory: Path) -> dict[str, Any]:
                 {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
             ],
         },
-        "decoder": {"type": "ByteLevel"},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
         "model": {"type": "BPE", "vocab": read_json(directory / "vocab.json"), "merges": merges},
     }
 
 
 def _add_tokens(spec: dict[str, Any], settings: Mapping[str, Any], directory: Path) -> None:
     """Put the added tokens of ``tokenizer_config.json`` beside those of ``tokenizer.json``; they must agree."""
-    added = {token["content"]: token for token in spec.get("added_tokens") or []}
+    added = {token["content"]: token for token in _checked(spec.get("added_tokens") or [])}
     taken = {token["id"]: token["content"] for token in added.values()}
     for index, token in (settings.get("added_tokens_decoder") or {}).items():
         content = content_of(token)
-        old = added.get(content, {}).get("id", taken.get(int(index), None))
+        if not index.isdecimal():
+            raise CheckpointError(
+                f"{directory}: tokenizer_config.json gives {content!r} the id {index!r}", "ids are whole numbers"
+            )
+        old = added.get(content, {}).get("id", taken.get(int(index)))
         if content in added and added[content]["id"] == int(index):
             continue
         if old is not None:
@@ -114,6 +120,18 @@ def content_of(token: Any) -> str:
     return token["content"] if isinstance(token, Mapping) else str(token)
 
 
+def _checked(tokens: Any) -> list[Mapping[str, Any]]:
+    for token in tokens:
+        if (
+            not isinstance(token, Mapping)
+            or not isinstance(token.get("content"), str)
+            or not token["content"]
+            or "id" not in token
+        ):
+            raise CheckpointError(f"the tokenizer has a broken added token: {token!r}", "each has a content and an id")
+    return list(tokens)
+
+
 def separate(spec: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """-> (the tokenizer without control strings, the control strings).
 
@@ -125,7 +143,11 @@ def separate(spec: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, An
         raise CheckpointError("the tokenizer is not a BPE model", "only byte-level BPE tokenizers (as Qwen's) are handled")
     if "ByteLevel" not in json.dumps(spec.get("pre_tokenizer")):
         raise CheckpointError("the tokenizer's BPE is not byte-level", "only byte-level BPE tokenizers (as Qwen's) are handled")
-    added = [dict(token) for token in spec.get("added_tokens") or []]
+    added = [dict(token) for token in _checked(spec.get("added_tokens") or [])]
+    ids = [*model["vocab"].values(), *(token["id"] for token in added)]
+    bad = next((index for index in ids if not isinstance(index, int) or not 0 <= index < MAX_IDS), None)
+    if bad is not None:
+        raise CheckpointError(f"the tokenizer has a token with the id {bad!r}", f"ids are whole numbers below {MAX_IDS}")
     control = [token for token in added if token["content"].strip()]
     built = {"".join(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in model.get("merges", ())}
     spelled = {"".join(BYTE_TO_CHAR[byte] for byte in token["content"].encode()) for token in control}

@@ -22,7 +22,7 @@ _NUMBERS = ("fps", "video_start", "video_end", "min_frame_similarity")
 _OPTIONS: dict[type, tuple[str, ...]] = {Image: _SIZES, Video: _INTEGERS + _NUMBERS}
 _SOURCES = {"image": Image, "image_url": Image, "video": Video, "video_url": Video}
 _TYPES = ("text", *_SOURCES)
-_MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "refusal")
+_MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning")
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 
@@ -78,7 +78,9 @@ def _part(part: Any, where: str) -> Part:
     if isinstance(part, str):
         return Text(part)
     if not isinstance(part, Mapping):
-        raise MessageError(f"{where} is a {type(part).__name__}", "give a string or an object such as {'type': 'text', 'text': ...}")
+        raise MessageError(
+            f"{where} is a {type(part).__name__}", "give a string or an object such as {'type': 'text', 'text': ...}"
+        )
     named = part.get("type")
     if named is not None and named not in _TYPES:
         raise MessageError(f"{where} has the type {named!r}", nearest(str(named), _TYPES))
@@ -87,7 +89,9 @@ def _part(part: Any, where: str) -> Part:
         _known(part, ("type", *_TYPES), where)
     if len(kinds) != 1:
         found = " and ".join(kinds) or "none of them"
-        raise MessageError(f"{where} must hold exactly one of {', '.join(_TYPES)}; it has {found}", "split it into several parts")
+        raise MessageError(
+            f"{where} must hold exactly one of {', '.join(_TYPES)}; it has {found}", "split it into several parts"
+        )
     kind = kinds[0]
     if named is not None and named.removesuffix("_url") != kind.removesuffix("_url"):
         raise MessageError(f"{where} has the type {named!r} but holds {kind!r}", f"write the type {kind!r}")
@@ -108,10 +112,10 @@ def _media(part: Mapping[str, Any], kind: str, where: str) -> Image | Video:
             raise MessageError(f"the {kind} of {where} has no url", "give {'url': '...'} or the address itself")
         options |= {key: value for key, value in source.items() if key not in ("url", "detail")}
         source = source["url"]
-    if source is None or (isinstance(source, str) and not source):
+    if source is None or (isinstance(source, str | bytes | list | tuple) and not source):
         raise MessageError(f"the {kind} of {where} is empty", "give a path, a URL, a data: URI or a picture")
     _known(options, _OPTIONS[made], where)
-    checked = {key: _number(key, value, where) for key, value in options.items() if value is not None}
+    checked: dict[str, Any] = {key: _number(key, value, where) for key, value in options.items() if value is not None}
     if made is Video and "fps" in checked and "nframes" in checked:
         raise MessageError(f"{where} has both fps and nframes", "give one of them")
     return made(source, **checked)
@@ -144,6 +148,6 @@ def _call(call: Any, where: str) -> ToolCall:
 
 
 def _known(value: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
-    for key in value:
-        if key not in keys:
+    for key, item in value.items():
+        if key not in keys and item is not None:  # clients dump their objects with many keys that hold null
             raise MessageError(f"{where} has the unknown key {key!r}", nearest(str(key), keys))
