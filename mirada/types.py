@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal, Protocol
 
 from mirada.errors import MessageError, MiradaError, SettingsError
@@ -113,7 +114,8 @@ def _parts(parts: str | Part | Sequence[str | Part]) -> tuple[Part, ...]:
         parts = (parts,)
     if not isinstance(parts, Sequence):
         raise MessageError(
-            f"message parts are a {type(parts).__name__}", "give a string, a part, or a sequence of Text, Image, Video, ToolCall"
+            f"message parts are a {type(parts).__name__}",
+            "give a string, a part, or a sequence of Text, Image, Video, ToolCall",
         )
     made = tuple(Text(part) if isinstance(part, str) else part for part in parts)
     for index, part in enumerate(made):
@@ -188,6 +190,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        self._check_kinds()
         object.__setattr__(self, "stop", tuple(self.stop))
         for name, ok, allowed in (
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
@@ -201,6 +204,25 @@ class Sampling:
         ):
             if not ok:
                 raise SettingsError(f"sampling setting {name}={getattr(self, name)!r} is out of range", f"it must be {allowed}")
+
+    def _check_kinds(self) -> None:
+        for name, kind, said in (
+            ("max_tokens", Integral, "a whole number"),
+            ("temperature", Real, "a number"),
+            ("top_k", Integral, "a whole number or None"),
+            ("top_p", Real, "a number or None"),
+            ("min_p", Real, "a number or None"),
+            ("repetition_penalty", Real, "a number"),
+            ("seed", Integral, "a whole number or None"),
+            ("stop", Sequence, "a string or a sequence of strings"),
+            ("logprobs", Integral, "a whole number or None"),
+            ("ignore_eos", bool, "True or False"),
+        ):
+            value = getattr(self, name)
+            if value is None and said.endswith("None"):
+                continue
+            if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+                raise SettingsError(f"sampling setting {name}={value!r} is a {type(value).__name__}", f"give {said}")
 
 
 @dataclass(frozen=True, slots=True)
