@@ -1,0 +1,70 @@
+"""``KeyeVLInference``: the same answers as ``VLM``, and what is not there yet says how to do without."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+from tiny import make_tiny_keye
+
+from mirada import VLM
+from mirada.compat.keye import KeyeVLInference
+from mirada.errors import CheckpointError, InputError, MediaNotFound, NotAvailable
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_keye(tmp_path_factory.mktemp("tiny"), "Keye")
+
+
+@pytest.fixture(scope="module")
+def keye(folder):
+    return KeyeVLInference.from_local(model_path=folder, device="cpu", load_in_4bit=False, load_in_8bit=False)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (90, 60), (200, 10, 10)).save(path)
+    return str(path)
+
+
+def test_the_answer_is_that_of_the_front_door(keye, folder, picture):
+    vlm = VLM(folder)
+    made = keye.infer(image=picture, text="What is it?", max_new_tokens=6)
+    assert made["response"] == vlm.ask(picture, "What is it?", max_tokens=6)
+    assert made["usage"].image_tokens > 0 and made["usage"].completion_tokens <= 6
+    both = keye.infer(image=[picture, picture], text="What?", max_new_tokens=6)
+    assert both["response"] == vlm.ask(picture, picture, "What?", max_tokens=6)
+    assert keye.infer(text="What?", max_new_tokens=6)["response"] == vlm.ask("What?", max_tokens=6)
+
+
+def test_a_video_of_frames(keye):
+    frames = [Image.new("RGB", (60, 60), (60 * n, 0, 0)) for n in range(4)]
+    made = keye.infer(video=frames, text="What happens?", max_new_tokens=2)
+    assert made["usage"].num_frames == 4 and made["usage"].video_tokens > 0
+
+
+def test_a_bad_picture_raises_and_the_next_one_answers(keye, picture):
+    with pytest.raises(MediaNotFound, match=r"none\.png"):
+        keye.infer(image="none.png", text="What?")
+    with pytest.raises(InputError, match="nothing"):
+        keye.infer()
+    assert isinstance(keye.infer(image=picture, text="What?", max_new_tokens=2)["response"], str)
+
+
+@pytest.mark.parametrize("mode", ["load_in_4bit", "load_in_8bit"])
+def test_quantised_modes_are_not_there_yet(folder, mode):
+    with pytest.raises(NotAvailable, match=mode) as caught:
+        KeyeVLInference.from_local(model_path=folder, **{mode: True})
+    assert f"leave {mode} out" in caught.value.fix
+
+
+def test_downloads_are_not_there_yet():
+    with pytest.raises(NotAvailable, match="Kwai-Keye/Keye-VL-8B-Preview") as caught:
+        KeyeVLInference.from_hf_hub(model_name="Kwai-Keye/Keye-VL-8B-Preview", token="t")
+    assert "hf download Kwai-Keye/Keye-VL-8B-Preview" in caught.value.fix and "from_local" in caught.value.fix
+
+
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(CheckpointError):
+        KeyeVLInference.from_local(model_path=tmp_path)
