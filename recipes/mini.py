@@ -137,9 +137,9 @@ def example(
 
 
 def load_renderer(directory: Path) -> Renderer:
-    return Renderer.from_directory(
-        directory, FAMILIES["KeyeVL1_5"].prompt_format(json.loads((directory / "config.json").read_text()))
-    )
+    family = FAMILIES["KeyeVL1_5"]
+    config = family.config(json.loads((directory / "config.json").read_text()))
+    return Renderer.from_directory(directory, family.prompt_format(config))
 
 
 def run_stage(name: str, size: Size, run: Path, settings: TrainSettings, workers: int) -> None:

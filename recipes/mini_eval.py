@@ -10,9 +10,10 @@ rate (edits over reference characters), the rest by exact answers (case and fina
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,16 +27,18 @@ HELD_SEED = 990_001
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One row of the table. ``max_chars`` bounds a line's length; ``errors`` says that less is better."""
+    """One row of the table. ``max_chars`` bounds a line's length, ``kinds`` what it says; ``errors``: less is better."""
 
     name: str
     task: str
     errors: bool
     max_chars: int | None = None
+    kinds: tuple[str, ...] = ()
 
 
 TASKS = (
-    Task("line, up to 12 characters", "line", True, 12),
+    Task("words and numbers of up to 12 characters", "line", True, 12, ("word", "number")),
+    Task("line, up to 12 characters, of any kind", "line", True, 12),
     Task("line, up to 40 characters", "line", True, 40),
     Task("paragraph", "paragraph", True),
     Task("scene", "scene", False),
@@ -66,8 +69,8 @@ def interval(pairs: np.ndarray, rounds: int = 1000) -> tuple[float, float]:
 def evaluate(vlm: VLM, task: Task, samples: int, batch: int, log: Path | None) -> dict[str, float]:
     """Ask ``samples`` held-out questions; an error counts as its own figure, never as an answer."""
     pairs, failed = [], 0
-    for start in range(0, samples, batch):
-        drawn = [draw(task, index) for index in range(start, min(samples, start + batch))]
+    stream = itertools.islice(draw(task), samples)
+    while drawn := list(itertools.islice(stream, batch)):
         chats = [[Message("user", (Image(s.image), Text(s.question)))] for s in drawn]
         for sample, output in zip(drawn, vlm.generate(chats, Sampling(max_tokens=96)), strict=True):
             if output.error is not None:
@@ -88,9 +91,13 @@ def evaluate(vlm: VLM, task: Task, samples: int, batch: int, log: Path | None) -
     return {"value": float(made[:, 0].sum() / made[:, 1].sum()), "low": low, "high": high, "asked": samples, "failed": failed}
 
 
-def draw(task: Task, index: int):
+def draw(task: Task) -> Iterator[synth.Sample]:
+    """Held-out samples without end; those of another kind than the task's are passed over."""
     extra = {} if task.max_chars is None else {"max_chars": task.max_chars}
-    return synth.sample(task.task, HELD_SEED, index, split="held", level=1.0, **extra)
+    for index in itertools.count():
+        sample = synth.sample(task.task, HELD_SEED, index, split="held", level=1.0, **extra)
+        if not task.kinds or sample.facts["kind"] in task.kinds:
+            yield sample
 
 
 def table(rows: Sequence[tuple[Task, dict[str, float]]]) -> str:

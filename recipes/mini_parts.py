@@ -11,6 +11,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from mirada import synth
+from mirada.synth.types import MIN_PIXELS
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,7 @@ def model_config(size: Size, ids: Mapping[str, int]) -> dict:
 def preprocessor_config(size: Size) -> dict:
     """preprocessor_config.json: four cells at least, as drawn in training, ``max_pixels`` at most."""
     return {
-        "min_pixels": synth.MIN_PIXELS,
+        "min_pixels": MIN_PIXELS,
         "max_pixels": size.max_pixels,
         "patch_size": 14,
         "temporal_patch_size": 1,
