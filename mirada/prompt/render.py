@@ -20,6 +20,7 @@ from mirada.prompt.format import PromptFormat
 from mirada.prompt.marks import Marks, parse_arguments
 from mirada.prompt.template import Template
 from mirada.prompt.tokenizer import Tokenizer
+from mirada.table import nearest
 from mirada.types import Chat, Image, Message, Prompt, Span, Text, Thinking, ToolCall, Video
 
 Tools = Sequence[Mapping[str, Any]]
@@ -83,7 +84,11 @@ class Renderer:
     ) -> tuple[str, Marks]:
         if not messages:
             raise MessageError("the chat is empty", 'give at least one message, such as Message("user", "...")')
-        messages = _suffixed(messages, self.format.thinking_suffix.get(thinking, ""), thinking)
+        if thinking not in self.format.thinking_suffix:
+            raise MessageError(
+                f"the thinking mode {thinking!r} is unknown", nearest(str(thinking), self.format.thinking_suffix)
+            )
+        messages = _suffixed(messages, self.format.thinking_suffix[thinking], thinking)
         marks = Marks(self.tokenizer.control, self.format.assistant_strings, _texts(messages, tools, self.template.source))
         variables = {"add_generation_prompt": add_generation_prompt, "add_vision_id": add_vision_id}
         if tools:
@@ -120,10 +125,10 @@ class Renderer:
             row["reasoning_content"] = reasoning
             return
         think, answer = self.format.think, self.format.answer
-        if parts:
+        if any(parts):
             parts[:] = [think.open + reasoning + think.close + answer.open, *parts, answer.close]
         else:
-            parts.append(think.open + reasoning + think.close)
+            parts[:] = [think.open + reasoning + think.close]
 
     def _call(self, row: dict[str, Any], parts: list[Any], calls: Sequence[ToolCall], marks: Marks) -> None:
         functions = [
