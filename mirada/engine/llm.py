@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -16,7 +15,7 @@ from mirada.engine.request import Requests
 from mirada.engine.runner import Runner
 from mirada.engine.scheduler import MAX_RUNNING, Scheduler
 from mirada.engine.sequence import Sequence
-from mirada.errors import MessageError, MiradaError
+from mirada.errors import MessageError, MiradaError, SettingsError
 from mirada.layers.cache import SlabCache
 from mirada.media.fetch import FetchLimits
 from mirada.media.grid import Patches
@@ -160,8 +159,9 @@ class VLM:
 def _sampling(given: SamplingLike) -> Sampling:
     if isinstance(given, Sampling):
         return given
+    if given is not None and not isinstance(given, Mapping):
+        raise SettingsError(f"sampling is a {type(given).__name__}", "give Sampling(...) or a mapping of its fields")
     values = dict(given or {})
-    for field in dataclasses.fields(Sampling):
-        if isinstance(values.get(field.name), str) and field.name == "stop":
-            values["stop"] = (values["stop"],)
+    if isinstance(values.get("stop"), str):
+        values["stop"] = (values["stop"],)
     return config.parse(Sampling, values, "sampling")

@@ -37,7 +37,9 @@ def features(vlm: VLM, media: Sequence[Patches]) -> torch.Tensor | None:
 
 
 @torch.no_grad()
-def plain_logits(vlm: VLM, asked: Sequence[tuple[Prompt, list[Patches]]], answers: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+def plain_logits(
+    vlm: VLM, asked: Sequence[tuple[Prompt, list[Patches]]], answers: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
     """Logits [V] by one forward without a cache over whole sequences, as training runs them: for each, one row per answer
     token, being what it was chosen from."""
     whole = [Prompt((*p.tokens, *answer), p.spans) for (p, _), answer in zip(asked, answers, strict=True)]
