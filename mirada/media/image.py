@@ -15,11 +15,12 @@ from PIL import UnidentifiedImageError, features
 
 from mirada.errors import MediaDecodeError, MediaError, MediaTooLarge, MediaUnsupported
 from mirada.media.fetch import FetchLimits, fetch, show
-from mirada.media.rule import Alpha
+from mirada.media.rule import Alpha, MediaRule
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000")
 """What is decoded. The rest of Pillow's plug-ins stay shut: some run other programs, many are seldom tested."""
 
+_RESAMPLE = {"bicubic": pil.Resampling.BICUBIC, "bilinear": pil.Resampling.BILINEAR}
 _TURN = {  # EXIF tag 0x0112 -> what makes the picture upright
     2: pil.Transpose.FLIP_LEFT_RIGHT,
     3: pil.Transpose.ROTATE_180,
@@ -108,6 +109,13 @@ def from_pil(image: pil.Image, limits: FetchLimits, alpha: Alpha = "white", name
     if turn is not None:
         rgb = rgb.transpose(turn)
     return Picture(rgb, name, tuple(notes))
+
+
+def resize(image: pil.Image, height: int, width: int, rule: MediaRule) -> pil.Image:
+    """``image`` (8 bits a channel) in another size, with the filter and the order of passes that ``rule`` says."""
+    if rule.width_first:
+        image = image.resize((width, image.height), _RESAMPLE[rule.resample])
+    return image.resize((width, height), _RESAMPLE[rule.resample])
 
 
 def from_array(array: np.ndarray) -> pil.Image:

@@ -18,11 +18,10 @@ from mirada.errors import MediaError, MediaTooLarge, MediaUnsupported, SettingsE
 from mirada.media.cache import PixelCache, source_key
 from mirada.media.fetch import FetchLimits, fetch, locate, show
 from mirada.media.grid import GridRule, Patches, content_key, fit, patchify
-from mirada.media.image import Picture, decode, open_image
+from mirada.media.image import Picture, decode, open_image, resize
 from mirada.media.rule import MediaRule, check_bounds
 from mirada.types import Image, Video
 
-_RESAMPLE = {"bicubic": pil.Resampling.BICUBIC, "bilinear": pil.Resampling.BILINEAR}
 _Sizes = tuple[tuple[int, int], ...]
 """(height, width) after each resize, in order."""
 
@@ -84,7 +83,7 @@ def resize_first(part: Image, rule: MediaRule, limits: FetchLimits | None = None
         raise MediaUnsupported("a Video is not a picture", "give an Image")
     picture = item.open(limits, rule)
     high, wide = _sizes(picture, item.part, rule, None)[0]
-    return picture.rgb.resize((wide, high), _RESAMPLE[rule.resample])
+    return resize(picture.rgb, high, wide, rule)
 
 
 def check_item(part: Image | Video, grid: GridRule) -> None:
@@ -115,7 +114,8 @@ class _Plan:
     size: tuple[int, int]
 
     def sizes(self, cap: int | None = None) -> _Sizes:
-        """Sizes after each resize; ``cap`` lowers the last bound, never below the rule's or the picture's own least area."""
+        """Sizes after each resize; ``cap`` lowers the last bound, but for whole cells not below the least area that the rule
+        or the picture asks for."""
         part, grid = self.part, self.rule.grid
         low, high = grid.min_pixels, grid.max_pixels
         stages: list[tuple[int, int]] = []
@@ -224,7 +224,7 @@ def _cut(picture: Picture, part: Image, rule: MediaRule, cap: int | None) -> Pat
     sizes = _sizes(picture, part, rule, cap)
     resized = picture.rgb
     for high, wide in sizes:
-        resized = resized.resize((wide, high), _RESAMPLE[rule.resample])
+        resized = resize(resized, high, wide, rule)
     pixels = patchify(np.asarray(resized)[None], rule.grid.patch)
     high, wide = sizes[-1]
     grids = ((1, high // rule.grid.patch, wide // rule.grid.patch),)

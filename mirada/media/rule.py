@@ -37,6 +37,9 @@ class MediaRule:
     grid: GridRule = field(default_factory=GridRule)
     first: Stage | None = None
     resample: Resample = "bicubic"
+    width_first: bool = True
+    """Resize the width, then the height, as Pillow did up to 12 and so as the families saw their pictures; False: in the
+    order of the installed Pillow. Pillow 13 swaps them where only the height shrinks, and values differ by up to 17."""
     alpha: Alpha = "white"
     """``white``: whatever has transparency is laid on white. ``white_rgba``: only mode RGBA is, the rest lose their
     alpha (keye-vl-utils 1.0.0). ``drop``: alpha is dropped (1.5.2)."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import socket
+import ssl
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -366,3 +369,51 @@ def test_limits_that_let_nothing_through(settings: dict) -> None:
 def test_no_redirects_when_none_are_allowed(web) -> None:
     with pytest.raises(MediaRefused, match="0 times"):
         fetch(web.url("/hops/1"), FetchLimits(allow_private=True, redirects=0))
+
+
+# TLS
+
+
+@pytest.fixture
+def secure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator:
+    """An https server whose certificate names pictures.example, trusted by the fetcher."""
+    if (program := shutil.which("openssl")) is None:
+        pytest.skip("needs the openssl program to make a certificate")
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    make = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=pictures.example"
+    extra = ["-addext", "subjectAltName=DNS:pictures.example", "-keyout", str(key), "-out", str(cert)]
+    subprocess.run([program, *make.split(), *extra], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    names: list[str] = []
+    context.sni_callback = lambda sock, name, context: names.append(name)
+    trusting = ssl.create_default_context(cafile=str(cert))
+    monkeypatch.setattr(download, "_tls", lambda: trusting)
+    with web_module.serve(context) as web:
+        web.names = names
+        yield web
+
+
+def test_tls_is_checked_against_the_name_though_the_address_is_connected_to(secure, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = connections(monkeypatch)
+    resolver(monkeypatch, {"pictures.example": ["93.184.216.34"], "other.example": ["93.184.216.34"]})
+    url = secure.url("/picture.png", "pictures.example").replace("http:", "https:")
+    assert fetch(url, FetchLimits()) == web_module.PICTURE
+    assert secure.names == ["pictures.example"] and log == ["93.184.216.34"]
+    with pytest.raises(MediaNotFound, match="certificate"):
+        fetch(url.replace("pictures", "other"), FetchLimits())
+
+
+def test_an_unknown_certificate_is_refused(secure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "_tls", ssl.create_default_context)
+    resolver(monkeypatch, {"pictures.example": ["127.0.0.1"]})
+    with pytest.raises(MediaNotFound, match="certificate"):
+        fetch(secure.url("/picture.png", "pictures.example").replace("http:", "https:"), LOCAL)
+
+
+def test_a_server_that_never_finishes_the_handshake_ends_with_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        start = time.monotonic()
+        with pytest.raises(MediaTimeout):
+            fetch(f"https://127.0.0.1:{silent.getsockname()[1]}/a.png", SHORT)
+        assert time.monotonic() - start < 1.0

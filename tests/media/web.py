@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import ssl
 import threading
 import zlib
 from collections.abc import Iterator
@@ -25,11 +26,16 @@ PICTURE = png()
 class Web:
     """``url(path)``; ``seen``: (path, Host header) of every request. Redirect with ``/to?WHERE``, ``/hops/N`` counts down."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self.names: list[str] = []
+        """Names that TLS clients asked for."""
         self.seen: list[tuple[str, str]] = []
         self.stop = threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.server.daemon_threads = True
+        self.server.handle_error = lambda request, address: None  # clients that hang up are part of the tests
+        if tls is not None:
+            self.server.socket = tls.wrap_socket(self.server.socket, server_side=True, do_handshake_on_connect=False)
         self.port: int = self.server.server_address[1]
 
     def url(self, path: str, host: str = "127.0.0.1") -> str:
@@ -37,8 +43,8 @@ class Web:
 
 
 @contextmanager
-def serve() -> Iterator[Web]:
-    web = Web()
+def serve(tls: ssl.SSLContext | None = None) -> Iterator[Web]:
+    web = Web(tls)
     thread = threading.Thread(target=web.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:
@@ -62,7 +68,7 @@ def _handler(web: Web) -> type[BaseHTTPRequestHandler]:
             self.close_connection = True
             path, _, query = self.path.partition("?")
             name, *rest = path.strip("/").split("/")
-            with suppress(BrokenPipeError, ConnectionResetError):  # clients give up, as many tests want
+            with suppress(BrokenPipeError, ConnectionResetError, ssl.SSLError):  # clients give up, as many tests want
                 getattr(self, name.partition(".")[0] or "picture", self.missing)(query, *rest)
 
         def answer(self, body: bytes, status: int = 200, **headers: str) -> None:
