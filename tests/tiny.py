@@ -29,9 +29,7 @@ MARKUP = (
 )  # fmt: skip
 FRAMES = ("<|frame|>", "<|fast_start|>", "<|fast_end|>")
 MERGES = ("t h", "i n", "a n", "e r", "th e", "Ġ a", "Ġ the", "o n", "r e", "\u010a \u010a")
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def make_tiny_keye(directory: str | Path, model_type: str = "KeyeVL1_5", seed: int = 0, **changes: Any) -> Path:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mirada.errors import CheckpointError, TensorError
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 8 << 20
 """Bytes of a file that are resident at once while it is read."""
 _DTYPES = {
     "F64": torch.float64,
