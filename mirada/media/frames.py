@@ -7,13 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from PIL import Image as pil
 
 from mirada.errors import MediaDecodeError, MediaError, MediaTooLarge, MediaUnsupported
 from mirada.media.exact import linspace_indices
 from mirada.media.fetch import FetchLimits
 from mirada.media.grid import fit
-from mirada.media.image import open_image
+from mirada.media.image import open_image, resize
 from mirada.media.rule import MediaRule
 from mirada.media.sample import Choice, Timeline, choose, cut
 from mirada.types import Video
@@ -77,7 +76,7 @@ class FrameList:
         except MediaError as error:
             raise type(error)(f"picture {index} of the video: {error.problem}", error.fix) from error
         # The references resize list frames with Pillow, bicubic whatever the image processor uses.
-        return np.array(opened.rgb.resize((wide, high), pil.Resampling.BICUBIC))
+        return np.array(resize(opened.rgb, high, wide, replace(self._rule, resample="bicubic")))
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
         part, rule = self._part, self._rule

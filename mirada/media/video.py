@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image as pil
 
 from mirada.errors import MediaTooLarge
+from mirada.media import image
 from mirada.media.clean import Read, VideoClean, kept
 from mirada.media.decode import Reader, open_reader
 from mirada.media.exact import resize_bicubic, resize_bilinear
@@ -25,8 +26,6 @@ from mirada.media.rule import MediaRule
 from mirada.media.sample import Choice, check_settings, choose
 from mirada.media.slowfast import Typist, frame_sizes
 from mirada.types import Grid, Video
-
-_RESAMPLE = {"bicubic": pil.Resampling.BICUBIC, "bilinear": pil.Resampling.BILINEAR}
 
 
 def prepare_video(part: Video, rule: MediaRule, limits: FetchLimits | None = None, clean: VideoClean | None = None) -> Patches:
@@ -129,7 +128,7 @@ def resize(frame: np.ndarray, size: tuple[int, int], rule: MediaRule) -> np.ndar
     """The image processor's own resize of one frame (Pillow), nothing if it has that size already."""
     if frame.shape[:2] == size:
         return frame
-    return np.asarray(pil.fromarray(frame).resize((size[1], size[0]), _RESAMPLE[rule.resample]))
+    return np.asarray(image.resize(pil.fromarray(frame), *size, rule))
 
 
 def _slow_fast(reader: Reader | FrameList, choice: Choice, read: Read, part: Video, rule: MediaRule) -> Patches:

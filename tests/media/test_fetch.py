@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import socket
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import httpcore
 import pytest
+from media import web as web_module
 
 from mirada.errors import (
     MediaDecodeError,
@@ -27,11 +27,6 @@ from mirada.errors import (
 from mirada.media import download
 from mirada.media.download import is_public
 from mirada.media.fetch import FetchLimits, fetch, locate, show
-
-_spec = importlib.util.spec_from_file_location("web", Path(__file__).with_name("web.py"))
-assert _spec and _spec.loader
-web_module = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(web_module)
 
 LOCAL = FetchLimits(allow_private=True, seconds=5)
 SHORT = FetchLimits(allow_private=True, seconds=0.3)
@@ -121,22 +116,22 @@ def test_the_clock_covers_the_whole_fetch(web, path: str) -> None:
     start = time.monotonic()
     with pytest.raises(MediaTimeout, match=r"0\.3 seconds"):
         fetch(web.url(path), SHORT)
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < 3.0
 
 
 def test_the_clock_covers_the_resolver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download.socket, "getaddrinfo", lambda *args, **more: time.sleep(2) or [])
+    monkeypatch.setattr(download.socket, "getaddrinfo", lambda *args, **more: time.sleep(5) or [])
     start = time.monotonic()
     with pytest.raises(MediaTimeout):
         fetch("http://slow.example/a.png", SHORT)
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < 3.0
 
 
 def test_the_clock_runs_on_over_redirects(web) -> None:
     start = time.monotonic()
     with pytest.raises(MediaTimeout):
         fetch(web.url("/to?/hang"), SHORT)
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < 3.0
 
 
 def test_a_closed_port_is_not_found() -> None:
@@ -416,4 +411,4 @@ def test_a_server_that_never_finishes_the_handshake_ends_with_the_clock(monkeypa
         start = time.monotonic()
         with pytest.raises(MediaTimeout):
             fetch(f"https://127.0.0.1:{silent.getsockname()[1]}/a.png", SHORT)
-        assert time.monotonic() - start < 1.0
+        assert time.monotonic() - start < 3.0

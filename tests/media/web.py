@@ -21,6 +21,7 @@ def png(size: tuple[int, int] = (40, 30), colour: tuple[int, int, int] = (200, 3
 
 
 PICTURE = png()
+BOMB = gzip.compress(bytes(8_000_000))
 
 
 class Web:
@@ -124,7 +125,7 @@ def _handler(web: Web) -> type[BaseHTTPRequestHandler]:
             self.answer(zlib.compress(PICTURE), Content_Encoding="deflate")
 
         def bomb(self, query: str) -> None:
-            self.answer(gzip.compress(b"\0" * 50_000_000), Content_Encoding="gzip")
+            self.answer(BOMB, Content_Encoding="gzip")
 
         def halfzip(self, query: str) -> None:
             self.answer(gzip.compress(PICTURE)[:-20], Content_Encoding="gzip")
