@@ -7,13 +7,16 @@ uint8 [H, W, 3] upright RGB for ascending indices (they may repeat) and holds no
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
 from av.error import FFmpegError
+from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 from PIL import Image as pil
 
@@ -26,6 +29,7 @@ SEEK_GAP = 16
 """Frames that a seek must skip before it is worth flushing the decoder."""
 ANIMATION_PIXELS = 1 << 33
 """Most pixels over all frames of an animated GIF, WebP or PNG."""
+_CODED_BY_ITSELF = PictureType.I
 _ANIMATED = ("GIF", "WEBP", "PNG")
 
 
@@ -76,7 +80,8 @@ class VideoFile:
     """One stream of a container file, decoded with PyAV.
 
     Between wanted frames that lie far apart it seeks to the key frame before the next one. Frames are told by their times,
-    not by counting, and where a seek lands too late it starts further back: what is read equals a sequential decode.
+    not by counting, and a file in which a seek does not land on a clean key frame is read from its beginning instead: what is
+    read equals a sequential decode.
     """
 
     def __init__(self, file: IO[bytes], name: str, limits: FetchLimits, *, seek_gap: int | None = SEEK_GAP) -> None:
@@ -132,8 +137,7 @@ class VideoFile:
 
     def read(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
         paint = _Painter(self._shape, self._turn, self.name)
-        with self._container() as container:
-            find = self._by_time(container) if len(self._probe.pts) else self._by_count(container)
+        with closing(self._by_time() if len(self._probe.pts) else self._by_count()) as find:
             next(find)
             last, picture = -1, None
             for index in indices:
@@ -142,38 +146,34 @@ class VideoFile:
                     last = index
                 yield picture
 
-    def _by_count(self, container: Any):
-        """Coroutine: index -> frame, where the container has no times. A short fall at the end gives the last frame."""
+    def _by_count(self) -> Generator[Any, int, None]:
+        """Coroutine: index -> frame, where the container has no times. A shortfall at the end gives the last frame."""
         frame, at = None, -1
-        frames = self._frames(container)
-        index = yield
-        while True:
-            while at < index and (found := next(frames, None)) is not None:
-                frame, at = found, at + 1
-            index = yield frame
-
-    def _by_time(self, container: Any):
-        """Coroutine: index -> the last frame that starts no later than the packet of that index."""
-        pts = self._probe.pts
-        frames = self._frames(container)
-        held = ahead = None
-        index = yield
-        while True:
-            target = int(pts[index])
-            back = 0
-            if (start := self._key_before(target, held)) is not None:
-                frames, held, ahead = self._seek(container, start), None, None
+        with self._container() as container:
+            frames = self._frames(container)
+            index = yield
             while True:
+                while at < index and (found := next(frames, None)) is not None:
+                    frame, at = found, at + 1
+                index = yield frame
+
+    def _by_time(self) -> Generator[Any, int, None]:
+        """Coroutine: index -> the last frame that starts no later than the packet of that index (else the first)."""
+        with ExitStack() as stack:
+            container = stack.enter_context(self._container())
+            frames, held, ahead = self._frames(container), None, None
+            index = yield
+            while True:
+                target = int(self._probe.pts[index])
+                start = self._key_before(target, held)
+                if start is not None:
+                    sought, held, ahead = self._seek(container, start), None, None
+                    if sought is None:
+                        self._seek_gap = None  # seeks in this file cannot be trusted; from its beginning is always right
+                        container = stack.enter_context(self._container())
+                    frames = sought or self._frames(container)
                 held, ahead = _advance(frames, target, held, ahead)
-                if held is not None:
-                    break
-                # Nothing shown by then: the seek landed late, or the picture was not clean yet. Start further back.
-                back = back * 2 + 1
-                if start is None:
-                    held = ahead
-                    break
-                frames, ahead, start = self._seek_back(container, start, back)
-            index = yield held
+                index = yield held or ahead
 
     def _key_before(self, target: int, held: Any) -> int | None:
         """Time of the key frame to seek to, or None where decoding on is cheaper."""
@@ -184,29 +184,25 @@ class VideoFile:
         reached = 0 if held is None or held.pts is None else int(np.searchsorted(pts, held.pts, side="right"))
         return key if int(np.searchsorted(pts, key)) - reached >= self._seek_gap else None
 
-    def _seek(self, container: Any, start: int) -> Iterator[Any]:
-        stream = self._stream(container)
-        try:
-            container.seek(start, stream=stream, backward=True)
-        except FFmpegError:
-            # Not every container can seek; from the beginning is always right.
-            self._rewind(container)
-        return self._frames(container)
+    def _seek(self, container: Any, start: int) -> Iterator[Any] | None:
+        """Frames from the key frame at ``start`` on, or None if no clean one is found there.
 
-    def _rewind(self, container: Any) -> None:
-        try:
-            container.seek(int(self._probe.pts[0]), stream=self._stream(container), backward=True)
-        except FFmpegError as error:
-            raise broken(self.name, error) from error
-
-    def _seek_back(self, container: Any, start: int, back: int):
-        """As _seek, ``back`` key frames before ``start``; (frames, None, new start or None at the beginning)."""
+        Clean means coded by itself: where the picture is refreshed bit by bit (H.264 intra refresh), packets count as key
+        frames that are not, and what follows them is not what a sequential decode gives.
+        """
         keys = self._probe.keys
-        at = int(np.searchsorted(keys, start)) - back
-        if at > 0:
-            return self._seek(container, int(keys[at])), None, int(keys[at])
-        self._rewind(container)
-        return self._frames(container), None, None
+        at = int(np.searchsorted(keys, start))
+        # Where an index is lacking (transport streams) a seek may land a little late: then aim at an earlier key frame.
+        for aim in dict.fromkeys(int(keys[max(0, at - back)]) for back in range(3)):
+            try:
+                container.seek(aim, stream=self._stream(container), backward=True)
+                frames = self._frames(container)
+                first = next((frame for frame in frames if frame.pts is None or frame.pts >= start), None)
+            except (FFmpegError, MediaDecodeError):
+                continue
+            if first is not None and first.pts == start and first.pict_type == _CODED_BY_ITSELF:
+                return chain((first,), frames)
+        return None
 
 
 def _advance(frames: Iterator[Any], target: int, held: Any, ahead: Any) -> tuple[Any, Any]:

@@ -54,8 +54,8 @@ def choose(timeline: Timeline, part: Video, rule: MediaRule) -> Choice:
     """The frames of ``timeline`` that ``part`` asks for under ``rule``.
 
     At a constant rate by index, as the references do: ``round(linspace(first, last, n))``. At a variable rate by time: n
-    evenly spaced moments, for each the frame on show (one that starts less than half a median interval later counts as on
-    show). A picture that stays on show over several moments is repeated where the model takes frames to be evenly spaced
+    evenly spaced moments, for each the frame on show (one counts as on show from half a median interval before its start,
+    and no earlier than half-way from the frame before it). A picture that stays on show over several moments is repeated where the model takes frames to be evenly spaced
     ("uniform"), and taken once where each frame carries its own time ("slowfast").
 
     Never crashes on short clips: at least one frame, at most all, with a note. Raises SettingsError for settings that
@@ -144,7 +144,7 @@ def count_frames(total: int, rate: float, part: Video, rule: MediaRule) -> tuple
         if part.nframes is not None:
             wanted = min(int(part.nframes), cap)
         else:
-            wanted = max(slowfast_nframes(total, rate, part, rule), min(int(part.min_frames or 1), cap))
+            wanted = max(slowfast_nframes(total, rate, part, rule), min(int(part.min_frames or 0), cap))
         num = min(max(wanted, 1), total)
         asked = part.nframes if part.nframes is not None else wanted
     else:
@@ -203,6 +203,8 @@ def _seconds(timeline: Timeline, first: int, last: int) -> float:
 
 def _by_time(timeline: Timeline, first: int, last: int, num: int) -> np.ndarray:
     times = timeline.times[first : last + 1]
-    slack = float(np.median(np.diff(times))) / 2 if len(times) > 1 else 0.0
+    gaps = np.diff(times)
+    begins = times.copy()
+    begins[1:] -= np.minimum(gaps, np.median(gaps) if len(gaps) else 0) / 2
     moments = np.linspace(times[0], times[-1], num)
-    return first + np.maximum(np.searchsorted(times, moments + slack, side="right") - 1, 0).astype(np.int64)
+    return first + np.searchsorted(begins, moments, side="right").astype(np.int64) - 1
