@@ -1,0 +1,103 @@
+"""How long a person waits before anything happens: imports, ``mirada --help``, and a first answer from a cold process.
+
+    python benchmarks/startup.py [--model DIR] [--picture FILE] [--peer PYTHON] [--pairs 7] [--anyway]
+
+Each round runs every row once, in turn; the table shows medians and their ratio to ``import transformers`` in the interpreter
+``--peer`` (this one by default; the row is left out where it is not installed). transformers imports most of itself lazily, so
+that row is its floor, not what a first answer from it costs. Files are in the page cache ("cold" means a new process).
+Refuses to measure while other programs keep the CPU busy, unless ``--anyway``, and then says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+BUSY = 5.0
+"""Percent of the last ten seconds in which some task waited for a CPU."""
+LIMITS = {"import mirada": 0.2, "mirada --help": 0.3, "mirada ask": 5.0}
+"""Seconds that the project promises on two cores."""
+
+
+def main() -> None:
+    options = parse()
+    pressure = waiting()
+    if pressure > BUSY and not options.anyway:
+        sys.exit(f"other programs are busy (CPU pressure {pressure:.0f} %); wait, or measure all the same with --anyway")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = commands(options, Path(folder))
+        for command in rows.values():  # first touch of every file
+            seconds(command)
+        times: dict[str, list[float]] = {name: [] for name in rows}
+        for _ in range(options.pairs):
+            for name, command in rows.items():
+                times[name].append(seconds(command))
+    report(times, options.pairs, pressure)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--peer", default=sys.executable)
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--anyway", action="store_true")
+    return parser.parse_args()
+
+
+def commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
+    picture = options.picture
+    if picture is None:
+        from PIL import Image
+
+        picture = folder / "a.png"
+        Image.new("RGB", (320, 200), "white").save(picture)
+    mirada = [sys.executable, "-m", "mirada.cli"]
+    rows = {
+        "python -c pass": [sys.executable, "-c", "pass"],
+        "import mirada": [sys.executable, "-c", "import mirada"],
+        "mirada --help": [*mirada, "--help"],
+        "import torch": [sys.executable, "-c", "import torch"],
+        "mirada ask": [*mirada, "ask", str(picture), "What is this?", "--model", options.model, "--max-tokens", "8"],
+    }
+    if subprocess.run([options.peer, "-c", "import transformers"], capture_output=True, check=False).returncode == 0:
+        rows["import transformers"] = [options.peer, "-c", "import transformers"]
+    return rows
+
+
+def seconds(command: list[str]) -> float:
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    took = time.perf_counter() - start
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
+    return took
+
+
+def waiting() -> float:
+    """CPU pressure over the last ten seconds, in percent; 0 where the system does not say."""
+    path = Path("/proc/pressure/cpu")
+    return float(path.read_text().split("avg10=")[1].split()[0]) if path.exists() else 0.0
+
+
+def report(times: dict[str, list[float]], pairs: int, pressure: float) -> None:
+    peer = times.get("import transformers")
+    busy = f", CPU pressure {pressure:.0f} %" if pressure > BUSY else ""
+    print(f"seconds, median of {pairs} interleaved runs{busy}\n")
+    print(f"{'':22}{'median':>8}{'least':>8}{'limit':>8}   of import transformers")
+    for name, taken in times.items():
+        ratio = statistics.median(a / b for a, b in zip(taken, peer, strict=True)) if peer else None
+        limit = f"{LIMITS[name]:8.1f}" if name in LIMITS else " " * 8
+        said = "" if ratio is None else f"{ratio:10.2f} x"
+        print(f"{name:22}{statistics.median(taken):8.3f}{min(taken):8.3f}{limit}   {said}")
+    if not peer:
+        print("\n(transformers is not installed here; name an interpreter that has it with --peer)")
+
+
+if __name__ == "__main__":
+    main()
