@@ -15,7 +15,7 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -70,10 +70,10 @@ SEEN = {"line": 0.55, "scene": 0.2, "boxes": 0.08, "chart": 0.09, "paragraph": 0
 EVERYTHING = {"line": 0.56, "scene": 0.2, "boxes": 0.08, "chart": 0.09, "paragraph": 0.05, "text": 0.02}
 COMMON = TrainSettings(steps=1, optimizer="muon", save_every=400)
 STAGES = {
-    "letters": Stage(TOWER, LINES, replace(COMMON, steps=1600, lr=2e-3, shape="linear", floor=0.3), (0.0, 0.6), grow=False),
-    "dense": Stage(TOWER, SEEN, replace(COMMON, steps=900, lr=1e-3, shape="linear", floor=0.3), (0.3, 1.0), grow=False),
-    "text": Stage(("decoder", "lm_head"), {"text": 1.0}, replace(COMMON, steps=600, lr=2e-3, shape="linear", floor=0.2)),
-    "projector": Stage(("projector",), EVERYTHING, replace(COMMON, steps=250, lr=2e-3), (0.0, 0.1)),
+    "letters": Stage(TOWER, LINES, replace(COMMON, steps=800, lr=2e-3, shape="linear", floor=0.3), (0.0, 0.6), grow=False),
+    "dense": Stage(TOWER, SEEN, replace(COMMON, steps=700, lr=1e-3, shape="linear", floor=0.3), (0.3, 1.0), grow=False),
+    "text": Stage(("decoder", "lm_head"), {"text": 1.0}, replace(COMMON, steps=500, lr=2e-3, shape="linear", floor=0.2)),
+    "projector": Stage(("projector",), EVERYTHING, replace(COMMON, steps=150, lr=2e-3), (0.0, 0.1)),
     "all": Stage(
         WHOLE, EVERYTHING, replace(COMMON, steps=6000, lr=1e-3, shape="constant", warmup=200), (0.05, 1.0), dense_weight=0.3
     ),
@@ -91,9 +91,10 @@ ORDER = tuple(STAGES)
 class Drawn(IterableDataset):
     """Batches of drawn samples; step k is the same whoever draws it, so that workers and resumed runs agree."""
 
-    def __init__(self, name: str, size: Size, start: int, settings: TrainSettings, directory: Path) -> None:
+    def __init__(self, name: str, size: Size, start: int, settings: TrainSettings, directory: Path, fonts: str) -> None:
         self.name, self.stage, self.start, self.steps, self.seed = name, STAGES[name], start, settings.steps, settings.seed
         self.directory, self.lengths, self.rule = directory, size.lengths, GridRule(max_pixels=size.max_pixels)
+        self.fonts = fonts
 
     def __iter__(self) -> Iterator[TrainBatch]:
         torch.set_num_threads(1)
@@ -113,19 +114,19 @@ class Drawn(IterableDataset):
         for i, task in enumerate(tasks):
             longest = chooser.choices((12, 24, 40), weights=self.lengths)[0]
             limit = max(1, round(longest * level)) if self.stage.grow else longest
-            made.append(example(renderer, self.rule, task, seed, step * self.stage.batch + i, level, limit))
+            made.append(example(renderer, self.rule, task, seed, step * self.stage.batch + i, level, limit, self.fonts))
         return collate(made, self.rule)
 
 
 def example(
-    renderer: Renderer | None, rule: GridRule, task: str, seed: int, index: int, level: float, max_chars: int
+    renderer: Renderer | None, rule: GridRule, task: str, seed: int, index: int, level: float, max_chars: int, fonts: str
 ) -> Example:
     """One drawn sample as a training example; without a renderer, the picture and its labels alone."""
     if task == "text" and renderer is not None:
         question, answer = synth.text_sample(seed, index)
         chat = [Message("user", question), Message("assistant", answer)]
         return Example(renderer.render(chat, (), add_generation_prompt=False))
-    sample = synth.sample(task, seed, index, level=level, max_chars=max_chars)
+    sample = synth.sample(task, seed, index, level=level, max_chars=max_chars, fonts=fonts)
     pixels = patchify(sample.image[None], rule.patch)
     high, wide = sample.image.shape[:2]
     grid = (1, high // rule.patch, wide // rule.patch)
@@ -142,7 +143,7 @@ def load_renderer(directory: Path) -> Renderer:
     return Renderer.from_directory(directory, family.prompt_format(config))
 
 
-def run_stage(name: str, size: Size, run: Path, settings: TrainSettings, workers: int) -> None:
+def run_stage(name: str, size: Size, run: Path, settings: TrainSettings, workers: int, fonts: str) -> None:
     """Train one stage from the weights of the one before; leaves ``<stage>.safetensors`` in the run folder."""
     stage, base = STAGES[name], run / "base"
     config = json.loads((base / "config.json").read_text())
@@ -162,7 +163,7 @@ def run_stage(name: str, size: Size, run: Path, settings: TrainSettings, workers
         round_rows(model)
 
     def batches(step: int):
-        data = Drawn(name, size, step, settings, base)
+        data = Drawn(name, size, step, settings, base, fonts)
         return iter(DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))
 
     objective = Dense(heads) if stage.parts == TOWER else NextToken(heads, stage.dense_weight)
@@ -205,7 +206,7 @@ def export(size: Size, run: Path, out: Path) -> None:
     write_card(out, size, done[-1].stem)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("tokenizer", "train", "export"))
     parser.add_argument("stage", nargs="?", choices=ORDER)
@@ -216,7 +217,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int)
-    args = parser.parse_args()
+    parser.add_argument("--fonts", default="debian", help="debian (named packages), debian-any (other versions), builtin (one)")
+    args = parser.parse_args(argv)
     size = SIZES[args.size]
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -229,7 +231,7 @@ def main() -> None:
     else:
         settings = STAGES[args.stage].settings
         settings = replace(settings, steps=args.steps or settings.steps, seed=args.seed)
-        run_stage(args.stage, size, args.run, settings, args.workers)
+        run_stage(args.stage, size, args.run, settings, args.workers, args.fonts)
 
 
 if __name__ == "__main__":

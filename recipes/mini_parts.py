@@ -35,8 +35,9 @@ class Size:
 SIZES = {
     "cpu": Size(1024, 192, 6, 3, 256, 4, 4, 2, 768),
     "gpu": Size(4096, 320, 6, 5, 384, 7, 6, 2, 1152, max_pixels=512 * 28 * 28, lengths=(0.35, 0.3, 0.35)),
+    "smoke": Size(512, 32, 1, 1, 64, 1, 2, 1, 64),
 }
-"""*cpu* has about 6.7 million parameters, *gpu* about 22 million."""
+"""*cpu* has about 7 million parameters, *gpu* about 22 million; *smoke* only shows that the recipe runs."""
 
 CONTROL = (
     "<|endoftext|>",
@@ -76,7 +77,10 @@ TEMPLATE = (
 
 
 def build_tokenizer(vocabulary: int, num_samples: int = 20000) -> Tokenizer:
-    """Byte-level BPE of ``vocabulary`` tokens in all, merges of at most 4 characters, digits alone, trained on drawn text."""
+    """Byte-level BPE of ``vocabulary`` tokens in all, short merges, digits alone, trained on drawn text.
+
+    ``max_token_length=4`` gives merges of at most 3 characters: the library's bound is exclusive.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
