@@ -5,8 +5,9 @@
     python recipes/mini.py export --size cpu --run runs/mini --out mirada/assets/mini
 
 Stages build on one another: ``letters`` and ``dense`` (vision tower alone, from what the generator knows of every patch;
-lines first, then everything), ``text`` (decoder alone: spelling, copying, templates), ``projector`` (that alone), ``all`` (everything, lines growing from 1 to 40
-characters), ``hold`` (the final mix, rate to zero, averaged, weights rounded as they will be stored).
+lines first, then everything), ``text`` (decoder alone: spelling, copying, templates), ``projector`` (that alone), ``all``
+(everything, lines growing from 1 to 40 characters), ``hold`` (the final mix, rate to zero, averaged, weights rounded as
+they will be stored).
 """
 
 from __future__ import annotations
