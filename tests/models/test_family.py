@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
-from parity.checks import PREVIEW_8B
+from parity.released import PREVIEW_8B
 
 from mirada.errors import ConfigError
 from mirada.models.family import FAMILIES, family_of
