@@ -1,6 +1,7 @@
 """A training run on disk: safetensors and JSON, no pickles. Resuming continues bit for bit.
 
-``step-000100/``: ``state.safetensors`` (``model/…``, ``average/…``, ``optim0/…``, ``random``) and ``state.json`` (step, settings).
+``step-0000100/`` holds ``state.safetensors`` (``model/…``, ``average/…``, ``optim0/…``, ``random``) and ``state.json`` (step,
+settings).
 Written beside and renamed, so that a run killed at any moment leaves whole checkpoints only.
 """
 

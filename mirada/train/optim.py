@@ -129,8 +129,8 @@ class Average:
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self.decay, (step + 1) / (step + 10))
-        shadow, live = list(self.shadow.values()), [self.params[name].detach() for name in self.shadow]
-        torch._foreach_lerp_(shadow, live, 1 - decay)
+        for name, shadow in self.shadow.items():
+            shadow.lerp_(self.params[name], 1 - decay)
 
     @torch.no_grad()
     def copy_to_model(self) -> None:

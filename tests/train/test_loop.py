@@ -121,7 +121,7 @@ def test_a_stop_signal_saves_and_says_so(tmp_path: Path) -> None:
 
 def test_other_settings_do_not_resume(tmp_path: Path) -> None:
     run(tmp_path)
-    with pytest.raises(CheckpointError, match="lr 0.003 -> 0.5"):
+    with pytest.raises(CheckpointError, match=r"lr 0\.003 -> 0\.5"):
         run(tmp_path, replace(SETTINGS, lr=0.5))
 
 

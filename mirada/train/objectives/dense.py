@@ -8,6 +8,7 @@ pixel-to-sequence alignment in CTC, Graves et al. 2006, which has to find what i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ class DenseHeads(nn.Module):
         total = features.new_zeros(())
         figures: dict[str, torch.Tensor] = {}
         for name, known in labels.items():
-            places, classes = self.kinds[name]
+            classes = self.kinds[name][1]
             known = known.reshape(-1)
             rows = (known != IGNORE).nonzero()[:, 0]
             if not len(rows):
@@ -52,7 +53,7 @@ class Dense:
     def __init__(self, heads: DenseHeads) -> None:
         self.heads = heads
 
-    def __call__(self, model: nn.Module, batch: TrainBatch) -> Loss:
+    def __call__(self, model: Any, batch: TrainBatch) -> Loss:
         assert batch.media is not None
         media = batch.media
         return self.heads.loss(model.visual(media.pixels, media.grids, model.segments(media.grids)), batch.dense)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from mirada.train.batch import IGNORE, TrainBatch
 from mirada.train.objectives.base import Loss
@@ -18,7 +19,7 @@ class NextToken:
         self.heads = heads
         self.dense_weight = dense_weight
 
-    def __call__(self, model: nn.Module, batch: TrainBatch) -> Loss:
+    def __call__(self, model: Any, batch: TrainBatch) -> Loss:
         features, dense = self._see(model, batch)
         hidden = model(batch.batch, features)
         rows = (batch.labels != IGNORE).nonzero()[:, 0]
@@ -30,7 +31,7 @@ class NextToken:
             return Loss(loss, figures)
         return Loss(loss + self.dense_weight * dense.total, {**figures, **dense.figures})
 
-    def _see(self, model: nn.Module, batch: TrainBatch) -> tuple[torch.Tensor | None, Loss | None]:
+    def _see(self, model: Any, batch: TrainBatch) -> tuple[torch.Tensor | None, Loss | None]:
         """Features of all pictures, and the dense loss on the way."""
         if batch.media is None:
             return None, None
