@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ def _media_batch(media: Sequence[Patches], rule: GridRule) -> MediaBatch | None:
         return None
     pixels = normalise(np.concatenate([m.pixels for m in media]), rule)
     grids = tuple(grid for m in media for grid in m.grids)
-    kinds = tuple(m.kind for m in media for _ in m.grids)
+    kinds: tuple[Literal["image", "video"], ...] = tuple(m.kind for m in media for _ in m.grids)
     return MediaBatch(torch.from_numpy(pixels), grids, kinds)
 
 
