@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mirada.errors import CheckpointError, ConfigError, TensorError
 from mirada.layers.linear import dequantise_rows, quantise_rows
@@ -62,7 +63,7 @@ def build(
     """The modules that a config describes, on ``device``, their weights not yet set. On ``meta`` nothing is allocated."""
     family: Family = family_of(mapping, where)
     config = family.config(mapping)
-    with torch.device("meta"):
+    with torch.device("meta"), _Blank():
         model = family.build(config)
     family.layout(config).check_parameters({name: tuple(p.shape) for name, p in model.named_parameters()})
     device = torch.device(device)
@@ -72,6 +73,19 @@ def build(
         model.tie_weights()  # pyright: ignore[reportCallIssue]
     model.config_text = json.dumps(mapping, indent=2) + "\n"  # pyright: ignore[reportArgumentType]
     return model
+
+
+class _Blank(TorchFunctionMode):
+    """Draws no first weights: on meta there is nothing to fill, and ``normal_`` there imports torch._dynamo (over a second)."""
+
+    _DRAWS = frozenset(
+        {torch.Tensor.normal_, torch.Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_}
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -155,13 +156,12 @@ def test_reasoning_is_for_terminals_only(capsys, monkeypatch):
 
 
 def test_help_is_quick_and_offers_only_what_exists():
-    import time
-
     best, text = 9.0, ""
     for _ in range(3):
-        start = time.perf_counter()
+        start = os.times()
         text = subprocess.run([sys.executable, "-m", "mirada.cli", "--help"], capture_output=True, text=True, check=True).stdout
-        best = min(best, time.perf_counter() - start)
+        end = os.times()  # time on the CPU: a busy machine must not turn this red
+        best = min(best, end.children_user + end.children_system - start.children_user - start.children_system)
     assert best < 0.3
     assert all(word in text for word in ("ask", "chat", "doctor"))
     assert not any(word in text for word in ("serve", "train", "eval", "quantize"))
