@@ -10,28 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity import golden
-from parity.checks import collect
-from parity.conftest import GOLDEN
+from parity.planting import Mistakes
 from torch import Tensor
 
 from mirada.layers import embed, mlp, rope
 from mirada.models import decoder, keye_vl, positions, vit
 
-Plant = Callable[[pytest.MonkeyPatch], None]
-MISTAKES: dict[str, tuple[str, Plant, float]] = {}
+PREVIEW, K15 = "model_goldens.safetensors: ", "keye15_goldens.safetensors: "
+MISTAKES = Mistakes()
+caught_by = MISTAKES.caught_by
 SHARP = 1e-5
 """Tolerance for mistakes too small for the usual one; without a mistake the checks pass it too."""
-PREVIEW, K15 = "model_goldens.safetensors: ", "keye15_goldens.safetensors: "
-
-
-def caught_by(check: str, atol: float = golden.ATOL) -> Callable[[Plant], Plant]:
-    """Registers a mistake beside the check that must notice it."""
-
-    def register(plant: Plant) -> Plant:
-        MISTAKES[plant.__name__] = (check, plant, atol)
-        return plant
-
-    return register
 
 
 # ---- vision: patches and places
@@ -416,9 +405,4 @@ def half_as_many_positions_per_second(patch) -> None:
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_planted_mistake_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check, plant, atol = MISTAKES[name]
-    monkeypatch.setattr(golden, "ATOL", atol)
-    collect(GOLDEN)[check]()
-    plant(monkeypatch)
-    with pytest.raises(AssertionError, match="differs"):
-        collect(GOLDEN)[check]()
+    MISTAKES.prove(name, monkeypatch)

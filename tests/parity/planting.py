@@ -1,0 +1,34 @@
+"""Planting mistakes: a function that breaks something, beside the parity check that must notice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from parity import golden
+from parity.checks import collect
+from parity.conftest import GOLDEN
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+class Mistakes(dict[str, tuple[str, Plant, float]]):
+    """Name of a mistake -> (check, plant, tolerance)."""
+
+    def caught_by(self, check: str, atol: float = golden.ATOL) -> Callable[[Plant], Plant]:
+        """Registers a mistake beside the check that must notice it."""
+
+        def register(plant: Plant) -> Plant:
+            self[plant.__name__] = (check, plant, atol)
+            return plant
+
+        return register
+
+    def prove(self, name: str, patch: pytest.MonkeyPatch) -> None:
+        """The check passes, the mistake is planted, the check fails on a difference."""
+        check, plant, atol = self[name]
+        patch.setattr(golden, "ATOL", atol)
+        collect(GOLDEN)[check]()
+        plant(patch)
+        with pytest.raises(AssertionError, match=r"differs?|differ\b"):
+            collect(GOLDEN)[check]()
