@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass
 from typing import Literal
 
 from mirada.prompt.builtin import KEYE_TEMPLATE
@@ -59,10 +57,8 @@ class PromptFormat:
     )  # fmt: skip
     """Control strings besides the tags that an assistant's own text may hold (boxes, points, ...). No user's may."""
 
-    thinking_suffix: Mapping[Thinking, str] = field(
-        default_factory=lambda: MappingProxyType({"on": "/think", "off": "/no_think", "auto": ""})
-    )
-    """What is put at the end of the last user text for each thinking mode."""
+    thinking_suffix: tuple[tuple[Thinking, str], ...] = (("on", "/think"), ("off", "/no_think"), ("auto", ""))
+    """(thinking mode, what is put at the end of the last user text for it)."""
     template: str = KEYE_TEMPLATE
     """Chat template (jinja) for a checkpoint that ships none."""
 

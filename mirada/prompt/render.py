@@ -24,6 +24,8 @@ from mirada.table import nearest
 from mirada.types import Chat, Image, Message, Prompt, Span, Text, Thinking, ToolCall, Video
 
 Tools = Sequence[Mapping[str, Any]]
+MAX_CHARS = 4 * 1024 * 1024
+"""Characters of a chat, far above what any context holds."""
 
 
 class Renderer:
@@ -84,11 +86,13 @@ class Renderer:
     ) -> tuple[str, Marks]:
         if not messages:
             raise MessageError("the chat is empty", 'give at least one message, such as Message("user", "...")')
-        if thinking not in self.format.thinking_suffix:
-            raise MessageError(
-                f"the thinking mode {thinking!r} is unknown", nearest(str(thinking), self.format.thinking_suffix)
-            )
-        messages = _suffixed(messages, self.format.thinking_suffix[thinking], thinking)
+        suffixes: dict[str, str] = dict(self.format.thinking_suffix)
+        if thinking not in suffixes:
+            raise MessageError(f"the thinking mode {thinking!r} is unknown", nearest(str(thinking), suffixes))
+        messages = _suffixed(messages, suffixes[thinking], thinking)
+        size = sum(map(len, _texts(messages, tools, "")))
+        if size > MAX_CHARS:
+            raise MessageError(f"the chat holds {size} characters", f"a chat may hold {MAX_CHARS}; send less text")
         marks = Marks(self.tokenizer.control, self.format.assistant_strings, _texts(messages, tools, self.template.source))
         variables = {"add_generation_prompt": add_generation_prompt, "add_vision_id": add_vision_id}
         if tools:

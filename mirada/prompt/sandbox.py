@@ -22,6 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 MAX_STEPS = 1_000_000
+STEPS_PER_ITEM = 200
 MAX_CHARS = 8 * 1024 * 1024
 """Characters of one text."""
 MAX_TOTAL_CHARS = 256 * 1024 * 1024
@@ -41,16 +42,18 @@ class Refused(jinja2.TemplateError):
 class Budget:
     """Steps, characters and seconds that one rendering may use."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_items: int = 0) -> None:
+        """``num_items``: messages and parts of the chat; each allows for some more steps."""
         self.steps = 0
+        self._limit = MAX_STEPS + STEPS_PER_ITEM * num_items
         self.chars = 0
         self._checked = 0
         self._end = time.thread_time() + MAX_SECONDS
 
     def charge(self, steps: int) -> None:
         self.steps += steps
-        if self.steps > MAX_STEPS:
-            raise SecurityError(f"it takes more than {MAX_STEPS} steps")
+        if self.steps > self._limit:
+            raise SecurityError(f"it takes more than {self._limit} steps")
         if self.steps - self._checked > 200:
             self._checked = self.steps
             if time.thread_time() > self._end:

@@ -44,6 +44,9 @@ class Template:
                 "use the release's own template",
             ) from error
 
+    def __reduce__(self) -> tuple[type[Template], tuple[str, str, dict[str, str]]]:
+        return Template, (self.source, self.origin, self.names)
+
     @classmethod
     def from_directory(cls, path: str | Path, form: PromptFormat) -> Template:
         """The template of a checkpoint: the processor's (``chat_template.json``, ``chat_template.jinja``), else that of
@@ -73,7 +76,7 @@ class Template:
         Raises MessageError when the template refuses the chat, CheckpointError when the template fails or breaks a bound.
         """
         with self._lock:
-            self._environment.budget = sandbox.Budget()
+            self._environment.budget = sandbox.Budget(_num_items(messages))
             try:
                 return self._joined(self.names | variables | {"messages": list(messages)})
             except sandbox.Refused as error:
@@ -99,6 +102,11 @@ class Template:
             self._environment.budget.room(size)
             pieces.append(piece)
         return "".join(pieces)
+
+
+def _num_items(messages: Sequence[Mapping[str, Any]]) -> int:
+    contents = [message.get("content") for message in messages]
+    return len(contents) + sum(len(content) for content in contents if isinstance(content, list))
 
 
 def _default(value: Any, path: Path) -> str:
