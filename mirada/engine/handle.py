@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator, Iterator
 
 from mirada.engine.scheduler import Scheduler
@@ -16,6 +17,8 @@ class EngineHandle:
     def __init__(self, scheduler: Scheduler, sequence: Sequence) -> None:
         self._scheduler = scheduler
         self._sequence = sequence
+        # Nobody can read the reply of a handle that is gone.
+        weakref.finalize(self, scheduler.cancel, sequence).atexit = False
 
     @property
     def done(self) -> bool:
@@ -50,5 +53,4 @@ class EngineHandle:
 
     def cancel(self) -> None:
         """End it; what is there stays readable, with finish ``cancelled``. Nothing happens to one that has ended."""
-        if not self._sequence.done:
-            self._scheduler.cancel(self._sequence)
+        self._scheduler.cancel(self._sequence)

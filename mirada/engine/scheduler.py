@@ -55,7 +55,9 @@ class Scheduler:
             self._rest()
 
     def cancel(self, sequence: Sequence) -> None:
-        """End a request early. Never waits: a step under way ends it when it is through."""
+        """End a request early, unless it has ended. Never waits: a step under way ends it when it is through."""
+        if sequence.done:
+            return
         sequence.cancelled = True
         with self._changed:
             if self._busy:
@@ -113,10 +115,9 @@ class Scheduler:
         except BaseException as error:
             failure = _typed(error, group)
             if failure is None:
+                fix = "this is a defect, please report it" if isinstance(error, Exception) else "send it again"
                 for sequence in group:
-                    sequence.fail(
-                        RequestFailed(f"the engine broke: {error!r}", "this is a defect of the engine, please report it")
-                    )
+                    sequence.fail(RequestFailed(f"the engine was stopped by {error!r}", fix))
                 raise
         if len(group) == 1:
             group[0].fail(failure)

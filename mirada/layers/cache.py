@@ -76,14 +76,14 @@ class SlabCache:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
         """See KVCache. Each sequence is attended by itself, so its result cannot depend on its batch mates."""
-        out = torch.empty_like(q)
+        out: list[Tensor] = []
         start = 0
         for length, past, slot in zip(batch.lengths, batch.past, batch.slots, strict=True):
             new = slice(start, start + length)
             keys, values = self._write(layer, slot, past, k[new], v[new])
-            out[new] = attend_one(q[new], keys, values, scale)
+            out.append(attend_one(q[new], keys, values, scale))
             start += length
-        return out
+        return out[0] if len(out) == 1 else torch.cat(out)
 
     def _write(self, layer: int, slot: int, past: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v [n, K, d] after ``past`` tokens; keys and values [K, past + n, d] so far, as views."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -71,6 +72,13 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def server_bind(self) -> None:
+        TCPServer.server_bind(self)  # the parent's asks the network for this machine's name
+
+
 @contextmanager
 def serve(picture: bytes) -> Iterator[tuple[int, list[str]]]:
     """(port, log of paths asked for), on every loopback address."""
@@ -82,8 +90,7 @@ def serve(picture: bytes) -> Iterator[tuple[int, list[str]]]:
             super().do_GET()
 
     Logged.picture = picture
-    server = ThreadingHTTPServer(("", 0), Logged)
-    server.daemon_threads = True
+    server = Server(("", 0), Logged)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

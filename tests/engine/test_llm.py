@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from engine.mixes import plain_logits
 from PIL import Image as pil
 
 import mirada
@@ -231,6 +232,16 @@ def test_logprobs(vlm):
     assert drawn.logprobs is not None and drawn.logprobs[0].top == ()
 
 
+def test_logprobs_are_the_models_own_whatever_steers_the_choice(vlm):
+    steered = Sampling(max_tokens=5, temperature=2.0, repetition_penalty=3.0, top_k=20, seed=3, logprobs=2, ignore_eos=True)
+    output = vlm.generate([HI], steered)[0]
+    prompt = vlm._requests.make(HI, Sampling(), "auto").prompt
+    plain = plain_logits(vlm, [(prompt, [])], [output.tokens])[0].log_softmax(-1)
+    for row, token, report in zip(plain, output.tokens, output.logprobs or (), strict=True):
+        assert report.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        assert [p for _, p in report.top] == pytest.approx(row.topk(2).values.tolist(), abs=1e-4)
+
+
 def test_a_stream_is_the_reply(vlm, chat):
     deltas = list(vlm.stream(chat, LONG))
     output = vlm.generate([chat], LONG)[0]
@@ -273,6 +284,31 @@ def test_leaving_a_stream_early_ends_the_request(vlm):
     for _ in vlm.stream(HI, Sampling(max_tokens=2000, ignore_eos=True)):
         break
     assert vlm._scheduler._runner.cache.bytes_held == 0
+
+
+def test_a_handle_that_is_dropped_ends_its_request(vlm):
+    vlm.submit(HI, LONG)
+    assert not vlm._scheduler._waiting
+    handle = vlm.submit(HI, LONG)
+    deltas = iter(handle)
+    next(deltas)
+    del handle
+    assert len(vlm._scheduler._running) == 1  # its iterator still reads
+    del deltas
+    assert vlm._scheduler._runner.cache.bytes_held == 0
+
+
+def test_an_interrupt_ends_what_was_running_and_the_engine_goes_on(vlm, monkeypatch):
+    def interrupted(self, sequences):
+        raise KeyboardInterrupt
+
+    handle = vlm.submit(HI, LONG)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(vlm._scheduler._runner), "decode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            handle.result()
+    assert isinstance(handle.result().error, RequestFailed)
+    assert len(vlm.generate([HI], LONG)[0].tokens) == 12
 
 
 def test_async(vlm):
