@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from engine.mixes import features, gap, mix, plain_logits, recorded
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 from tiny import pack
 
 from mirada.engine import runner, vision
-from mirada.types import Sampling
+from mirada.types import Image, Message, Sampling, Text, Video
 
 TOLERANCE = 1e-4
 GREEDY = Sampling(max_tokens=6, ignore_eos=True)
@@ -70,6 +73,26 @@ def test_packed_equals_single_without_a_cache(vlm, seed):
         assert (plain_logits(vlm, [one], [answer])[0] - rows).abs().max() < TOLERANCE
 
 
+def test_chats_with_real_media_batched_and_alone(vlm):
+    """From pictures and frames to ids, through preparation and rendering: company changes nothing."""
+    random = np.random.default_rng(6)
+
+    def drawn(*shape):
+        return random.integers(0, 256, (*shape, 3), dtype=np.uint8)
+
+    video = Video([drawn(56, 84) for _ in range(5)], fps=3.0)
+    chats = [
+        [Message("user", (Image(drawn(70, 40)), Text("one"), video))],
+        [Message("user", "no media")],
+        [Message("user", (video, Text("two"))), Message("assistant", "yes"), Message("user", (Image(drawn(30, 99)), "three"))],
+    ]
+    together = vlm.generate(chats, GREEDY)
+    assert [output.usage.num_frames > 0 for output in together] == [True, False, True]
+    for chat, output in zip(chats, together, strict=True):
+        assert output.error is None
+        assert vlm.generate([chat], GREEDY)[0].tokens == output.tokens
+
+
 def test_small_passes_change_nothing(vlm, monkeypatch):
     """Encoding in passes of few patches and prefilling few tokens at a time gives the same replies."""
     asked = mix(vlm, 5, 4)
@@ -118,8 +141,6 @@ def test_a_mistake_in_positions_would_show(vlm):
     original = type(vlm._scheduler._runner)._steps
 
     def shifted(self, sequences):
-        from dataclasses import replace
-
         batch = original(self, sequences)
         return replace(batch, positions=batch.positions + 1)
 
