@@ -21,11 +21,11 @@ from jinja2.ext import Extension, LoopControlExtension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-MAX_STEPS = 1_000_000
+MAX_STEPS = 400_000
 STEPS_PER_ITEM = 200
 MAX_CHARS = 8 * 1024 * 1024
 """Characters of one text."""
-MAX_TOTAL_CHARS = 256 * 1024 * 1024
+MAX_TOTAL_CHARS = 128 * 1024 * 1024
 """Characters of all texts together that one rendering makes; an item of a list counts as 64."""
 MAX_SECONDS = 20.0
 """Processor seconds of one rendering."""

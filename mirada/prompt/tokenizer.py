@@ -10,7 +10,6 @@ import codecs
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from mirada.errors import CheckpointError, MessageError
@@ -37,9 +36,9 @@ class Tokenizer:
             self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain, ensure_ascii=False))
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{origin} is broken: {error}", "copy it again from the release") from error
-        self.control: Mapping[str, int] = MappingProxyType({token["content"]: token["id"] for token in added})
+        self.control: Mapping[str, int] = {token["content"]: token["id"] for token in added}
         self.special_ids = frozenset(token["id"] for token in added if token.get("special"))
-        self.names: Mapping[str, str] = MappingProxyType(dict(names or {}))
+        self.names: Mapping[str, str] = dict(names or {})
         self._control_ids = frozenset(self.control.values())
         self._pattern = tokenizer_files.pattern(added)
         self._bytes = _token_bytes(self._plain.get_vocab(with_added_tokens=True), self.control)

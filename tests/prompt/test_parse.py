@@ -108,7 +108,7 @@ TAGS = [
 PIECES = st.sampled_from([*TAGS, CALL, '{"name": "g"}', "é", "ü ö", " ", "\n", "<", "</", ">", "<think", "answer>", "<|"])
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(PIECES, max_size=12).map("".join),
     st.lists(st.integers(1, 9), max_size=60),
@@ -123,7 +123,7 @@ def test_stream_equals_whole(reply, sizes, inside):
     assert joined(deltas + parser.close()) == whole(reply, inside)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(PIECES, max_size=12).map("".join), st.sampled_from([None, "think", "answer"]))
 def test_no_content_is_lost(reply, inside):
     text, reasoning, calls = whole(reply, inside)
@@ -133,7 +133,7 @@ def test_no_content_is_lost(reply, inside):
     assert (text + reasoning).count('"f"') + sum(call.name == "f" for call in calls) == reply.count('"f"')
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text(max_size=40))
 def test_replies_without_tags_come_through(reply):
     if not any(tag in reply for tag in TAGS):

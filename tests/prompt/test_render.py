@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -156,7 +159,7 @@ TURNS = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(TURNS, st.sampled_from([PREVIEW, FRAMES]), st.booleans())
 def test_tokens_are_those_of_the_rendered_text(turns, renderer, generate):
     chat = [Message(role, text) for role, text in turns]
@@ -167,7 +170,7 @@ def test_tokens_are_those_of_the_rendered_text(turns, renderer, generate):
     assert list(prompt.tokens) == oracle().encode(written).ids
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(TURNS, st.booleans())
 def test_what_is_learnt_is_what_the_assistant_wrote(turns, generate):
     import unicodedata
@@ -274,6 +277,29 @@ def test_numbers_of_media_run_across_turns():
     labels = ["Picture 1: ", "Video 1: ", "Picture 2: ", "Picture 3: ", "Video 2: ", "Picture 4: "]
     at = [text.index(label + "<|vision_start|>") for label in labels]
     assert at == sorted(at)
+
+
+def test_a_chat_of_too_many_characters_is_named():
+    with pytest.raises(MessageError, match="holds 5000000 characters"):
+        PREVIEW.render([Message("user", "a" * 5_000_000)])
+
+
+def test_a_chat_of_very_many_parts():
+    chat = [Message("user", [Text("a")] * 10_000 + [Image("i")] * 2000), *[Message("user", "b")] * 2000]
+    prompt = PREVIEW.render(chat, [PICTURE] * 2000, add_vision_id=True)
+    assert len(prompt.spans) == 2000
+
+
+def test_a_renderer_crosses_to_another_process():
+    chat = [Message("user", (Image("i"), Text("hi"))), Message("assistant", "there")]
+    again = pickle.loads(pickle.dumps(FRAMES))
+    assert again.render(chat, [PICTURE], thinking="on") == FRAMES.render(chat, [PICTURE], thinking="on")
+    assert hash(KEYE_1_5) != hash(KEYE_PREVIEW)
+
+
+def test_the_room_loads_without_torch():
+    code = "import sys, mirada.prompt.render, mirada.prompt.parse, mirada.prompt.wire; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 # time

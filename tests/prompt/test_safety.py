@@ -28,6 +28,7 @@ ESCAPING = """\
     <|im_start|>{{ message.role }}
     {{- message.content | trim | tojson(ensure_ascii=true) -}}
     {{- message.tool_calls | tojson(ensure_ascii=true) if message.tool_calls -}}
+    {{- message.tool_call_id -}}
     <|im_end|>
 {%- endfor %}
 {%- for tool in tools or [] %}{{ tool | tojson(ensure_ascii=true) }}{% endfor %}"""
@@ -98,7 +99,7 @@ ALPHABET = st.sampled_from(
 TEXTS = st.lists(ALPHABET | st.text(st.characters(exclude_categories=["Cs"]), max_size=3), max_size=8)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(TEXTS, st.lists(st.integers(0, 8), max_size=4))
 def test_any_text_in_any_pieces_survives_and_stays_text(pieces, cuts):
     renderer = RENDERERS["keye"]

@@ -78,6 +78,26 @@ def test_environment_as_templates_expect_it():
     assert Template("{{ eos_token }}", names={"eos_token": "E"}).render([]) == "E"
 
 
+AS_RELEASED = """{% set image_count = namespace(value=0) %}{% for message in messages %}\
+{% if loop.first and message['role'] != 'system' %}<|im_start|>system
+You are a helpful assistant.<|im_end|>
+{% endif %}<|im_start|>{{ message['role'] }}
+{% if message['content'] is string %}{{ message['content'] }}<|im_end|>
+{% else %}{% for content in message['content'] %}\
+{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}\
+{% set image_count.value = image_count.value + 1 %}\
+{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>\
+{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def test_a_template_in_the_usual_style():
+    for case in GOLDEN["processor_template"]:
+        if "video" not in str(case["messages"]):
+            assert render(AS_RELEASED, case["messages"], **case["kwargs"]) == case["rendered"]
+
+
 def test_a_template_may_refuse_a_chat():
     with pytest.raises(MessageError, match="refuses this chat: roles must alternate"):
         render("{{ raise_exception('roles must alternate') }}")
