@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import av
@@ -18,9 +19,9 @@ def numbered(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarra
     """uint8 [H, W, 3]: the top rows hold ``number`` in 16 bars, the rest changes with it."""
     frame = np.full((height, width, 3), number * 37 % 200, np.uint8)
     frame[:, : 1 + number % width] = 255 - number * 11 % 200
-    bar = width // BITS
+    edges = [round(bit * width / BITS) for bit in range(BITS + 1)]
     for bit in range(BITS):
-        frame[: height // 6, bit * bar : (bit + 1) * bar] = 255 if number >> bit & 1 else 0
+        frame[: height // 6, edges[bit] : edges[bit + 1]] = 255 if number >> bit & 1 else 0
     return frame
 
 
@@ -40,16 +41,18 @@ def encode(
     seconds: Sequence[float] | None = None,
     codec_options: dict[str, str] | None = None,
     mux: dict[str, str] | None = None,
+    path: Path | None = None,
     prepare: Callable[[Any], None] = lambda stream: None,
 ) -> bytes:
-    """A file of one video stream. ``frames``: pictures, or how many numbered ones. ``seconds``: time of each, if not even."""
+    """A file of one video stream. ``frames``: pictures, or how many numbered ones. ``seconds``: time of each, if not even.
+    ``path``: write there first, for what needs a real file."""
     pictures = [numbered(i) for i in range(frames)] if isinstance(frames, int) else frames
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format=form, options=mux or {}) as container:
+    with av.open(str(path) if path else buffer, "w", format=form, options=mux or {}) as container:
         stream = add_stream(container, pictures[0] if len(pictures) else numbered(0), codec, rate, codec_options)
         prepare(stream)
         mux_frames(container, stream, pictures, seconds)
-    return buffer.getvalue()
+    return path.read_bytes() if path else buffer.getvalue()
 
 
 def add_stream(container: Any, like: np.ndarray, codec: str = "libx264", rate: int = 10, options: Any = None) -> Any:

@@ -1,7 +1,7 @@
 """Options that remove or improve frames of a video before it is cut into patches: numpy and Pillow only.
 
-Every measure is taken on a grey copy of the frame that is small (see each threshold), so that it costs little and does not
-depend on resolution. Grey values are 0..255.
+Every measure is taken on a small copy of the frame, so that it costs little and hardly depends on resolution. Values are
+0..255.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ THUMB = 64
 """Side of the square copy on which blackness, near-duplicates and scene cuts are judged."""
 SHARPNESS_SIDE = 480
 """Longest side of the copy on which sharpness is measured; smaller frames are not enlarged."""
+SCENE_MEAN = 30.0
+"""Mean difference of two neighbouring frames above which a scene is cut."""
 SCENE_FPS, SCENE_FRAMES = 4.0, 4096
 """Frames per second, and most frames in all, that are looked at for scene cuts."""
 
@@ -54,7 +56,7 @@ class VideoClean:
     """Black: mean below the first and 99 of 100 cells below the second (so that lights in the night are kept)."""
     blur_ratio: float = 0.25
     """Blurred: variance of the Laplacian below this share of the median over the clip's frames that are not black."""
-    scene_mean: float = 30.0
+    scene_mean: float = SCENE_MEAN
     """Scene cut: mean difference of two neighbouring frames above this."""
 
     def __post_init__(self) -> None:
@@ -82,7 +84,7 @@ class VideoClean:
         return replace(part, video_start=start, video_end=end)
 
 
-def find_scenes(reader: Reader, threshold: float = VideoClean.scene_mean) -> tuple[tuple[float, float], ...]:
+def find_scenes(reader: Reader, threshold: float = SCENE_MEAN) -> tuple[tuple[float, float], ...]:
     """(start, end) seconds of each scene, in order: from its first frame to just before the next scene's first.
 
     Looks at up to SCENE_FPS frames a second, so a cut is known to that precision.
@@ -124,7 +126,7 @@ def kept(reader: Reader, choice: Choice, clean: VideoClean | None) -> tuple[Choi
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """What is kept of a frame: float32 [THUMB, THUMB] grey, mean grey, variance of the Laplacian."""
+    """What is kept of a frame: float32 [THUMB, THUMB, 3], its mean, variance of the Laplacian."""
 
     thumb: np.ndarray
     brightness: float
@@ -148,7 +150,7 @@ def sharpness(frame: np.ndarray) -> float:
 
 
 def _thumb(frame: np.ndarray) -> np.ndarray:
-    return np.asarray(pil.fromarray(frame).convert("L").resize((THUMB, THUMB), pil.Resampling.BOX), np.float32)
+    return np.asarray(pil.fromarray(frame).resize((THUMB, THUMB), pil.Resampling.BOX), np.float32)
 
 
 def _select(looks: list[_Look], clean: VideoClean) -> tuple[list[int], dict[str, int]]:

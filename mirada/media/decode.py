@@ -64,7 +64,7 @@ class Deadline:
 
 def open_reader(source: bytes | Path, limits: FetchLimits) -> Reader:
     """A reader of a file's bytes or of a path from ``fetch.locate``. Raises a MediaError."""
-    name = f"the video {show(source)}"
+    name = f"the video of {show(source)}" if isinstance(source, bytes) else f"the video {show(source)}"
     file = open_file(source, limits)
     try:
         head = file.read(12)

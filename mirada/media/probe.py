@@ -83,6 +83,8 @@ def _not_opened(file: IO[bytes], name: str, error: Exception) -> Exception:
         return MediaDecodeError(f"{name} is empty", "give a whole video")
     if head.startswith((b"#EXTM3U", b"ffconcat")):
         return MediaUnsupported(f"{name} is a playlist, which is not followed", "give the video file itself")
+    if isinstance(error, EOFError):
+        return MediaDecodeError(f"{name} ends before its first frame", "fetch or export it again")
     if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide"):
         return MediaDecodeError(f"{name} is a broken or truncated MP4 (its index is missing)", "fetch or export it again")
     return MediaDecodeError(
@@ -144,7 +146,7 @@ def _packets(container: Any, stream: Any, name: str, limits: FetchLimits) -> tup
         for packet in container.demux(stream):
             if not packet.size or packet.is_discard:
                 continue
-            corrupt += packet.is_corrupt
+            corrupt += packet.is_corrupt and container.format.name != "mpegts"  # recordings from the air lose packets
             if packet.pts is None:
                 untimed += 1
             else:

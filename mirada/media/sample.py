@@ -55,8 +55,9 @@ def choose(timeline: Timeline, part: Video, rule: MediaRule) -> Choice:
 
     At a constant rate by index, as the references do: ``round(linspace(first, last, n))``. At a variable rate by time: n
     evenly spaced moments, for each the frame on show (one counts as on show from half a median interval before its start,
-    and no earlier than half-way from the frame before it). A picture that stays on show over several moments is repeated where the model takes frames to be evenly spaced
-    ("uniform"), and taken once where each frame carries its own time ("slowfast").
+    and no earlier than half-way from the frame before it). A picture that stays on show over several moments is repeated
+    where the model takes frames to be evenly spaced ("uniform"), and taken once where each frame carries its own time
+    ("slowfast").
 
     Never crashes on short clips: at least one frame, at most all, with a note. Raises SettingsError for settings that
     contradict one another or a cut outside the video.
@@ -149,6 +150,8 @@ def count_frames(total: int, rate: float, part: Video, rule: MediaRule) -> tuple
         asked = part.nframes if part.nframes is not None else wanted
     else:
         wanted = asked = uniform_nframes(total, rate, part, rule)
+        if part.nframes is None:
+            asked = max(wanted, min(int(part.min_frames or rule.min_frames), int(part.max_frames or rule.min_frames)))
         least = min(rule.frame_multiple, total, int(part.max_frames or rule.frame_multiple))
         most = total - total % rule.frame_multiple or total
         num = min(max(wanted, least), most)

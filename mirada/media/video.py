@@ -43,7 +43,8 @@ def prepare_video(part: Video, rule: MediaRule, limits: FetchLimits | None = Non
         choice, read = kept(reader, choice, clean)
         cut = _slow_fast if rule.video == "slowfast" else _uniform
         made = cut(reader, choice, read, part, rule)
-    return replace(made, notes=(*reader.notes, *choice.notes, *made.notes))
+    over = _over_budget(made, part, rule)
+    return replace(made, notes=(*reader.notes, *choice.notes, *over))
 
 
 def open_video(source: Any, limits: FetchLimits | None = None) -> Reader:
@@ -71,6 +72,13 @@ def _check_length(reader: Reader | FrameList, choice: Choice, limits: FetchLimit
         )
 
 
+def _over_budget(made: Patches, part: Video, rule: MediaRule) -> tuple[str, ...]:
+    area = len(made.pixels) * rule.grid.patch**2
+    if part.total_pixels is None or area <= part.total_pixels:
+        return ()
+    return (f"{made.num_frames} frames at their least size have {area:,} pixels, more than total_pixels={part.total_pixels:,}",)
+
+
 def video_budget(num_frames: int, height: int, width: int, part: Video, rule: MediaRule) -> tuple[int, int]:
     """Size (H, W) of each of ``num_frames`` evenly sampled frames: keye-vl-utils 1.0.0 ``fetch_video``."""
     factor = rule.grid.factor
@@ -82,6 +90,9 @@ def video_budget(num_frames: int, height: int, width: int, part: Video, rule: Me
         total = rule.total_pixels if part.total_pixels is None else part.total_pixels
         high = max(min(rule.frame_max_pixels, total / num_frames * rule.frame_multiple), int(low * 1.05))
         high = high if part.max_pixels is None else min(part.max_pixels, high)
+        if part.min_pixels is None and high < low:
+            # The reference enlarges small frames past a max_pixels below its own least size; here what was asked wins.
+            low = min(high, rule.grid.min_pixels)
     return fit(height, width, factor=factor, min_pixels=low, max_pixels=high, enlarge=False)  # type: ignore[arg-type]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def test_frames_are_compared_with_the_latest_slow_one_not_with_the_one_before() 
     typist = Typist(KEYE_15, 0.9)
     fast = [typist.is_fast(frame) for frame in frames]
     assert False in fast[1:]
-    neighbours = [similarity(look(a, KEYE_15), look(b, KEYE_15)) for a, b in zip(frames, frames[1:], strict=False)]
+    neighbours = [similarity(look(a, KEYE_15), look(b, KEYE_15)) for a, b in itertools.pairwise(frames)]
     assert min(neighbours) > 0.9
 
 
