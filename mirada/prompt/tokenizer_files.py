@@ -149,16 +149,11 @@ def separate(spec: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, An
     if bad is not None:
         raise CheckpointError(f"the tokenizer has a token with the id {bad!r}", f"ids are whole numbers below {MAX_IDS}")
     control = [token for token in added if token["content"].strip()]
-    built = {"".join(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in model.get("merges", ())}
-    spelled = {"".join(BYTE_TO_CHAR[byte] for byte in token["content"].encode()) for token in control}
-    # A control string stays in the plain vocabulary only where a merge or a single byte needs it.
-    drop = {token["content"] for token in control} | spelled
-    drop -= built | set(CHAR_TO_BYTE)
     blank = [token for token in added if not token["content"].strip()]
-    vocab = {text: index for text, index in model["vocab"].items() if text not in drop}
+    vocab = dict(model["vocab"]) | {token["content"]: token["id"] for token in blank}
     plain = dict(spec) | {
         "added_tokens": blank,
-        "model": dict(model) | {"vocab": vocab | {token["content"]: token["id"] for token in blank}},
+        "model": dict(model) | {"vocab": vocab},
         "truncation": None,
         "padding": None,
         "post_processor": None,

@@ -40,6 +40,7 @@ RULES = [  # reply, answer, reasoning, calls
     ("<think></think>A", "A", "", ()),
     ("<answer>A</answer>", "A", "", ()),
     ("<answer>A</answer> tail ", "A tail", "", ()),
+    ("<answer>A\n</answer>tail", "A\ntail", "", ()),
     # still open at the end
     ("<think>r", "", "r", ()),
     ("<think>r</thin", "", "r</thin", ()),
@@ -79,6 +80,7 @@ RULES = [  # reply, answer, reasoning, calls
     ('<tool_call>{"name": "\\ud800"}</tool_call>', '<tool_call>{"name": "\\ud800"}</tool_call>', "", ()),
     ("<tool_call></tool_call>", "<tool_call></tool_call>", "", ()),
     (f"a\n<tool_call>no</tool_call>\n{CALL}", "a\n<tool_call>no</tool_call>", "", (F,)),
+    ("<tool_call>no</tool_call><think>x</think>", "<tool_call>no</tool_call><think>x</think>", "", ()),
     ('<tool_call>{"name": "f', '<tool_call>{"name": "f', "", ()),
     (f"<tool_call>{CALL}</tool_call>", f"<tool_call>{CALL}</tool_call>", "", ()),
     ("<tool_call>" + "[" * 5000 + "</tool_call>", "<tool_call>" + "[" * 5000 + "</tool_call>", "", ()),

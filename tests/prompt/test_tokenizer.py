@@ -82,16 +82,18 @@ def test_offsets_point_at_the_first_character_of_each_token():
 def test_a_vocabulary_whose_merges_build_a_control_string():
     made = spec()
     vocab = made["model"]["vocab"]
-    left = "<"
+    left, first = "<", []
     for right in "think>":
         vocab.setdefault(left + right, 5000 + len(left))
-        made["model"]["merges"].append([left, right])
+        first.append([left, right])
         left += right
+    made["model"]["merges"] = first + made["model"]["merges"]
     think = next(token for token in made["added_tokens"] if token["content"] == "<think>")
     vocab["<think>"] = think["id"]
     # The word pattern keeps "<" and letters apart, so a vocabulary without one is needed to merge across them.
     made["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     merging = Tokenizer(made)
+    assert merging._plain.encode("a<think>b").ids[1] == think["id"]
     assert think["id"] not in merging.encode("a<think>b")
     assert merging.decode(merging.encode("a<think>b")) == "a<think>b"
     assert merging.encode_control("<think>") == [think["id"]]
@@ -106,7 +108,10 @@ def test_a_text_is_never_cut_or_framed_by_settings_of_the_file():
         "strategy": {"Fixed": 50}, "direction": "Left", "pad_to_multiple_of": None,
         "pad_id": 0, "pad_type_id": 0, "pad_token": "!",
     }  # fmt: skip
-    assert Tokenizer(made).encode("one two three four") == tokenizer().encode("one two three four")
+    made["post_processor"]["trim_offsets"] = True
+    text = "one  two the\n\n three four"
+    assert Tokenizer(made).encode(text) == tokenizer().encode(text)
+    assert Tokenizer(made).encode_offsets(text) == tokenizer().encode_offsets(text)
 
 
 def test_added_white_space_stays_text():
@@ -127,6 +132,13 @@ def test_added_white_space_stays_text():
     assert padded.encode("a    b")[1:-1] == [index]
     assert padded.decode(padded.encode("a    b")) == "a    b"
     assert "    " not in padded.control
+
+
+def test_the_longest_control_string_counts():
+    made = spec()
+    made["added_tokens"].append(made["added_tokens"][-1] | {"content": "<think>ing", "id": 9999})
+    assert Tokenizer(made).encode_control("<think>ing<think>in")[0] == 9999
+    assert Tokenizer(made).encode_control("<think>in")[0] == tokenizer().id("<think>")
 
 
 def test_flags_of_added_tokens():
@@ -169,7 +181,7 @@ def write(directory, *, merges=True, **config):
 
 def test_from_vocab_and_merges(tmp_path):
     read = Tokenizer.from_directory(write(tmp_path))
-    for text in ("the user's é 漢\n\n 12", "<|im_start|>user\nhi <think>"):
+    for text in ("the user's é e\u0301 漢\n\n 12", "<|im_start|>user\nhi <think>"):
         assert read.encode_control(text) == tokenizer().encode_control(text)
         assert read.encode(text) == tokenizer().encode(text)
     assert read.control == tokenizer().control and read.special_ids == tokenizer().special_ids
