@@ -50,10 +50,15 @@ def load_model(directory: str | Path, dtype: torch.dtype | None = None, device: 
     directory, device = Path(directory), torch.device(device)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory", "give the directory that holds config.json and the weights")
-    mapping = read_json(directory / "config.json")
-    model = build(mapping, dtype, device, where=str(directory / "config.json"))
-    model.config_text = (directory / "config.json").read_text(encoding="utf-8")  # pyright: ignore[reportArgumentType]
-    load_weights(model, family_of(mapping).layout(model.config), shards.read_all(shards.find(directory)))
+    where = directory / "config.json"
+    mapping = read_json(where)
+    family = family_of(mapping, str(where))
+    config = family.config(mapping)
+    layout, stored = family.layout(config), shards.read_all(shards.find(directory))
+    _check(layout, stored, config)  # first: a checkpoint that does not fit must not cost its size
+    model = build(mapping, dtype, device, str(where))
+    model.config_text = where.read_text(encoding="utf-8")  # pyright: ignore[reportArgumentType]
+    load_weights(model, layout, stored)
     return model.eval()
 
 
@@ -102,8 +107,7 @@ class _Blank(TorchFunctionMode):
 @torch.no_grad()
 def load_weights(model: nn.Module, layout: Layout, stored: Mapping[str, Stored]) -> None:
     """Fills every parameter from ``stored``. Raises TensorError before anything is written if the names do not fit."""
-    packed = _int8_pairs(stored, getattr(model.config, "quantisation", None) == INT8_ROWS)
-    layout.check_stored({name: s.shape for name, s in stored.items() if name not in packed.values()})
+    packed = _check(layout, stored, model.config)
     parameters, mapped = dict(model.named_parameters()), Mapped()
     wanted = layout.stored()
     # In the order of the files, so that each is read once from front to back.
@@ -111,6 +115,13 @@ def load_weights(model: nn.Module, layout: Layout, stored: Mapping[str, Stored])
         rule, index, _ = wanted[name]
         scale = mapped.whole(stored[packed[name]]) if name in packed else None
         _fill(rule.place(parameters[rule.parameter], index), stored[name], mapped, scale)
+
+
+def _check(layout: Layout, stored: Mapping[str, Stored], config: Any) -> dict[str, str]:
+    """Raises TensorError unless ``stored`` fits; name of each int8 tensor -> name of its scales."""
+    packed = _int8_pairs(stored, getattr(config, "quantisation", None) == INT8_ROWS)
+    layout.check_stored({name: s.shape for name, s in stored.items() if name not in packed.values()})
+    return packed
 
 
 def _fill(place: Tensor, stored: Stored, mapped: Mapped, scale: Tensor | None) -> None:

@@ -294,6 +294,13 @@ def test_a_broken_checkpoint_names_what_is_wrong(copy: Path, name: str) -> None:
     assert type(caught.value) is error
 
 
+def test_what_does_not_fit_is_refused_before_memory_is_taken(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    BROKEN["tensor extra"][0](copy)
+    monkeypatch.setattr("mirada.models.load.build", lambda *args: pytest.fail("the model was allocated"))
+    with pytest.raises(TensorError, match="holds tensor 'spare'"):
+        load_model(copy)
+
+
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere is not a directory"):
         load_model(tmp_path / "nowhere")
