@@ -96,7 +96,7 @@ def test_spans_that_do_not_fit_are_refused(spans) -> None:
         positions(10, spans)
 
 
-def test_a_prompt_is_what_the_helper_says() -> None:
+def test_random_prompts_hold_a_token_per_square() -> None:
     prompt, grids = random_prompt(np.random.default_rng(3), PADS, True)
     assert isinstance(prompt, Prompt)
     assert sum(s.num_tokens for s in prompt.spans) == sum(t * h * w // 4 for t, h, w in grids)
