@@ -5,12 +5,13 @@
 Each round runs every row once, in turn; the table shows medians and their ratio to ``import transformers`` in the interpreter
 ``--peer`` (this one by default; the row is left out where it is not installed). transformers imports most of itself lazily, so
 that row is its floor, not what a first answer from it costs. Files are in the page cache ("cold" means a new process).
-Refuses to measure while other programs keep the CPU busy, unless ``--anyway``, and then says so.
+Refuses to measure while other programs keep the CPU busy, unless ``--anyway``: then only the seconds on the CPU mean much.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -32,11 +33,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = commands(options, Path(folder))
         for command in rows.values():  # first touch of every file
-            seconds(command)
-        times: dict[str, list[float]] = {name: [] for name in rows}
+            run(command)
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
         for _ in range(options.pairs):
             for name, command in rows.items():
-                times[name].append(seconds(command))
+                times[name].append(run(command))
     report(times, options.pairs, pressure)
 
 
@@ -70,13 +71,14 @@ def commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     return rows
 
 
-def seconds(command: list[str]) -> float:
-    start = time.perf_counter()
+def run(command: list[str]) -> tuple[float, float]:
+    """Seconds on the clock and on the CPU that a new process takes."""
+    start, before = time.perf_counter(), os.times()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    took = time.perf_counter() - start
+    took, after = time.perf_counter() - start, os.times()
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
-    return took
+    return took, after.children_user + after.children_system - before.children_user - before.children_system
 
 
 def waiting() -> float:
@@ -85,16 +87,16 @@ def waiting() -> float:
     return float(path.read_text().split("avg10=")[1].split()[0]) if path.exists() else 0.0
 
 
-def report(times: dict[str, list[float]], pairs: int, pressure: float) -> None:
+def report(times: dict[str, list[tuple[float, float]]], pairs: int, pressure: float) -> None:
     peer = times.get("import transformers")
-    busy = f", CPU pressure {pressure:.0f} %" if pressure > BUSY else ""
+    busy = f"; other programs were busy (CPU pressure {pressure:.0f} %)" if pressure > BUSY else ""
     print(f"seconds, median of {pairs} interleaved runs{busy}\n")
-    print(f"{'':22}{'median':>8}{'least':>8}{'limit':>8}   of import transformers")
+    print(f"{'':22}{'clock':>8}{'least':>8}{'limit':>8}{'CPU':>8}   CPU, of import transformers")
     for name, taken in times.items():
-        ratio = statistics.median(a / b for a, b in zip(taken, peer, strict=True)) if peer else None
+        clock, cpu = [one[0] for one in taken], [one[1] for one in taken]
         limit = f"{LIMITS[name]:8.1f}" if name in LIMITS else " " * 8
-        said = "" if ratio is None else f"{ratio:10.2f} x"
-        print(f"{name:22}{statistics.median(taken):8.3f}{min(taken):8.3f}{limit}   {said}")
+        ratio = f"{statistics.median(a / b[1] for a, b in zip(cpu, peer, strict=True)):10.2f} x" if peer else ""
+        print(f"{name:22}{statistics.median(clock):8.3f}{min(clock):8.3f}{limit}{statistics.median(cpu):8.3f}   {ratio}")
     if not peer:
         print("\n(transformers is not installed here; name an interpreter that has it with --peer)")
 
