@@ -16,7 +16,7 @@ from mirada.engine.runner import Runner
 from mirada.engine.scheduler import MAX_RUNNING, Scheduler
 from mirada.engine.sequence import Sequence
 from mirada.errors import MessageError, MiradaError, SettingsError
-from mirada.layers.cache import SlabCache
+from mirada.layers.cache import make_cache
 from mirada.media.fetch import FetchLimits
 from mirada.media.grid import Patches
 from mirada.media.rule import MediaRule
@@ -65,7 +65,7 @@ class VLM:
 
     def _set_up(self, parts: Parts, limits: FetchLimits | None) -> None:
         weight = next(parts.model.parameters())
-        cache = SlabCache(**parts.cache_spec, dtype=weight.dtype, device=weight.device)
+        cache = make_cache(parts.cache_spec, weight.dtype, weight.device)
         self.parts = parts
         self.limits = limits or FetchLimits()
         self._requests = Requests(parts, self.limits)

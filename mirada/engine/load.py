@@ -40,7 +40,7 @@ class Parts:
     eos: frozenset[int]
     context: int
     """Most tokens of prompt and answer together."""
-    cache_spec: dict[str, int]
+    cache_spec: dict[str, Any]
 
 
 def load(

@@ -19,7 +19,7 @@ from mirada.engine import sample, vision
 from mirada.engine.sequence import Sequence
 from mirada.errors import RequestFailed
 from mirada.layers.batch import Batch
-from mirada.layers.cache import SlabCache
+from mirada.layers.cache import Slabs
 from mirada.media.grid import GridRule
 
 PREFILL_TOKENS = 8192
@@ -29,7 +29,7 @@ PREFILL_TOKENS = 8192
 class Runner:
     """One model on one device, with its cache."""
 
-    def __init__(self, model: Any, cache: SlabCache, rule: GridRule, eos: Iterable[int]) -> None:
+    def __init__(self, model: Any, cache: Slabs, rule: GridRule, eos: Iterable[int]) -> None:
         self.model = model
         self.cache = cache
         self.rule = rule

@@ -6,17 +6,30 @@ G = H / K; d head width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mirada.table import Table
 
 if TYPE_CHECKING:
     from mirada.layers.batch import Batch
 
 BLOCK = 256
 """Tokens by which a slab grows."""
+
+
+CACHES = Table("cache", {"slab": "mirada.layers.cache:SlabCache", "latent": "mirada.layers.latent_cache:LatentCache"})
+"""What ``kind`` of a family's ``cache_spec`` may say; without it, ``slab``."""
+
+
+def make_cache(spec: Mapping[str, Any], dtype: torch.dtype, device: torch.device | str) -> Slabs:
+    """The cache that a family's ``cache_spec`` describes; UnknownName for a ``kind`` that is not in ``CACHES``."""
+    settings = dict(spec)
+    return CACHES[settings.pop("kind", "slab")](**settings, dtype=dtype, device=device)
 
 
 class KVCache(Protocol):
@@ -27,37 +40,32 @@ class KVCache(Protocol):
         ...
 
 
-class SlabCache:
-    """One contiguous slab [K, capacity, d] per sequence, layer and side, grown in blocks of ``BLOCK`` tokens.
+class Slabs:
+    """Contiguous slabs [heads, capacity, width], one per sequence, layer and side, grown in blocks of ``BLOCK`` tokens.
 
-    Where a sequence stands is said by the batch (``past``, ``lengths``), not remembered here, so writing again from an
-    earlier position simply overwrites. Slabs grow layer by layer: the copy needs room for one layer of one sequence.
+    ``sides`` gives (heads, width) of each. Where a sequence stands is said by the batch (``past``, ``lengths``), not
+    remembered here, so writing again from an earlier position simply overwrites. Slabs grow layer by layer: the copy needs
+    room for one layer of one sequence.
     """
 
     def __init__(
-        self,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        self, num_layers: int, sides: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device | str
     ) -> None:
         self.num_layers = num_layers
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
+        self.sides = sides
         self.dtype = dtype
         self.device = torch.device(device)
-        self._slabs: dict[int, list[tuple[Tensor, Tensor] | None]] = {}
+        self._slabs: dict[int, list[tuple[Tensor, ...] | None]] = {}
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token of one sequence takes over all layers."""
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return self.num_layers * sum(heads * width for heads, width in self.sides) * self.dtype.itemsize
 
     @property
     def bytes_held(self) -> int:
         """Bytes of all slabs that are allocated now."""
-        sides = (side for slabs in self._slabs.values() for pair in slabs if pair is not None for side in pair)
+        sides = (side for slabs in self._slabs.values() for held in slabs if held is not None for side in held)
         return sum(side.numel() * side.element_size() for side in sides)
 
     def bytes_for(self, tokens: int) -> int:
@@ -74,40 +82,54 @@ class SlabCache:
         """Give back all memory of ``slot``."""
         del self._slabs[slot]
 
+    def write(self, layer: int, slot: int, past: int, *new: Tensor) -> tuple[Tensor, ...]:
+        """Store each side's ``new`` [n, heads, width] after ``past`` tokens; all so far [heads, past + n, width], as views."""
+        total = past + new[0].shape[0]
+        held = self._room(layer, slot, past, total)
+        for side, fresh in zip(held, new, strict=True):
+            side[:, past:total] = fresh.transpose(0, 1)
+        return tuple(side[:, :total] for side in held)
+
+    def _room(self, layer: int, slot: int, past: int, total: int) -> tuple[Tensor, ...]:
+        held = self._slabs[slot][layer]
+        if held is not None and held[0].shape[1] >= total:
+            return held
+        capacity = -(-total // BLOCK) * BLOCK
+        grown = tuple(
+            torch.empty((heads, capacity, width), dtype=self.dtype, device=self.device) for heads, width in self.sides
+        )
+        if held is not None:
+            for side, old in zip(grown, held, strict=True):
+                side[:, :past] = old[:, :past]
+        self._slabs[slot][layer] = grown
+        return grown
+
+
+class SlabCache(Slabs):
+    """Keys and values in slabs [K, capacity, d]."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(num_layers, ((num_kv_heads, head_dim),) * 2, dtype, device)
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
         """See KVCache. Each sequence is attended by itself, so its result cannot depend on its batch mates."""
         out: list[Tensor] = []
         start = 0
         for length, past, slot in zip(batch.lengths, batch.past, batch.slots, strict=True):
             new = slice(start, start + length)
-            keys, values = self._write(layer, slot, past, k[new], v[new])
+            keys, values = self.write(layer, slot, past, k[new], v[new])
             out.append(attend_one(q[new], keys, values, scale))
             start += length
         return out[0] if len(out) == 1 else torch.cat(out)
-
-    def _write(self, layer: int, slot: int, past: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [n, K, d] after ``past`` tokens; keys and values [K, past + n, d] so far, as views."""
-        total = past + k.shape[0]
-        keys, values = self._room(layer, slot, past, total)
-        keys[:, past:total] = k.transpose(0, 1)
-        values[:, past:total] = v.transpose(0, 1)
-        return keys[:, :total], values[:, :total]
-
-    def _room(self, layer: int, slot: int, past: int, total: int) -> tuple[Tensor, Tensor]:
-        pair = self._slabs[slot][layer]
-        if pair is not None and pair[0].shape[1] >= total:
-            return pair
-        capacity = -(-total // BLOCK) * BLOCK
-        shape = (self.num_kv_heads, capacity, self.head_dim)
-        grown = (
-            torch.empty(shape, dtype=self.dtype, device=self.device),
-            torch.empty(shape, dtype=self.dtype, device=self.device),
-        )
-        if pair is not None:
-            for side, old in zip(grown, pair, strict=True):
-                side[:, :past] = old[:, :past]
-        self._slabs[slot][layer] = grown
-        return grown
 
 
 def attend_one(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:

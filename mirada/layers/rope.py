@@ -2,12 +2,14 @@
 
 T tokens, d head size. Angles and rotation are in float32. A ``Rotation`` is made once per forward and shared by all layers.
 Ported facts: RoPE (arXiv 2104.09864), M-RoPE sections (Qwen2-VL, arXiv 2409.12191), rows and columns
-(Keye ``modeling_keye.py``).
+(Keye ``modeling_keye.py``), YaRN as DeepSeek-V3 uses it (deepseek-ai/DeepSeek-V3 ``modeling_deepseek.py``).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,7 +40,11 @@ def rotate(x: Tensor, turn: Rotation) -> Tensor:
 
 def mrope_angles(positions: Tensor, sections: Sequence[int], head_dim: int, theta: float) -> Tensor:
     """positions [3, T] -> [T, d/2]: the first ``sections[0]`` frequencies turn by time, the next by row, the last by column."""
-    frequencies = inverse_frequencies(head_dim, theta, positions.device)
+    return section_angles(positions, sections, inverse_frequencies(head_dim, theta, positions.device))
+
+
+def section_angles(positions: Tensor, sections: Sequence[int], frequencies: Tensor) -> Tensor:
+    """As ``mrope_angles``, with frequencies [d/2] of any kind."""
     axes = zip(positions.float(), frequencies.split(list(sections)), strict=True)
     return torch.cat([axis[:, None] * part for axis, part in axes], -1)
 
@@ -53,3 +59,48 @@ def grid_angles(grids: Sequence[Grid], head_dim: int, theta: float, device: torc
             x = torch.arange(w, dtype=torch.float32, device=device)[None, :, None] * frequencies
             made[h, w] = torch.cat((y.expand(h, w, -1), x.expand(h, w, -1)), -1).reshape(h * w, -1)
     return torch.cat([made[h, w] for t, h, w in grids for _ in range(t)])
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN (arXiv 2309.00071): frequencies that turn seldom within the trained context are slowed by ``factor``."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+    @property
+    def turn_scale(self) -> float:
+        """What cosines and sines are multiplied by."""
+        return self._mscale(self.mscale) / self._mscale(self.mscale_all_dim)
+
+    @property
+    def softmax_scale(self) -> float:
+        """What the scale of the scores is multiplied by (DeepSeek: only where ``mscale_all_dim`` is set)."""
+        return self._mscale(self.mscale_all_dim) ** 2
+
+    def _mscale(self, mscale: float) -> float:
+        return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+    def frequencies(self, dim: int, theta: float, device: torch.device | None = None) -> Tensor:
+        """[dim/2]: as trained where a channel turns more than ``beta_fast`` times in the trained context, divided by
+        ``factor`` where it turns less than ``beta_slow`` times, and a linear mixture by channel between."""
+        trained = inverse_frequencies(dim, theta, device)
+        low = max(math.floor(self._channel(self.beta_fast, dim, theta)), 0)
+        high = min(math.ceil(self._channel(self.beta_slow, dim, theta)), dim - 1)
+        channels = torch.arange(dim // 2, dtype=torch.float32, device=device)
+        # The released code widens an empty ramp by this much.
+        slowed = ((channels - low) / (high - low if high > low else 0.001)).clamp(0, 1)
+        return trained / self.factor * slowed + trained * (1 - slowed)
+
+    def _channel(self, turns: float, dim: int, theta: float) -> float:
+        """The channel (a fraction) that turns ``turns`` times within the trained context."""
+        return dim * math.log(self.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+
+def pairs_to_halves(x: Tensor) -> Tensor:
+    """[.., d] whose adjacent channels turn together -> the order of ``rotate``: first of each pair, then the seconds."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)

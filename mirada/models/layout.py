@@ -1,8 +1,8 @@
 """How a family's checkpoint names lie in its modules: declared once, read in both directions.
 
-A ``Rule`` says which stored tensors make one parameter: renamed, fused (rows of several one after another), stacked (along
-a new first axis) or reshaped (same elements, other shape). Loading copies each stored tensor into its place; saving reads
-the same places.
+A ``Rule`` says which stored tensors make one parameter: renamed, fused (rows of several one after another), stacked (equal
+parts along a new first axis, one or several to each of its places) or reshaped (same elements, other shape). Loading copies
+each stored tensor into its place; saving reads the same places.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Rule:
     def place(self, parameter: Tensor, index: int) -> Tensor:
         """The part of ``parameter`` that stored tensor ``index`` fills, as a view of its stored shape."""
         if self.how == "stack":
-            return parameter[index].view(self.tensors[index][1])
+            return parameter.view(len(self.tensors), -1)[index].view(self.tensors[index][1])
         begin = sum(shape[0] for _, shape in self.tensors[:index])
         shape = self.tensors[index][1]
         return parameter[begin : begin + shape[0]].view(shape)
@@ -40,7 +40,7 @@ class Rule:
         """Whether the stored tensors fill a parameter of ``shape`` exactly."""
         stored = [s for _, s in self.tensors]
         if self.how == "stack":
-            return len(stored) == shape[0] and all(math.prod(s) == math.prod(shape[1:]) for s in stored)
+            return len(stored) % shape[0] == 0 and all(math.prod(s) * len(stored) == math.prod(shape) for s in stored)
         rows = sum(s[0] for s in stored)
         return rows == shape[0] and all(math.prod(s[1:]) == math.prod(shape[1:]) for s in stored)
 

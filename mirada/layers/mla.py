@@ -1,0 +1,152 @@
+"""Multi-head latent attention: keys and values of all heads are linear maps of one short latent per token.
+
+T new tokens of all sequences, n of one; S past + new tokens of one sequence; D width; H heads; c latent size; r size of the
+rotary part; W = c + r values cached per token. Ported facts: DeepSeek-V2 (arXiv 2405.04434), DeepSeek-V3
+(``modeling_deepseek.py``, ``inference/model.py`` of deepseek-ai/DeepSeek-V3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mirada.layers.attention import attend_packed
+from mirada.layers.batch import Batch
+from mirada.layers.cache import attend_one
+from mirada.layers.latent_cache import LatentCache
+from mirada.layers.norm import RMSNorm
+from mirada.layers.rope import Rotation, pairs_to_halves, rotate
+
+LATENT_EPS = 1e-6
+"""The released code builds both latent norms with the default of its class, whatever ``rms_norm_eps`` says."""
+
+
+@dataclass(frozen=True)
+class LatentSizes:
+    """Sizes of one attention: ``nope`` + ``rope`` channels of a query or key head, ``value`` of a value head."""
+
+    dim: int
+    heads: int
+    q_rank: int | None
+    kv_rank: int
+    nope: int
+    rope: int
+    value: int
+
+    @property
+    def key(self) -> int:
+        return self.nope + self.rope
+
+
+class MLA(nn.Module):
+    """Causal latent attention of layer ``index``; scores are multiplied by ``scale``.
+
+    Two forms of one function. *Expanded* makes keys and values of every head from the latents. *Absorbed* maps queries into
+    the space of the latents and the result out of it, so the cache is read as it is: one key of W for all heads.
+    """
+
+    def __init__(self, sizes: LatentSizes, scale: float, index: int) -> None:
+        super().__init__()
+        self.sizes, self.scale, self.index = sizes, scale, index
+        s = sizes
+        if s.q_rank is None:
+            self.q = nn.Linear(s.dim, s.heads * s.key, bias=False)
+        else:
+            self.q_a = nn.Linear(s.dim, s.q_rank, bias=False)
+            self.q_norm = RMSNorm(s.q_rank, LATENT_EPS)
+            self.q_b = nn.Linear(s.q_rank, s.heads * s.key, bias=False)
+        self.kv_a = nn.Linear(s.dim, s.kv_rank + s.rope, bias=False)
+        self.kv_norm = RMSNorm(s.kv_rank, LATENT_EPS)
+        self.kv_b = nn.Linear(s.kv_rank, s.heads * (s.nope + s.value), bias=False)
+        self.out = nn.Linear(s.heads * s.value, s.dim, bias=False)
+
+    def forward(self, x: Tensor, turn: Rotation, batch: Batch, cache: LatentCache | None = None) -> Tensor:
+        """[T, D] -> [T, D]. With a cache, the rows of the new tokens are kept there."""
+        q, rows = self.queries(x, turn), self.rows(x, turn)
+        if cache is None:
+            k, v = self.expand(rows)
+            mixed = attend_packed(q, k, self._as_wide(v), batch.lengths, causal=True, scale=self.scale)
+            return self.out(mixed[..., : self.sizes.value].flatten(1))
+        so_far = cache.extend(self.index, rows, batch)
+        return self.out(self._attend(q, so_far, batch.lengths).flatten(1))
+
+    def queries(self, x: Tensor, turn: Rotation) -> Tensor:
+        """[T, D] -> [T, H, nope + rope], the last ``rope`` channels turned."""
+        s = self.sizes
+        flat = self.q(x) if s.q_rank is None else self.q_b(self.q_norm(self.q_a(x)))
+        nope, rope = flat.view(len(x), s.heads, s.key).split((s.nope, s.rope), -1)
+        return torch.cat((nope, rotate(pairs_to_halves(rope), turn)), -1)
+
+    def rows(self, x: Tensor, turn: Rotation) -> Tensor:
+        """[T, D] -> [T, W]: normalised latent, and the turned key that all heads share."""
+        latent, key = self.kv_a(x).split((self.sizes.kv_rank, self.sizes.rope), -1)
+        return torch.cat((self.kv_norm(latent), rotate(pairs_to_halves(key)[:, None], turn)[:, 0]), -1)
+
+    def expand(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """[S, W] -> keys [S, H, nope + rope] and values [S, H, value] of every head."""
+        s = self.sizes
+        latent, key = rows.split((s.kv_rank, s.rope), -1)
+        k, v = self.kv_b(latent).view(len(rows), s.heads, -1).split((s.nope, s.value), -1)
+        return torch.cat((k, key[:, None].expand(-1, s.heads, -1)), -1), v
+
+    def absorbs(self, n: int, total: int) -> bool:
+        """Whether the absorbed form takes fewer multiplications for ``n`` new of ``total`` tokens.
+
+        Expanded maps every cached token, absorbed only the new ones; in return each of its scores and sums is longer.
+        """
+        s = self.sizes
+        return (total - n) * s.kv_rank * (s.nope + s.value) > n * total * (2 * s.kv_rank - s.nope - s.value)
+
+    def attend_expanded(self, q: Tensor, rows: Tensor) -> Tensor:
+        """The last n tokens of one sequence: q [n, H, nope + rope], rows [S, W] -> [n, H, value]."""
+        k, v = (side.transpose(0, 1) for side in self.expand(rows.to(q.dtype)))
+        return attend_one(q, k, self._as_wide(v), self.scale)[..., : self.sizes.value]
+
+    def attend_absorbed(self, q: Tensor, rows: Tensor) -> Tensor:
+        """As ``attend_expanded``."""
+        return self._leave(attend_latents(self._enter(q), rows, self.sizes.kv_rank, self.scale))
+
+    def _attend(self, q: Tensor, so_far: list[Tensor], lengths: tuple[int, ...]) -> Tensor:
+        """Each sequence in the form that suits it; which one depends on nothing but that sequence."""
+        parts, kinds = q.split(lengths), [self.absorbs(n, len(rows)) for n, rows in zip(lengths, so_far, strict=True)]
+        if not all(kinds) or len(parts) == 1:
+            forms = {True: self.attend_absorbed, False: self.attend_expanded}
+            made = [forms[kind](part, rows) for kind, part, rows in zip(kinds, parts, so_far, strict=True)]
+            return made[0] if len(made) == 1 else torch.cat(made)
+        # A step of decoding: the maps into and out of the latents are read once for all sequences.
+        entered = self._enter(q).split(lengths)
+        made = [attend_latents(part, rows, self.sizes.kv_rank, self.scale) for part, rows in zip(entered, so_far, strict=True)]
+        return self._leave(torch.cat(made))
+
+    def _maps(self) -> tuple[Tensor, Tensor]:
+        """Views of ``kv_b``: [H, nope, c] to keys and [H, value, c] to values."""
+        s = self.sizes
+        key, value = self.kv_b.weight.view(s.heads, s.nope + s.value, s.kv_rank).split((s.nope, s.value), 1)
+        return key, value
+
+    def _enter(self, q: Tensor) -> Tensor:
+        """[n, H, nope + rope] -> [n, H, W]."""
+        nope, rope = q.split((self.sizes.nope, self.sizes.rope), -1)
+        return torch.cat((torch.bmm(nope.transpose(0, 1), self._maps()[0]).transpose(0, 1), rope), -1)
+
+    def _leave(self, mixed: Tensor) -> Tensor:
+        """[n, H, c] -> [n, H, value]."""
+        return torch.bmm(mixed.transpose(0, 1), self._maps()[1].transpose(1, 2)).transpose(0, 1)
+
+    def _as_wide(self, v: Tensor) -> Tensor:
+        """Values padded to the width of the keys: the kernels that never hold all scores want one width."""
+        return F.pad(v, (0, self.sizes.key - self.sizes.value))
+
+
+def attend_latents(q: Tensor, rows: Tensor, rank: int, scale: float) -> Tensor:
+    """Causal attention of the last n tokens: q [n, H, W], rows [S, W] as keys, their first ``rank`` channels as values
+    -> [n, H, rank]."""
+    n, heads, _ = q.shape
+    scores = (q.to(rows.dtype).flatten(0, 1) @ rows.T).view(n, heads, -1).float() * scale
+    if n > 1:
+        later = torch.ones(n, len(rows), dtype=torch.bool, device=q.device).triu(len(rows) - n + 1)
+        scores = scores.masked_fill(later[:, None], float("-inf"))
+    return (scores.softmax(-1).to(rows.dtype).flatten(0, 1) @ rows[:, :rank]).view(n, heads, rank).to(q.dtype)

@@ -1,0 +1,111 @@
+"""A feed-forward block of many experts, of which each token passes few.
+
+T tokens, D width, E experts, k experts per token, I inner width of an expert. Ported facts: DeepSeek-V3 (arXiv 2412.19437,
+2.1.2; ``MoEGate`` of ``modeling_deepseek.py`` in deepseek-ai/DeepSeek-V3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mirada.layers.mlp import GatedMLP
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a token finds its experts: ``top_k`` of the ``kept`` best of ``groups`` groups, weights times ``scale``."""
+
+    experts: int
+    top_k: int
+    groups: int = 1
+    kept: int = 1
+    normalise: bool = True
+    scale: float = 1.0
+
+
+class Router(nn.Module):
+    """Sigmoid scores; ``bias`` steers which experts are chosen, never how much they weigh. Always float32 or wider."""
+
+    def __init__(self, dim: int, routing: Routing) -> None:
+        super().__init__()
+        self.routing = routing
+        self.weight = nn.Parameter(torch.empty(routing.experts, dim).normal_(std=dim**-0.5))
+        # Balanced by a rule beside training, never by its gradient.
+        self.bias = nn.Parameter(torch.zeros(routing.experts), requires_grad=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, D] -> chosen experts, int64 [T, k], and their weights, float32 [T, k]. Gradients flow through the weights."""
+        r = self.routing
+        scores = F.linear(x.to(self.weight.dtype), self.weight).sigmoid()
+        chosen = self._rank(scores.detach()).topk(r.top_k, -1, sorted=False).indices
+        weights = scores.gather(1, chosen)
+        if r.normalise:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return chosen, weights * r.scale
+
+    def _rank(self, scores: Tensor) -> Tensor:
+        """[T, E] by which experts are chosen: biased, and out of reach outside the best groups (by their best two)."""
+        r, biased = self.routing, scores + self.bias
+        if r.groups == r.kept:
+            return biased
+        grouped = biased.view(len(biased), r.groups, -1)
+        best = grouped.topk(2, -1).values.sum(-1).topk(r.kept, -1, sorted=False).indices
+        closed = torch.ones(len(biased), r.groups, dtype=torch.bool, device=biased.device).scatter_(1, best, False)
+        return grouped.masked_fill(closed[..., None], float("-inf")).flatten(1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves, but is never narrowed: in bfloat16 near ties between experts would fall otherwise."""
+
+        def kept_wide(tensor: Tensor) -> Tensor:
+            made = fn(tensor)
+            return made if made.dtype.itemsize >= 4 else tensor.to(made.device, torch.float32)
+
+        return super()._apply(kept_wide, recurse)
+
+
+class Experts(nn.Module):
+    """E gated feed-forward blocks: ``gate_up`` [E, 2I, D] (gate's rows, then up's) and ``down`` [E, D, I]."""
+
+    def __init__(self, experts: int, dim: int, inner: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(experts, 2 * inner, dim).normal_(std=dim**-0.5))
+        self.down = nn.Parameter(torch.empty(experts, dim, inner).normal_(std=inner**-0.5))
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Sum over a token's experts of weight times expert: x [T, D], chosen and weights [T, k] -> [T, D].
+
+        Tokens are sorted by expert, so that each expert is one matrix product over all its tokens.
+        """
+        top_k = chosen.shape[1]
+        order = chosen.flatten().argsort(stable=True)
+        counts = torch.bincount(chosen.flatten(), minlength=len(self.down)).tolist()
+        tokens = order // top_k
+        pieces: list[Tensor] = []
+        for expert, part in enumerate(x[tokens].split(counts)):
+            if len(part):
+                gate, up = F.linear(part, self.gate_up[expert]).chunk(2, -1)
+                pieces.append(F.linear(F.silu(gate) * up, self.down[expert]))
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        made = torch.cat(pieces)[back].view(len(x), top_k, -1)
+        return torch.einsum("tkd,tk->td", made, weights.to(made.dtype))
+
+
+class MoE(nn.Module):
+    """Routed experts plus experts that every token passes (one block of their joint width)."""
+
+    def __init__(self, dim: int, inner: int, shared: int, routing: Routing) -> None:
+        super().__init__()
+        self.router = Router(dim, routing)
+        self.experts = Experts(routing.experts, dim, inner)
+        self.shared = GatedMLP(dim, shared * inner) if shared else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        made = self.experts(x, *self.router(x))
+        return made if self.shared is None else made + self.shared(x)
