@@ -173,10 +173,8 @@ def _rgb(image: pil.Image, alpha: Alpha, name: str, notes: list[str]) -> pil.Ima
         )
     if image.mode == "CMYK":
         notes.append("CMYK was converted to RGB without its colour profile")
-    if image.mode == "RGB" and not image.has_transparency_data:
-        return image.copy() if image.format is None else image.convert("RGB")
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image.convert("RGB")  # a copy also of what is RGB
     rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     if alpha == "drop" or (alpha == "white_rgba" and image.mode != "RGBA"):
         notes.append("transparency was dropped")

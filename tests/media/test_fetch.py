@@ -111,6 +111,13 @@ def test_servers_that_misbehave(web, path: str, error: type, words: str) -> None
     assert type(caught.value) is error and words in str(caught.value) and caught.value.fix
 
 
+def test_a_bomb_is_never_inflated_beyond_the_limit() -> None:
+    pieces = download._decoded([web_module.BOMB], "gzip", "a bomb", 1000)
+    assert len(next(pieces)) == 1001
+    with pytest.raises(MediaTooLarge):
+        next(pieces)
+
+
 @pytest.mark.parametrize("path", ["/hang", "/drip", "/dripheaders"])
 def test_the_clock_covers_the_whole_fetch(web, path: str) -> None:
     start = time.monotonic()

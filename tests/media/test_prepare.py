@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -365,23 +366,35 @@ def test_the_cache_is_bounded_and_forgets_the_least_recently_used() -> None:
         PixelCache(-1)
 
 
+class Slow:
+    """Pixels that let another thread in whenever their size is asked."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    @property
+    def nbytes(self) -> int:
+        time.sleep(1e-5)
+        return self.size
+
+
 def test_the_cache_counts_right_between_threads() -> None:
-    cache = PixelCache(1000)
+    cache = PixelCache(400)
 
     def work(seed: int) -> None:
         rng = np.random.default_rng(seed)
-        for _ in range(500):
+        for _ in range(200):
             key = bytes([rng.integers(40)])
             if cache.get(key) is None:
-                cache.put(key, entry(int(key[0]) + 1))
+                cache.put(key, Patches("image", Slow(key[0] + 1), ((1, 1, 1),), (1, 1), b""))  # type: ignore[arg-type]
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert cache.hits + cache.misses == 2000
-    assert cache.bytes_held == sum(one.pixels.nbytes for one in cache._entries.values()) <= 1000
+    assert cache.hits + cache.misses == 800 and cache.evictions > 0
+    assert cache.bytes_held == sum(one.pixels.nbytes for one in cache._entries.values()) <= 400
 
 
 def test_source_keys(tmp_path: Path) -> None:
