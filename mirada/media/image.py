@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def open_image(source: Any, limits: FetchLimits, alpha: Alpha = "white") -> Pict
 def decode(data: bytes, limits: FetchLimits, alpha: Alpha = "white", name: str = "the picture") -> Picture:
     """The picture in a file's bytes. Its header is judged before any pixel is decoded."""
     try:
-        with pil.open(io.BytesIO(data), formats=FORMATS) as image:
+        with pil.open(io.BytesIO(data), formats=_formats()) as image:
             return from_pil(image, limits, alpha, name)
     except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:
         raise _too_many_pixels(name, str(error), limits) from error
@@ -86,6 +87,12 @@ def decode(data: bytes, limits: FetchLimits, alpha: Alpha = "white", name: str =
         raise
     except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
         raise MediaDecodeError(f"{name} is broken ({_say(error)})", "open and save it again, or fetch it again") from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    pil.init()  # 20 ms, once
+    return tuple(form for form in FORMATS if form in pil.OPEN)  # Pillow before 11.3 has no AVIF, and raises for its name
 
 
 def from_pil(image: pil.Image, limits: FetchLimits, alpha: Alpha = "white", name: str = "the PIL image") -> Picture:
@@ -201,7 +208,6 @@ def _too_many_pixels(name: str, what: str, limits: FetchLimits) -> MediaTooLarge
 
 
 def _unknown_format(data: bytes, name: str) -> MediaError:
-    readable = "JPEG, PNG, WebP, GIF, BMP, TIFF, PPM or ICO"
     if data[4:8] == b"ftyp":
         kind = _BRANDS.get(data[8:12], "MP4 or QuickTime video")
         if kind == "AVIF" and features.check("avif"):
@@ -216,7 +222,7 @@ def _unknown_format(data: bytes, name: str) -> MediaError:
         return MediaUnsupported(f"{name} is in the format SVG, which is not read as a picture", "render it to PNG")
     if start.startswith((b"<!doctype html", b"<html")):
         return MediaUnsupported(f"{name} is a web page (HTML), not a picture", "give the address of the picture itself")
-    return MediaDecodeError(f"{name} is not a picture in a known format", f"give {readable}")
+    return MediaDecodeError(f"{name} is not a picture in a known format", f"give {', '.join(FORMATS)}")
 
 
 def _say(error: Exception) -> str:

@@ -13,7 +13,7 @@ from PIL import Image as pil
 
 from mirada.errors import MediaDecodeError, MediaTooLarge, MediaUnsupported
 from mirada.media.fetch import FetchLimits
-from mirada.media.image import decode, from_array, open_image
+from mirada.media.image import _formats, decode, from_array, open_image
 
 LIMITS = FetchLimits()
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -276,6 +276,18 @@ def test_a_pil_animation_gives_the_frame_it_stands_at() -> None:
     picture = open_image(given, LIMITS)
     assert pixel(picture) == GREEN and given.tell() == 1
     assert picture.notes == ("frame 1 of an animation is used",)
+
+
+def test_a_pillow_without_a_format_still_reads_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    pil.init()
+    monkeypatch.delitem(pil.OPEN, "AVIF")
+    _formats.cache_clear()
+    try:
+        assert open_image(saved(corners(), "JPEG2000"), LIMITS).size == (4, 6)
+        with pytest.raises(MediaDecodeError, match="known format.*JPEG, PNG"):
+            open_image(b"words", LIMITS)
+    finally:
+        _formats.cache_clear()
 
 
 def test_one_pixel_and_long_strips_decode() -> None:
