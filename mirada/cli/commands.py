@@ -6,7 +6,6 @@ Nothing heavier than typer is imported here; ``mirada --help`` stays below 0.3 s
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated
 
@@ -120,11 +119,6 @@ def main() -> None:
         _fail(
             error, f"{error.problem}\n  {error.fix}" if error.fix else error.problem, 2 if isinstance(error, InputError) else 1
         )
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # `mirada ask ... | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except Exception as error:  # a defect: say so in one line, and where to see more
         _fail(error, f"internal error: {type(error).__name__}: {error}\n  run it again with --debug to see where", 1)
 
