@@ -117,6 +117,7 @@ def test_capacity_carries_its_numbers():
 def test_the_layers_contract_names_every_room():
     settings = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())
     (contract,) = settings["tool"]["importlinter"]["contracts"]
-    named = {room.strip() for level in contract["layers"] for room in level.split("|")}
+    listed = [room.strip() for level in contract["layers"] for room in level.split("|")]
+    named = {room.strip("()") for room in listed}
     rooms = {f.stem for f in ROOT.iterdir() if (f.suffix == ".py" or (f.is_dir() and any(f.glob("*.py")))) and f.stem[0] != "_"}
-    assert named == rooms
+    assert rooms <= named and {room for room in listed if room[0] != "("} <= rooms
