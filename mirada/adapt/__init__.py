@@ -1,0 +1,56 @@
+"""What replaces a Linear from outside: weights that a checkpoint stores as packed integers or 8-bit floats.
+
+``METHODS`` names the formats (``quant_method`` of ``quantization_config``). A method reads its settings into a
+``method.Scheme``, which says what each tensor is stored as and turns that into the one canonical form, ``packed.Packed``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mirada.adapt.method import Scheme
+from mirada.errors import ConfigError, nearest
+from mirada.keys import Keys
+from mirada.table import Table
+
+METHODS = Table(
+    "quantisation method",
+    {
+        "awq": "mirada.adapt.awq:read",
+        "gptq": "mirada.adapt.gptq:read",
+        "fp8": "mirada.adapt.fp8:read",
+        "compressed-tensors": "mirada.adapt.compressed:read",
+        "mirada_int8_rows": "mirada.adapt.rows:read",
+    },
+)
+_REFUSED = {
+    "bitsandbytes": "bitsandbytes packs weights for its own kernels",
+    "marlin": "marlin stores weights in the order of one GPU kernel",
+    "gptq_marlin_24": "marlin stores weights in the order of one GPU kernel",
+    "modelopt": "modelopt (NVFP4 and per-tensor fp8) is not read",
+    "nvfp4": "NVFP4 is not read",
+    "exl2": "exllama's own format is not read",
+    "exl3": "exllama's own format is not read",
+}
+
+__all__ = ["METHODS", "Scheme", "read"]
+
+
+def read(mapping: Mapping[str, Any], where: str = "config.json") -> Scheme | None:
+    """The scheme that config.json names, or None if its weights are plain.
+
+    ConfigError names what is not supported, and what is.
+    """
+    name = "quantization_config" if mapping.get("quantization_config") else "compression_config"
+    found = mapping.get(name)
+    if not found:
+        return None
+    keys = Keys(found, f"{where}: {name}")
+    method = keys.take("quant_method", str)
+    if method not in METHODS:
+        why = f" ({_REFUSED[method]})" if method in _REFUSED else ""
+        raise ConfigError(f"{keys.where}: quant_method {method!r} is not supported{why}", nearest(method, METHODS))
+    scheme: Scheme = METHODS[method](keys)
+    keys.done()
+    return scheme

@@ -1,0 +1,182 @@
+"""The canonical form of a quantised matrix, and the modules that compute with it.
+
+R rows (outputs), C columns (inputs), G groups of columns that share a scale. The integers stay packed in memory; a forward
+widens them tile by tile, so that no more than ``TILE_BYTES`` of a matrix exist in float32 at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TILE_BYTES = 2 << 20
+"""Float32 bytes of a tile: it stays in the cache between being made and being multiplied."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """value[r, c] = (integer - zero) * scale, each scale serving ``row_block`` rows and one group of columns.
+
+    ``values``: uint8 [R, C] (8 bits) or [R, ceil(C/2)] (4 bits, the even column in the low half), unsigned; or float8 [R, C],
+    which has no zero. ``scales`` [ceil(R/row_block), G] as stored. ``zeros`` uint8 [R, G], or None: the middle of the range.
+    ``groups`` int32 [C], the group of each column, or None: column // group_size.
+    """
+
+    values: Tensor
+    scales: Tensor
+    columns: int
+    bits: int = 8
+    group_size: int = 0
+    """Columns of a group; 0: all."""
+    zeros: Tensor | None = None
+    groups: Tensor | None = None
+    row_block: int = 1
+
+    @property
+    def rows(self) -> int:
+        return len(self.values)
+
+    def to(self, device: torch.device | str) -> Packed:
+        """On another device; types stay."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: v.to(device) for name, v in moved.items() if isinstance(v, Tensor)})
+
+    def integers(self, begin: int = 0, end: int | None = None) -> Tensor:
+        """The stored numbers of rows [begin, end), float32 [rows, C]."""
+        held = self.values[begin:end]
+        if self.bits != 4:
+            return held.to(torch.float32)
+        made = torch.empty(*held.shape, 2, dtype=torch.float32, device=held.device)
+        made[..., 0] = held & 15
+        made[..., 1] = held >> 4
+        return made.flatten(1)[:, : self.columns]
+
+    def widen(self, begin: int = 0, end: int | None = None) -> Tensor:
+        """The weights of rows [begin, end), float32 [rows, C]. Products of few bits: exact in float32."""
+        made = self.integers(begin, end)
+        end = begin + len(made)
+        if self.row_block == 1:
+            scales = self.scales[begin:end].float()
+        else:
+            scales = self.scales[torch.arange(begin, end, device=made.device) // self.row_block].float()
+        zeros = None if self.zeros is None else self.zeros[begin:end].float()
+        count = scales.shape[1]
+        if self.groups is None and self.columns % count == 0 and self.group_size in (0, self.columns // count):
+            tiles = made.contiguous().view(len(made), count, -1)
+            if not self.values.is_floating_point():
+                tiles.sub_(float(1 << (self.bits - 1)) if zeros is None else zeros[..., None])
+            return tiles.mul_(scales[..., None]).view(made.shape)
+        at = self._group_of_columns()
+        if not self.values.is_floating_point():
+            made = made - (float(1 << (self.bits - 1)) if zeros is None else zeros[:, at])
+        return made * scales[:, at]
+
+    def tiles(self) -> Iterator[tuple[int, int]]:
+        """Row ranges whose widened size is at most ``TILE_BYTES`` (one row may be larger)."""
+        step = max(1, TILE_BYTES // (4 * max(1, self.columns)))
+        for begin in range(0, self.rows, step):
+            yield begin, min(begin + step, self.rows)
+
+    def _group_of_columns(self) -> Tensor:
+        if self.groups is not None:
+            return self.groups.long()
+        return torch.arange(self.columns, device=self.values.device) // (self.group_size or self.columns)
+
+
+class PackedRows(nn.Module):
+    """One quantised matrix [R, C] without bias; ``fill`` hands it its integers."""
+
+    _TENSORS = ("values", "scales", "zeros", "groups")
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.rows, self.columns = rows, columns
+        self._form: Packed | None = None
+        for name in self._TENSORS:
+            self.register_buffer(name, None)
+
+    def fill(self, packed: Packed, device: torch.device | str) -> None:
+        """Takes the integers, on ``device``."""
+        self._form = packed = packed.to(device)
+        for name in self._TENSORS:
+            setattr(self, name, getattr(packed, name))
+
+    @property
+    def packed(self) -> Packed:
+        """The canonical form on the present device."""
+        if self._form is None:
+            raise RuntimeError("the packed weights were not filled")
+        return replace(self._form, **{name: getattr(self, name) for name in self._TENSORS})
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole matrix widened, float32 [R, C], made anew at each use."""
+        return self.packed.widen()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., C] -> [.., R] in x's type."""
+        packed = self.packed
+        return torch.cat([F.linear(x, packed.widen(a, b).to(x.dtype)) for a, b in packed.tiles()], -1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedRows:
+        """Moves between devices; scales and float8 values keep their type, as they are part of what is stored."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            made = fn(tensor)
+            return made if made.dtype == tensor.dtype else tensor.to(made.device)
+
+        return super()._apply(moved, recurse)  # pyright: ignore[reportReturnType]
+
+    def extra_repr(self) -> str:
+        return f"rows={self.rows}, columns={self.columns}, bits={self._form.bits if self._form else '?'}"
+
+
+class PackedLinear(nn.Module):
+    """Stands where an ``nn.Linear`` stood: the outputs of ``parts``, one after another, plus the bias.
+
+    A part is a stored matrix: ``PackedRows``, or an ``nn.Linear`` without bias where the checkpoint left it plain. Fused
+    matrices (queries, keys and values) keep parts of their own, since each may order its groups in its own way.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module], bias: nn.Parameter | None, columns: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.bias = bias
+        self.in_features = columns
+        self.out_features = sum(p.rows if isinstance(p, PackedRows) else p.weight.shape[0] for p in parts)  # pyright: ignore
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in] widened, float32 (a plain part in its own type), made anew at each use."""
+        made = [part.weight for part in self.parts]
+        return made[0] if len(made) == 1 else torch.cat([m.float() for m in made])  # pyright: ignore
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., in] -> [.., out]."""
+        made = [part(x) for part in self.parts]
+        out = made[0] if len(made) == 1 else torch.cat(made, -1)
+        return out if self.bias is None else out + self.bias
+
+
+class PackedStack(nn.Module):
+    """Stands where a parameter [E, R, C] stood: ``stack[e]`` is matrix e, widened in the type the parameter had."""
+
+    def __init__(self, parts: Sequence[nn.Module], shape: Sequence[int], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.shape, self.dtype = torch.Size(shape), dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int) -> Tensor:
+        """[R, C], made anew at each use."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        each = len(self.parts) // len(self)
+        begin = index % len(self) * each
+        return torch.cat([self.parts[i].weight.to(self.dtype) for i in range(begin, begin + each)])  # pyright: ignore
