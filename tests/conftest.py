@@ -10,6 +10,7 @@ import mirada  # noqa: F401  (chooses how OpenMP waits, before any test imports 
 TESTS = Path(__file__).parent
 BUDGET = {  # seconds on two idle cores; together about six minutes
     "house": 20,
+    "records": 10,
     "media": 60,
     "prompt": 30,
     "layers": 20,
@@ -18,6 +19,7 @@ BUDGET = {  # seconds on two idle cores; together about six minutes
     "parity": 50,
     "synth": 15,
     "train": 40,
+    "recipes": 20,
     "recipes": 30,
     "cli": 25,
     "compat": 20,

@@ -15,7 +15,7 @@ from mirada.media.prepare import prepare_many
 from mirada.models.positions import positions
 from mirada.prompt.parse import Parser
 from mirada.prompt.render import Tools
-from mirada.prompt.wire import messages_from_openai
+from mirada.records.wire import messages_from_openai
 from mirada.types import Chat, Image, Message, Prompt, Sampling, Thinking, Usage, Video
 
 

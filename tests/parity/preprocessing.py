@@ -36,7 +36,7 @@ from mirada.prompt.builtin import KEYE_TEMPLATE, KEYE_TEXT_TEMPLATE
 from mirada.prompt.render import Renderer
 from mirada.prompt.template import Template
 from mirada.prompt.tokenizer import Tokenizer
-from mirada.prompt.wire import messages_from_openai
+from mirada.records.wire import messages_from_openai
 from mirada.types import Image, Message, Video
 
 Check = Callable[[], None]

@@ -21,7 +21,7 @@ from mirada.prompt.format import KEYE_1_5, KEYE_PREVIEW
 from mirada.prompt.render import Renderer
 from mirada.prompt.template import Template
 from mirada.prompt.tokenizer import Tokenizer
-from mirada.prompt.wire import messages_from_openai
+from mirada.records.wire import messages_from_openai
 from mirada.types import Image, Message, Span, Text, ToolCall, Video
 
 GOLDEN = Path(__file__).parents[1] / "golden/keye_vl"
@@ -298,7 +298,7 @@ def test_a_renderer_crosses_to_another_process():
 
 
 def test_the_room_loads_without_torch():
-    code = "import sys, mirada.prompt.render, mirada.prompt.parse, mirada.prompt.wire; sys.exit('torch' in sys.modules)"
+    code = "import sys, mirada.prompt.render, mirada.prompt.parse, mirada.records.wire; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 

@@ -1,33 +1,28 @@
-"""Records of chats on disk: jsonl, parquet and tar shards, read and written alike; mixtures of them by weight.
+"""Records as jsonl, parquet and tar shards, read and written alike.
 
-A record is ``{"id": ..., "messages": [{"role": ..., "content": ...}], "meta": {...}}``. Content is a string, or a list of parts
-that are recognised by their key (``text``, ``image``, ``image_url``, ``video``, ``video_url``), as Qwen, Keye and OpenAI write
-them. Media that are bytes lie inside: as ``data:`` URIs in jsonl, in a column of their own in parquet, as members in tar.
-Pickles are neither written nor read.
+A record is ``{"id": ..., "messages": [{"role": ..., "content": ...}], "meta": {...}}``, its messages as in ``wire``. Media that
+are bytes lie inside: as ``data:`` URIs in jsonl, in a column of their own in parquet, as members in tar.
 """
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import os
-import random
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mirada.errors import InputError, MediaUnsupported, MessageError, NotAvailable, SettingsError, nearest
-from mirada.types import Image, Message, Part, Text, ToolCall, Video
+from mirada.errors import MessageError, NotAvailable, SettingsError, nearest
+from mirada.records.wire import message_from_json, message_to_json
+from mirada.types import Image, Message, Part, Video
 
 SUFFIXES = (".jsonl", ".parquet", ".tar")
 MAX_MEMBER_BYTES = 1 << 30
 """A tar member above this is refused, before it is read."""
 _PICKLES = (".pkl", ".pickle", ".pyd", ".pth", ".pt")
-_MEDIA = {"image": Image, "video": Video}
-_OPTIONS = {kind: tuple(f.name for f in fields(cls) if f.name != "source") for kind, cls in _MEDIA.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,97 +32,6 @@ class Record:
     id: str
     messages: tuple[Message, ...]
     meta: Mapping[str, Any] = field(default_factory=dict)
-
-
-# Messages <-> JSON values
-
-
-def message_from_json(value: Mapping[str, Any], where: str = "message") -> Message:
-    """``{"role", "content", "reasoning_content"?, "tool_calls"?, "tool_call_id"?}`` -> Message.
-
-    Raises MessageError naming ``where``.
-    """
-    if not isinstance(value, Mapping) or "role" not in value:
-        raise MessageError(f"{where} is no mapping with a role", 'write it as {"role": "user", "content": ...}')
-    content = value.get("content")
-    parts: list[Part] = []
-    if isinstance(content, str):
-        parts.append(Text(content))
-    elif isinstance(content, Sequence):
-        parts += [_part_from_json(part, f"{where}, part {index}") for index, part in enumerate(content)]
-    elif content is not None:
-        raise MessageError(f"the content of {where} is a {type(content).__name__}", "it must be a string or a list of parts")
-    for call in value.get("tool_calls") or ():
-        function = call.get("function", call)
-        arguments = function.get("arguments", "")
-        parts.append(
-            ToolCall(function["name"], arguments if isinstance(arguments, str) else json.dumps(arguments), call.get("id", ""))
-        )
-    reasoning = value.get("reasoning_content") or ""
-    return Message(value["role"], parts, reasoning=reasoning, tool_call_id=value.get("tool_call_id"))
-
-
-def _part_from_json(part: Any, where: str) -> Part:
-    if isinstance(part, str):
-        return Text(part)
-    if not isinstance(part, Mapping):
-        raise MessageError(f"{where} is a {type(part).__name__}", 'write it as {"type": "text", "text": ...}')
-    if "text" in part:
-        return Text(part["text"])
-    for kind, cls in _MEDIA.items():
-        key = next((key for key in (kind, f"{kind}_url") if key in part), None)
-        if key is None:
-            continue
-        source = part[key]
-        if isinstance(source, Mapping):  # {"image_url": {"url": ..., "detail": ...}}
-            if "url" not in source:
-                raise MessageError(f"{where} has a {key} without a url", f'write {{"{key}": {{"url": ...}}}}')
-            source = source["url"]
-        return cls(source, **{name: part[name] for name in _OPTIONS[kind] if part.get(name) is not None})
-    raise MessageError(
-        f"{where} has the keys {', '.join(map(str, part)) or 'none'}", "give text, image, image_url, video or video_url"
-    )
-
-
-def message_to_json(message: Message, store: Callable[[bytes], str] | None = None) -> dict[str, Any]:
-    """Message -> JSON value; ``message_from_json`` gives it back. ``store`` keeps bytes and names them (else data URIs)."""
-    content: list[dict[str, Any]] = []
-    calls: list[dict[str, Any]] = []
-    for part in message.parts:
-        if isinstance(part, Text):
-            content.append({"type": "text", "text": part.text})
-        elif isinstance(part, ToolCall):
-            calls.append({"id": part.id, "type": "function", "function": {"name": part.name, "arguments": part.arguments}})
-        else:
-            kind = "image" if isinstance(part, Image) else "video"
-            options = {name: getattr(part, name) for name in _OPTIONS[kind] if getattr(part, name) is not None}
-            content.append({"type": kind, kind: _source_to_json(part.source, store or _data_uri), **options})
-    plain = len(content) == 1 and content[0]["type"] == "text"
-    value: dict[str, Any] = {"role": message.role, "content": content[0]["text"] if plain else content}
-    if calls:
-        value["tool_calls"] = calls
-    if message.reasoning:
-        value["reasoning_content"] = message.reasoning
-    if message.tool_call_id is not None:
-        value["tool_call_id"] = message.tool_call_id
-    return value
-
-
-def _source_to_json(source: Any, store: Callable[[bytes], str]) -> Any:
-    if isinstance(source, bytes | bytearray | memoryview):
-        return store(bytes(source))
-    if isinstance(source, str | os.PathLike):
-        return os.fspath(source)
-    if isinstance(source, list | tuple):
-        return [_source_to_json(item, store) for item in source]
-    raise MediaUnsupported(
-        f"a medium that is a {type(source).__name__} cannot be kept in a record",
-        "give its encoded bytes, or save it and give the path",
-    )
-
-
-def _data_uri(data: bytes) -> str:
-    return "data:application/octet-stream;base64," + base64.b64encode(data).decode("ascii")
 
 
 def record_from_json(value: Mapping[str, Any], where: str = "record", default_id: str = "") -> Record:
@@ -145,9 +49,6 @@ def record_to_json(record: Record, store: Callable[[bytes], str] | None = None) 
     if record.meta:
         value["meta"] = dict(record.meta)
     return value
-
-
-# Reading
 
 
 def shards(path: str | Path) -> list[Path]:
@@ -269,19 +170,13 @@ def _with_members(record: Record, members: Mapping[str, bytes]) -> Record:
         return members.get(source, source) if isinstance(source, str) else source
 
     def part(part: Part) -> Part:
-        if isinstance(part, Image | Video):
-            options = {name: getattr(part, name) for name in _OPTIONS["image" if isinstance(part, Image) else "video"]}
-            return type(part)(fill(part.source), **options)
-        return part
+        return replace(part, source=fill(part.source)) if isinstance(part, Image | Video) else part
 
     messages = tuple(
         Message(m.role, tuple(part(p) for p in m.parts), reasoning=m.reasoning, tool_call_id=m.tool_call_id)
         for m in record.messages
     )
     return Record(record.id, messages, record.meta)
-
-
-# Writing
 
 
 class JsonlWriter:
@@ -408,70 +303,3 @@ def _parquet() -> Any:
     except ImportError as error:
         raise NotAvailable("parquet needs the package pyarrow", "pip install 'mirada[data]'") from error
     return pyarrow.parquet
-
-
-# Mixtures
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A set of records and how often, relative to the others, one is drawn from it."""
-
-    path: str | Path
-    weight: float = 1.0
-
-
-class Mix:
-    """An endless, repeatable draw from several sources by weight; each source starts again when it ends.
-
-    ``state()`` is a small JSON value; ``Mix(sources, seed, state)`` goes on at the very next record.
-    """
-
-    def __init__(self, sources: Sequence[Source], seed: int = 0, state: Mapping[str, Any] | None = None) -> None:
-        if not sources:
-            raise SettingsError("a mixture has no sources", "give at least one")
-        for source in sources:
-            if not source.weight > 0:
-                raise SettingsError(
-                    f"the weight of {source.path} is {source.weight}", "it must be above 0; leave the source out instead"
-                )
-        self.sources = tuple(sources)
-        self._random = random.Random(seed)
-        self._draws = 0
-        self._positions = [0] * len(sources)
-        if state is not None:
-            self._resume(state)
-        self._readers = [read(source.path, position) for source, position in zip(self.sources, self._positions, strict=True)]
-
-    def _resume(self, state: Mapping[str, Any]) -> None:
-        positions = list(state["positions"])
-        if len(positions) != len(self.sources):
-            raise SettingsError(
-                f"the saved mixture had {len(positions)} sources, this one has {len(self.sources)}",
-                "resume with the same sources",
-            )
-        self._positions = positions
-        for _ in range(state["draws"]):
-            self._choose()
-
-    def state(self) -> dict[str, Any]:
-        return {"draws": self._draws, "positions": list(self._positions)}
-
-    def _choose(self) -> int:
-        self._draws += 1
-        return self._random.choices(range(len(self.sources)), [source.weight for source in self.sources])[0]
-
-    def __iter__(self) -> Iterator[Record]:
-        return self
-
-    def __next__(self) -> Record:
-        return self._next_of(self._choose())
-
-    def _next_of(self, index: int) -> Record:
-        for _ in range(2):
-            record = next(self._readers[index], None)
-            if record is not None:
-                self._positions[index] += 1
-                return record
-            self._readers[index], self._positions[index] = read(self.sources[index].path), 0
-        raise InputError(f"the source {str(self.sources[index].path)!r} holds no records", "leave it out of the mixture")

@@ -2,18 +2,19 @@
 
 One part of a content list may be ``{"type": "image", "image": ...}``, ``{"type": "image_url", "image_url": "..." | {"url":
 "..."}}``, the same with ``video``, ``{"type": "text", "text": "..."}``, or any of these without ``type``. Options of a
-picture or video stand beside it or, with ``{"url": ...}``, inside.
+picture or video stand beside it or, with ``{"url": ...}``, inside. ``message_to_json`` is the way back.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mirada.errors import MessageError
-from mirada.table import nearest
+from mirada.errors import MediaUnsupported, MessageError, nearest
 from mirada.types import Image, Message, Part, Text, ToolCall, Video
 
 _SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")
@@ -34,10 +35,11 @@ def messages_from_openai(messages: Sequence[Mapping[str, Any]]) -> list[Message]
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise MessageError(f"the messages are a {type(messages).__name__}", "give a list of objects with role and content")
-    return [_message(value, f"message {index}") for index, value in enumerate(messages)]
+    return [message_from_json(value, f"message {index}") for index, value in enumerate(messages)]
 
 
-def _message(value: Any, where: str) -> Message:
+def message_from_json(value: Any, where: str = "the message") -> Message:
+    """One object -> message, as :func:`messages_from_openai`; ``where`` names it in errors."""
     if isinstance(value, Message):
         return value
     if not isinstance(value, Mapping):
@@ -151,3 +153,44 @@ def _known(value: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
     for key, item in value.items():
         if key not in keys and item is not None:  # clients dump their objects with many keys that hold null
             raise MessageError(f"{where} has the unknown key {key!r}", nearest(str(key), keys))
+
+
+def message_to_json(message: Message, store: Callable[[bytes], str] | None = None) -> dict[str, Any]:
+    """Message -> JSON value; ``message_from_json`` gives it back. ``store`` keeps bytes and names them (else data URIs)."""
+    content: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []
+    for part in message.parts:
+        if isinstance(part, Text):
+            content.append({"type": "text", "text": part.text})
+        elif isinstance(part, ToolCall):
+            calls.append({"id": part.id, "type": "function", "function": {"name": part.name, "arguments": part.arguments}})
+        else:
+            kind = "image" if isinstance(part, Image) else "video"
+            options = {name: getattr(part, name) for name in _OPTIONS[type(part)] if getattr(part, name) is not None}
+            content.append({"type": kind, kind: _source_to_json(part.source, store or _data_uri), **options})
+    plain = len(content) == 1 and content[0]["type"] == "text"
+    value: dict[str, Any] = {"role": message.role, "content": content[0]["text"] if plain else content}
+    if calls:
+        value["tool_calls"] = calls
+    if message.reasoning:
+        value["reasoning_content"] = message.reasoning
+    if message.tool_call_id is not None:
+        value["tool_call_id"] = message.tool_call_id
+    return value
+
+
+def _source_to_json(source: Any, store: Callable[[bytes], str]) -> Any:
+    if isinstance(source, bytes | bytearray | memoryview):
+        return store(bytes(source))
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    if isinstance(source, list | tuple):
+        return [_source_to_json(item, store) for item in source]
+    raise MediaUnsupported(
+        f"a medium that is a {type(source).__name__} cannot be kept in a record",
+        "give its encoded bytes, or save it and give the path",
+    )
+
+
+def _data_uri(data: bytes) -> str:
+    return "data:application/octet-stream;base64," + base64.b64encode(data).decode("ascii")

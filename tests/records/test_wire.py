@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from mirada.errors import MessageError
-from mirada.prompt.wire import messages_from_openai
+from mirada.records.wire import messages_from_openai
 from mirada.types import Image, Message, Text, ToolCall, Video
 
 
