@@ -5,9 +5,9 @@
     python recipes/mini.py export --size cpu --run runs/mini --out mirada/assets/mini
 
 Stages build on one another: ``letters`` and ``dense`` (vision tower alone, from what the generator knows of every patch;
-lines first, then everything), ``text`` (decoder alone: spelling, copying, templates), ``projector`` (that alone), ``all``
-(everything, lines growing from 1 to 40 characters), ``hold`` (the final mix, rate to zero, averaged, weights rounded as
-they will be stored).
+lines first, then everything), ``text`` (decoder alone: spelling, copying, templates), ``projector`` (that alone),
+``reading`` (projector and decoder, the tower at rest, lines growing from 1 to 40 characters), ``all`` (everything),
+``hold`` (the final mix, rate to zero, averaged, weights rounded as they will be stored).
 """
 
 from __future__ import annotations
@@ -68,16 +68,21 @@ class Stage:
 TOWER, WHOLE = ("visual",), ("visual", "projector", "decoder", "lm_head")
 LINES = {"line": 0.85, "paragraph": 0.15}
 SEEN = {"line": 0.55, "scene": 0.2, "boxes": 0.08, "chart": 0.09, "paragraph": 0.08}
-EVERYTHING = {"line": 0.56, "scene": 0.2, "boxes": 0.08, "chart": 0.09, "paragraph": 0.05, "text": 0.02}
+READING = {"line": 0.8, "scene": 0.12, "boxes": 0.03, "chart": 0.01, "paragraph": 0.02, "text": 0.02}
+EVERYTHING = {"line": 0.67, "scene": 0.19, "boxes": 0.04, "chart": 0.04, "paragraph": 0.04, "text": 0.02}
 COMMON = TrainSettings(steps=1, optimizer="muon", save_every=400)
 STAGES = {
     "letters": Stage(TOWER, LINES, replace(COMMON, steps=800, lr=2e-3, shape="linear", floor=0.3), (0.0, 0.6), grow=False),
     "dense": Stage(TOWER, SEEN, replace(COMMON, steps=700, lr=1e-3, shape="linear", floor=0.3), (0.3, 1.0), grow=False),
     "text": Stage(("decoder", "lm_head"), {"text": 1.0}, replace(COMMON, steps=500, lr=2e-3, shape="linear", floor=0.2)),
     "projector": Stage(("projector",), EVERYTHING, replace(COMMON, steps=150, lr=2e-3), (0.0, 0.1)),
-    "all": Stage(
-        WHOLE, EVERYTHING, replace(COMMON, steps=6000, lr=1e-3, shape="constant", warmup=200), (0.05, 1.0), dense_weight=0.3
+    "reading": Stage(
+        ("projector", "decoder", "lm_head"),
+        READING,
+        replace(COMMON, steps=900, lr=2e-3, shape="linear", floor=0.4),
+        (0.05, 0.8),
     ),
+    "all": Stage(WHOLE, EVERYTHING, replace(COMMON, steps=2500, lr=1e-3, shape="constant"), (0.6, 1.0), dense_weight=0.3),
     "hold": Stage(
         WHOLE,
         EVERYTHING,
@@ -114,7 +119,7 @@ class Drawn(IterableDataset):
         made = []
         for i, task in enumerate(tasks):
             longest = chooser.choices((12, 24, 40), weights=self.lengths)[0]
-            limit = max(1, round(longest * level)) if self.stage.grow else longest
+            limit = max(1, round(longest * min(1.0, 2 * level))) if self.stage.grow else longest
             made.append(example(renderer, self.rule, task, seed, step * self.stage.batch + i, level, limit, self.fonts))
         return collate(made, self.rule)
 

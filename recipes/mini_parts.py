@@ -28,7 +28,7 @@ class Size:
     kv_heads: int
     mlp: int
     max_pixels: int = 256 * 28 * 28
-    lengths: tuple[float, float, float] = (0.8, 0.15, 0.05)
+    lengths: tuple[float, float, float] = (0.45, 0.3, 0.25)
     """Shares of lines of up to 12, 24 and 40 characters."""
 
 

@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 size=${1:-cpu} run=${2:-runs/mini-$1} python=${PYTHON:-.venv/bin/python}
 
 [ -e "$run/base/tokenizer.json" ] || $python recipes/mini.py tokenizer --size "$size" --run "$run"
-for stage in letters dense text projector all hold; do
+for stage in letters dense text projector reading all hold; do
     [ -e "$run/$stage.safetensors" ] || $python recipes/mini.py train "$stage" --size "$size" --run "$run"
 done
 $python recipes/mini.py export --size "$size" --run "$run" --out "$run/mini"

@@ -13,7 +13,7 @@ import pytest
 from mirada import VLM, Sampling, synth
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-STAGES = ("letters", "dense", "text", "projector", "all", "hold")
+STAGES = ("letters", "dense", "text", "projector", "reading", "all", "hold")
 
 
 @pytest.fixture
