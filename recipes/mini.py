@@ -100,7 +100,7 @@ class Drawn(IterableDataset):
     def __init__(self, name: str, size: Size, start: int, settings: TrainSettings, directory: Path, fonts: str) -> None:
         self.name, self.stage, self.start, self.steps, self.seed = name, STAGES[name], start, settings.steps, settings.seed
         self.directory, self.lengths, self.rule = directory, size.lengths, GridRule(max_pixels=size.max_pixels)
-        self.fonts = fonts
+        self.fonts, self.batch = fonts, self.stage.batch * size.times_batch
 
     def __iter__(self) -> Iterator[TrainBatch]:
         torch.set_num_threads(1)
@@ -112,7 +112,7 @@ class Drawn(IterableDataset):
 
     def draw(self, step: int, renderer: Renderer | None) -> TrainBatch:
         chooser = random.Random(f"{self.seed} {self.name} {step}")
-        tasks = chooser.choices(list(self.stage.mix), weights=list(self.stage.mix.values()), k=self.stage.batch)
+        tasks = chooser.choices(list(self.stage.mix), weights=list(self.stage.mix.values()), k=self.batch)
         low, high = self.stage.level
         level = low + (high - low) * min(1.0, step / (0.7 * self.steps))
         seed = self.seed * 16 + ORDER.index(self.name)
@@ -120,7 +120,7 @@ class Drawn(IterableDataset):
         for i, task in enumerate(tasks):
             longest = chooser.choices((12, 24, 40), weights=self.lengths)[0]
             limit = max(1, round(longest * min(1.0, 2 * level))) if self.stage.grow else longest
-            made.append(example(renderer, self.rule, task, seed, step * self.stage.batch + i, level, limit, self.fonts))
+            made.append(example(renderer, self.rule, task, seed, step * self.batch + i, level, limit, self.fonts))
         return collate(made, self.rule)
 
 
@@ -149,7 +149,7 @@ def load_renderer(directory: Path) -> Renderer:
     return Renderer.from_directory(directory, family.prompt_format(config))
 
 
-def run_stage(name: str, size: Size, run: Path, settings: TrainSettings, workers: int, fonts: str) -> None:
+def run_stage(name: str, size: Size, run: Path, settings: TrainSettings, workers: int, fonts: str, device: str) -> None:
     """Train one stage from the weights of the one before; leaves ``<stage>.safetensors`` in the run folder."""
     stage, base = STAGES[name], run / "base"
     config = json.loads((base / "config.json").read_text())
@@ -167,6 +167,7 @@ def run_stage(name: str, size: Size, run: Path, settings: TrainSettings, workers
     heads.requires_grad_(stage.parts == TOWER or stage.dense_weight > 0)
     if stage.rounded:
         round_rows(model)
+    nn.ModuleList([model, heads]).to(device)
 
     def batches(step: int):
         data = Drawn(name, size, step, settings, base, fonts)
@@ -176,7 +177,7 @@ def run_stage(name: str, size: Size, run: Path, settings: TrainSettings, workers
     state = train(model, objective, batches, settings, run / name, extra=[heads])
     if stage.rounded:
         unround_rows(model)
-    save_file({k: v.clone() for k, v in nn.ModuleList([model, heads]).state_dict().items()}, run / f"{name}.safetensors")
+    save_file({k: v.cpu().clone() for k, v in nn.ModuleList([model, heads]).state_dict().items()}, run / f"{name}.safetensors")
     print(f"stage {name}: {state.step} steps{' (stopped early)' if state.stopped else ''}")
 
 
@@ -223,6 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--fonts", default="debian", help="debian (named packages), debian-any (other versions), builtin (one)")
     args = parser.parse_args(argv)
     size = SIZES[args.size]
@@ -236,8 +238,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit("train needs a stage: " + ", ".join(ORDER))
     else:
         settings = STAGES[args.stage].settings
-        settings = replace(settings, steps=args.steps or settings.steps, seed=args.seed)
-        run_stage(args.stage, size, args.run, settings, args.workers, args.fonts)
+        precision = "float32" if args.device == "cpu" else "bfloat16"
+        steps = args.steps or settings.steps * size.times_steps
+        settings = replace(settings, steps=steps, seed=args.seed, precision=precision)
+        run_stage(args.stage, size, args.run, settings, args.workers, args.fonts, args.device)
 
 
 if __name__ == "__main__":

@@ -30,11 +30,16 @@ class Size:
     max_pixels: int = 256 * 28 * 28
     lengths: tuple[float, float, float] = (0.45, 0.3, 0.25)
     """Shares of lines of up to 12, 24 and 40 characters."""
+    times_batch: int = 1
+    times_steps: int = 1
+    """Samples per step, and steps, as multiples of the recipe's."""
 
 
 SIZES = {
     "cpu": Size(1024, 192, 6, 3, 256, 4, 4, 2, 768),
-    "gpu": Size(4096, 320, 6, 5, 384, 7, 6, 2, 1152, max_pixels=512 * 28 * 28, lengths=(0.35, 0.3, 0.35)),
+    "gpu": Size(
+        4096, 320, 6, 5, 384, 7, 6, 2, 1152, max_pixels=512 * 28 * 28, lengths=(0.35, 0.3, 0.35), times_batch=8, times_steps=4
+    ),
     "smoke": Size(512, 32, 1, 1, 64, 1, 2, 1, 64),
 }
 """*cpu* has about 7 million parameters, *gpu* about 22 million; *smoke* only shows that the recipe runs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -42,6 +42,16 @@ class TrainBatch:
     media: MediaBatch | None
     labels: torch.Tensor
     dense: Mapping[str, torch.Tensor]
+
+    def to(self, device: torch.device) -> TrainBatch:
+        """This batch on ``device``."""
+        if self.labels.device == device:
+            return self
+        batch, media = self.batch, self.media
+        rows = None if batch.feature_rows is None else batch.feature_rows.to(device)
+        batch = replace(batch, tokens=batch.tokens.to(device), positions=batch.positions.to(device), feature_rows=rows)
+        media = None if media is None else replace(media, pixels=media.pixels.to(device))
+        return TrainBatch(batch, media, self.labels.to(device), {name: known.to(device) for name, known in self.dense.items()})
 
     @property
     def num_tokens(self) -> int:

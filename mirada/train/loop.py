@@ -1,4 +1,4 @@
-"""The training loop: one page, one device.
+"""The training loop: one page, one device (the model's).
 
 ``train(model, objective, batches, settings, directory)`` draws batch ``k`` for step ``k``, so that a run stopped at any
 step and resumed sees exactly what an unbroken run would have seen.
@@ -43,6 +43,8 @@ class TrainSettings:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What matrix products are made in; weights, optimizer and losses stay in float32."""
     average: float | None = None
     log_every: int = 20
     save_every: int = 500
@@ -101,6 +103,7 @@ class _Run:
         torch.manual_seed(settings.seed)
         self.objective, self.model, self.settings, self.directory = objective, model, settings, directory
         self.modules = nn.ModuleList([model, *extra])
+        self.device = next(model.parameters()).device
         self.optimizers = optimizers(self.modules, settings.weight_decay, settings.betas, settings.optimizer)
         self.schedule = Schedule(settings.lr, settings.steps, settings.warmup, settings.shape, settings.floor)  # type: ignore[arg-type]
         self.average = None if settings.average is None else Average(model, settings.average)
@@ -113,7 +116,8 @@ class _Run:
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         for group in groups:
             group["lr"] = rate
-        loss = self.objective(self.model, batch)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
+            loss = self.objective(self.model, batch.to(self.device))
         loss.total.backward()
         params = [p for group in groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(params, self.settings.clip, error_if_nonfinite=False)

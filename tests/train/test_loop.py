@@ -163,3 +163,13 @@ def test_the_dense_objective_trains_the_tower_alone(tmp_path: Path) -> None:
     train(model, Dense(heads), batches, replace(SETTINGS, average=None), tmp_path, extra=[heads])
     changed = {name.split(".")[0] for name, value in weights(model).items() if not torch.equal(value, before[name])}
     assert changed == {"visual"}
+
+
+def test_bfloat16_products_leave_float32_weights_near_those_of_float32(tmp_path: Path) -> None:
+    exact, _, _ = run(tmp_path / "exact", replace(SETTINGS, steps=2))
+    rough, _, _ = run(tmp_path / "rough", replace(SETTINGS, steps=2, precision="bfloat16"))
+    for name, value in weights(exact).items():
+        other = rough.state_dict()[name]
+        assert other.dtype == torch.float32
+        torch.testing.assert_close(other, value, atol=2e-2, rtol=0)
+    assert any(not torch.equal(value, rough.state_dict()[name]) for name, value in weights(exact).items())
