@@ -24,6 +24,8 @@ METHODS = Table(
         "mirada_int8_rows": "mirada.adapt.rows:read",
     },
 )
+KEYS = ("quantization_config", "compression_config")
+"""Keys of config.json that are read here; a family ignores them."""
 _REFUSED = {
     "bitsandbytes": "bitsandbytes packs weights for its own kernels",
     "marlin": "marlin stores weights in the order of one GPU kernel",
@@ -34,7 +36,7 @@ _REFUSED = {
     "exl3": "exllama's own format is not read",
 }
 
-__all__ = ["METHODS", "Scheme", "read"]
+__all__ = ["KEYS", "METHODS", "Scheme", "read"]
 
 
 def read(mapping: Mapping[str, Any], where: str = "config.json") -> Scheme | None:
@@ -42,10 +44,12 @@ def read(mapping: Mapping[str, Any], where: str = "config.json") -> Scheme | Non
 
     ConfigError names what is not supported, and what is.
     """
-    name = "quantization_config" if mapping.get("quantization_config") else "compression_config"
-    found = mapping.get(name)
-    if not found:
+    name = next((key for key in KEYS if mapping.get(key)), None)
+    if name is None:
         return None
+    found = mapping[name]
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{where}: {name} holds a {type(found).__name__}", "it must be a mapping of settings")
     keys = Keys(found, f"{where}: {name}")
     method = keys.take("quant_method", str)
     if method not in METHODS:

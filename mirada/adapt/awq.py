@@ -44,6 +44,7 @@ class AWQ:
     group_size: int
     skipped: tuple[str, ...]
     method: str = "awq"
+    widens: bool = False
 
     def covers(self, name: str, shape: Shape) -> bool:
         return in_blocks(name) and len(shape) == 2 and not named(module_of(name), self.skipped)

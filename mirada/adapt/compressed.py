@@ -55,6 +55,7 @@ class Compressed:
     groups: tuple[Group, ...]
     ignored: tuple[str, ...]
     method: str = "compressed-tensors"
+    widens: bool = False
 
     def covers(self, name: str, shape: Shape) -> bool:
         return in_blocks(name) and len(shape) == 2 and not _matches(name, self.ignored) and self._group(name) is not None

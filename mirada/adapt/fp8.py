@@ -24,6 +24,7 @@ class BlockFP8:
     block: tuple[int, int]
     skipped: tuple[str, ...]
     method: str = "fp8"
+    widens: bool = False
 
     def covers(self, name: str, shape: Shape) -> bool:
         return in_blocks(name) and len(shape) == 2 and not named(module_of(name), self.skipped)

@@ -49,6 +49,7 @@ class GPTQ:
     zeros_less_one: bool
     skipped: tuple[str, ...]
     method: str = "gptq"
+    widens: bool = False
 
     def covers(self, name: str, shape: Shape) -> bool:
         return in_blocks(name) and len(shape) == 2 and not named(module_of(name), self.skipped)

@@ -38,6 +38,8 @@ class Scheme(Protocol):
     """A format with its settings. Matrices are named as the plain checkpoint would name them (``X.weight``)."""
 
     method: str
+    widens: bool
+    """Always widened on load: nothing computes with the packed form."""
 
     def covers(self, name: str, shape: Shape) -> bool:
         """Whether the settings let tensor ``name`` be quantised. A checkpoint may still hold it plain."""

@@ -25,6 +25,7 @@ class Rows:
     """See ``method.Scheme``."""
 
     method: str = NAME
+    widens: bool = True
 
     def covers(self, name: str, shape: Shape) -> bool:
         return len(shape) > 1

@@ -32,8 +32,9 @@ class VLM:
 
     ``model`` is the directory of a checkpoint, or ``"mini"``, the model inside the package. ``device``: cpu, cuda, mps
     (default: a GPU if there is one). ``dtype``: float32, bfloat16, float16 (default: float32 on a CPU, else as stored).
-    ``min_pixels`` / ``max_pixels`` bound the resized area of every picture. ``limits`` say what may be fetched, and from
-    where. Raises CheckpointError, NotAvailable, SettingsError or OutOfMemory.
+    ``min_pixels`` / ``max_pixels`` bound the resized area of every picture. ``widen``: matrices of a quantised checkpoint take
+    ``dtype`` on load (faster, larger) instead of staying packed. ``limits`` say what may be fetched, and from where.
+    Raises CheckpointError, NotAvailable, SettingsError or OutOfMemory.
     """
 
     def __init__(
@@ -44,9 +45,10 @@ class VLM:
         dtype: Any = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        widen: bool = False,
         limits: FetchLimits | None = None,
     ) -> None:
-        self._set_up(load(model, device, dtype, min_pixels, max_pixels), limits)
+        self._set_up(load(model, device, dtype, min_pixels, max_pixels, widen), limits)
 
     @classmethod
     def from_parts(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,14 @@ from typing import Any
 
 import torch
 
+from mirada import adapt
 from mirada.engine import memory
 from mirada.errors import CheckpointError, NotAvailable, SettingsError
 from mirada.media.rule import MediaRule
 from mirada.models import shards
 from mirada.models.family import family_of
 from mirada.models.load import load_model, read_json
+from mirada.models.quantised import resident_bytes
 from mirada.prompt.render import Renderer
 from mirada.table import nearest
 
@@ -49,8 +50,11 @@ def load(
     dtype: str | torch.dtype | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    widen: bool = False,
 ) -> Parts:
     """Read the checkpoint ``name``: a directory, or the name of a model inside the package (``mini``).
+
+    ``widen``: packed (quantised) matrices take ``dtype`` on load, for speed, instead of staying packed.
 
     Raises CheckpointError, NotAvailable (device), SettingsError, or OutOfMemory before any weight is read.
     """
@@ -59,8 +63,8 @@ def load(
     mapping = read_json(directory / "config.json")
     kind = pick_dtype(dtype, place, mapping)
     family = family_of(mapping, str(directory / "config.json"))
-    check_weights(directory, kind, place)
-    model = load_model(directory, kind, place)
+    check_weights(directory, kind, place, widen)
+    model = load_model(directory, kind, place, widen=widen)
     config: Any = model.config
     preprocessor = directory / "preprocessor_config.json"
     rule: MediaRule = family.media_rule(config, read_json(preprocessor) if preprocessor.exists() else None)
@@ -133,10 +137,12 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device, config: di
     return DTYPES[name]
 
 
-def check_weights(directory: Path, dtype: torch.dtype, device: torch.device) -> None:
+def check_weights(directory: Path, dtype: torch.dtype, device: torch.device, widen: bool = False) -> None:
     """Raise OutOfMemory unless the weights in ``dtype`` fit, counted from the headers of their files."""
-    stored = shards.read_all(shards.find(directory))
-    needed = sum(math.prod(found.shape) for found in stored.values()) * dtype.itemsize
+    mapping, stored = read_json(directory / "config.json"), shards.read_all(shards.find(directory))
+    scheme, family = adapt.read(mapping, str(directory / "config.json")), family_of(mapping)
+    wide = widen or (scheme is not None and scheme.widens)
+    needed = resident_bytes(family.layout(family.config(mapping)), stored, scheme, dtype, wide)
     smaller = "use dtype='bfloat16', " if dtype.itemsize > 2 else "use "
     memory.require(
         needed, memory.available(device), f"model {directory.name!r} in {str(dtype).removeprefix('torch.')}",

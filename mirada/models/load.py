@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mirada.errors import CheckpointError, ConfigError, TensorError
-from mirada.layers.linear import dequantise_rows, quantise_rows
-from mirada.models import shards
+from mirada import adapt
+from mirada.adapt.method import Scheme
+from mirada.adapt.rows import NAME as INT8_ROWS
+from mirada.adapt.rows import SCALE
+from mirada.errors import CheckpointError, ConfigError, NotAvailable
+from mirada.layers.linear import quantise_rows
+from mirada.models import quantised, shards
 from mirada.models.family import Family, family_of
 from mirada.models.layout import Layout
 from mirada.models.shards import Mapped, Stored
 
-INT8_ROWS = "mirada_int8_rows"
-SCALE = "_scale"
-"""``X`` stored as int8 has its scales, float16 [rows], beside it as ``X_scale``."""
 MAX_SHARD_BYTES = 5 << 30
 
 
@@ -42,30 +43,46 @@ def read_json(file: Path) -> dict[str, Any]:
     return made
 
 
-def load_model(directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Module:
+def load_model(
+    directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", *, widen: bool = False
+) -> nn.Module:
     """The model of ``directory`` with its weights in ``dtype`` (None: float32 on a CPU, bfloat16 elsewhere) on ``device``.
 
-    Raises CheckpointError and its kinds, each naming the file, key or tensor.
+    Matrices that the checkpoint packs stay packed and are widened tile by tile as they are used; with ``widen`` they take
+    ``dtype`` on load: faster, but as large as if they had never been packed. Raises CheckpointError and its kinds, each naming
+    the file, key or tensor.
     """
     directory, device = Path(directory), torch.device(device)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory", "give the directory that holds config.json and the weights")
     where = directory / "config.json"
     mapping = read_json(where)
-    family = family_of(mapping, str(where))
+    scheme, family = adapt.read(mapping, str(where)), family_of(mapping, str(where))
     config = family.config(mapping)
     layout, stored = family.layout(config), shards.read_all(shards.find(directory))
-    _check(layout, stored, config)  # first: a checkpoint that does not fit must not cost its size
-    model = build(mapping, dtype, device, str(where))
-    model.config_text = where.read_text(encoding="utf-8")  # pyright: ignore[reportArgumentType]
-    load_weights(model, layout, stored)
+    packed = quantised.check(layout, stored, scheme)  # first: a checkpoint that does not fit must not cost its size
+    keep = scheme is not None and not widen and not scheme.widens
+    model = build(mapping, dtype, device, str(where), (lambda model: quantised.replace(model, packed)) if keep else None)
+    load_weights(model, layout, stored, scheme)
+    if scheme is None or scheme.widens or keep:
+        model.config_text = where.read_text(encoding="utf-8")  # pyright: ignore[reportArgumentType]
+    else:  # what is in memory is plain now, and so is what a save writes
+        plain = {key: value for key, value in mapping.items() if key not in adapt.KEYS}
+        model.config_text = json.dumps(plain, indent=2) + "\n"  # pyright: ignore[reportArgumentType]
     return model.eval()
 
 
 def build(
-    mapping: Mapping[str, Any], dtype: torch.dtype | None = None, device: torch.device | str = "cpu", where: str = "config.json"
+    mapping: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    where: str = "config.json",
+    change: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
-    """The modules that a config describes, on ``device``, their weights not yet set. On ``meta`` nothing is allocated."""
+    """The modules that a config describes, on ``device``, their weights not yet set. On ``meta`` nothing is allocated.
+
+    ``change`` may put other modules in their places before memory is taken.
+    """
     family: Family = family_of(mapping, where)
     config = family.config(mapping)
     with torch.device("meta"), _Blank():
@@ -73,6 +90,8 @@ def build(
     family.layout(config).check_parameters({name: tuple(p.shape) for name, p in model.named_parameters()})
     device = torch.device(device)
     model.to(dtype or (torch.float32 if device.type in ("cpu", "meta") else torch.bfloat16))
+    if change is not None:
+        change(model)
     if device.type != "meta":
         _allocate(model, device)
         model.tie_weights()  # pyright: ignore[reportCallIssue]
@@ -105,55 +124,27 @@ class _Blank(TorchFunctionMode):
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, layout: Layout, stored: Mapping[str, Stored]) -> None:
+def load_weights(model: nn.Module, layout: Layout, stored: Mapping[str, Stored], scheme: Scheme | None = None) -> None:
     """Fills every parameter from ``stored``. Raises TensorError before anything is written if the names do not fit."""
-    packed = _check(layout, stored, model.config)
-    parameters, mapped = dict(model.named_parameters()), Mapped()
+    packed, mapped = quantised.check(layout, stored, scheme), Mapped()
     wanted = layout.stored()
+    first = {name: stored[next(iter(packed[name].fields)) if name in packed else name] for name in wanted}
     # In the order of the files, so that each is read once from front to back.
-    for name in sorted(wanted, key=lambda name: (str(stored[name].file), stored[name].start)):
-        rule, index, _ = wanted[name]
-        scale = mapped.whole(stored[packed[name]]) if name in packed else None
-        _fill(rule.place(parameters[rule.parameter], index), stored[name], mapped, scale)
+    for name in sorted(wanted, key=lambda name: (str(first[name].file), first[name].start)):
+        if name in packed and scheme is not None:
+            quantised.load(model, packed[name], scheme, stored, mapped)
+        else:
+            rule, index, _ = wanted[name]
+            place = quantised.target(model, rule, index)
+            assert isinstance(place, Tensor), f"{name} is plain, but was to be packed"
+            _fill(place, stored[name], mapped)
 
 
-def _check(layout: Layout, stored: Mapping[str, Stored], config: Any) -> dict[str, str]:
-    """Raises TensorError unless ``stored`` fits; name of each int8 tensor -> name of its scales."""
-    packed = _int8_pairs(stored, getattr(config, "quantisation", None) == INT8_ROWS)
-    layout.check_stored({name: s.shape for name, s in stored.items() if name not in packed.values()})
-    return packed
-
-
-def _fill(place: Tensor, stored: Stored, mapped: Mapped, scale: Tensor | None) -> None:
+def _fill(place: Tensor, stored: Stored, mapped: Mapped) -> None:
     flat = place.view(-1)
     row = math.prod(stored.shape[1:])
     for begin, piece in mapped.chunks(stored, row * stored.torch_dtype.itemsize):
-        if scale is not None:
-            first = begin // row
-            piece = dequantise_rows(piece.view(-1, row), scale[first : first + len(piece) // row]).flatten()
         flat[begin : begin + len(piece)].copy_(piece)
-
-
-def _int8_pairs(stored: Mapping[str, Stored], allowed: bool) -> dict[str, str]:
-    """Name of each int8 tensor -> name of its scales."""
-    made: dict[str, str] = {}
-    for name, found in stored.items():
-        if found.dtype != "I8":
-            if not found.torch_dtype.is_floating_point:
-                raise TensorError(f"tensor {name!r} is stored as {found.dtype}", "weights must be floating point")
-            continue
-        if not allowed:
-            raise TensorError(
-                f"tensor {name!r} is stored as int8",
-                f'config.json must say "quantization_config": {{"quant_method": "{INT8_ROWS}"}}',
-            )
-        scale = stored.get(name + SCALE)
-        if scale is None or scale.shape != found.shape[:1]:
-            raise TensorError(
-                f"the scales {name + SCALE!r} are missing or not of shape {list(found.shape[:1])}", "save it again"
-            )
-        made[name] = name + SCALE
-    return made
 
 
 @torch.no_grad()
@@ -163,8 +154,10 @@ def save_model(
     """Writes config.json as it was read, and the weights under their released names; returns the weight files.
 
     Equal weights give equal bytes. ``int8_rows`` stores matrices as int8 rows with float16 scales and says so in
-    config.json; a model that was read so is written so.
+    config.json; a model that was read so is written so. Raises NotAvailable if matrices are packed in another form.
     """
+    if quantised.is_packed(model):
+        raise NotAvailable("this model holds packed matrices, which cannot be written", "load it with widen=True, then save")
     directory = Path(directory)
     mapping = json.loads(str(model.config_text))
     text = str(model.config_text)

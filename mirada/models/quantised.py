@@ -36,6 +36,11 @@ class Source:
     zero_bias: str | None = None
     """A bias that the model has no place for; it must hold zeros."""
 
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Everything stored that it uses (if it is there)."""
+        return (*self.fields, *((self.zero_bias,) if self.zero_bias else ()))
+
 
 def sources(layout: Layout, scheme: Scheme | None, stored: Mapping[str, Stored]) -> dict[str, Source]:
     """Plain name -> source, of every matrix that the checkpoint holds packed.
@@ -82,7 +87,7 @@ def _check_field(name: str, other: str, field: Field, found: Stored | None) -> N
 def check(layout: Layout, stored: Mapping[str, Stored], scheme: Scheme | None) -> dict[str, Source]:
     """Raises TensorError unless every stored tensor is used exactly once; returns what ``sources`` finds."""
     packed = sources(layout, scheme, stored)
-    used = {other for source in packed.values() for other in (*source.fields, source.zero_bias)} - set(packed)
+    used = {other for source in packed.values() for other in source.tensors} - set(packed)
     wanted = layout.stored()
     _check_plain({name: s for name, s in stored.items() if name in wanted and name not in packed})
     _check_uncovered(layout, stored, used | set(wanted))
@@ -189,7 +194,7 @@ def resident_bytes(
 ) -> int:
     """Bytes of the weights once loaded, plain ones in ``dtype``, packed ones as stored (with ``widen``: in ``dtype`` too)."""
     packed = sources(layout, scheme, stored)
-    hidden = {other for source in packed.values() for other in source.fields}
+    hidden = {other for source in packed.values() for other in source.tensors}
     plain = sum(math.prod(s.shape) for name, s in stored.items() if name not in hidden) * dtype.itemsize
     return plain + sum(_held(source, stored, dtype, widen) for source in packed.values())
 
@@ -202,5 +207,3 @@ def _held(source: Source, stored: Mapping[str, Stored], dtype: torch.dtype, wide
 
 def _bytes(stored: Stored) -> int:
     return math.prod(stored.shape) * stored.torch_dtype.itemsize
-
-

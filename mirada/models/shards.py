@@ -27,6 +27,7 @@ _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -177,9 +178,11 @@ class Mapped:
             self._give_back(data, stored.start + begin, size)
 
     def whole(self, stored: Stored) -> Tensor:
-        """A copy of a (small) tensor."""
-        pieces = [piece.clone() for _, piece in self.chunks(stored)]
-        return torch.cat(pieces).view(stored.shape) if pieces else torch.empty(stored.shape, dtype=stored.torch_dtype)
+        """A copy of a tensor."""
+        made = torch.empty(math.prod(stored.shape), dtype=stored.torch_dtype)
+        for begin, piece in self.chunks(stored):
+            made[begin : begin + len(piece)] = piece
+        return made.view(stored.shape)
 
     def _open(self, file: Path) -> mmap.mmap:
         if self._map is None or self._file != file:

@@ -57,7 +57,6 @@ def test_the_form_of_transformers_5_means_the_same() -> None:
         (changed(rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24], "beta": 1}), "'beta'"),
         (changed(num_key_value_heads=5), "num_key_value_heads 5"),
         (changed(vision_config__num_attention_heads=7), "over 7 heads"),
-        (changed(quantization_config={"quant_method": "awq"}), "quant_method='awq'"),
     ],
 )
 def test_what_is_not_understood_is_named(mapping: dict, named: str) -> None:
