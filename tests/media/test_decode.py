@@ -6,6 +6,7 @@ import io
 import struct
 from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import av
 import clips
@@ -15,7 +16,7 @@ from av.stream import Disposition
 from PIL import Image as pil
 
 from mirada.errors import MediaDecodeError, MediaError, MediaTimeout, MediaTooLarge, MediaUnsupported
-from mirada.media.decode import Animation, VideoFile, on_white, open_reader
+from mirada.media.decode import Animation, VideoFile, _advance, _Painter, on_white, open_reader
 from mirada.media.fetch import FetchLimits
 
 LIMITS = FetchLimits()
@@ -66,7 +67,7 @@ SEEKS = {
     "b-frames": {"codec_options": B_FRAMES},
     "open gop": {"codec_options": {**B_FRAMES, "x264-params": "open-gop=1:keyint=24:bframes=3"}},
     "open gop ts": {"form": "mpegts", "codec_options": {**B_FRAMES, "x264-params": "open-gop=1:keyint=24:bframes=3"}},
-    "intra refresh": {"codec_options": {"x264-params": "intra-refresh=1:keyint=24"}},
+    "intra refresh": {"codec_options": {"preset": "medium", "x264-params": "intra-refresh=1:keyint=24"}},
     "vp8 with hidden frames": {
         "form": "webm",
         "codec": "libvpx",
@@ -336,5 +337,25 @@ def test_a_change_of_size_within_a_stream_is_scaled_to_the_first() -> None:
 def test_a_damaged_transport_stream_is_read_as_far_as_it_is_whole() -> None:
     # Recordings from the air start and end anywhere, and lose packets.
     data = clips.encode(LONG, form="mpegts", codec_options={"g": "10", "bf": "0"})
-    assert numbers(data[188 * 40 :])[-5:] == list(range(LONG - 5, LONG))
+    for packets in (7, 15, 25):
+        rest = numbers(data[188 * packets :])
+        assert rest == list(range(LONG - len(rest), LONG))
+        assert rest[0] in (0, 10, 20, 30), "it starts at a key frame"
     assert numbers(data[: len(data) * 2 // 3])[:5] == list(range(5))
+
+
+def test_a_packet_that_shows_no_frame_of_its_own_gives_the_one_on_show() -> None:
+    frames = [SimpleNamespace(pts=pts) for pts in (0, 10, 30, 40)]
+    held, ahead = _advance(iter(frames), 20, None, None)
+    assert (held, ahead) == (frames[1], frames[2])
+    assert _advance(iter(frames[3:]), 30, held, ahead) == (frames[2], None)
+    assert _advance(iter(frames[3:]), 99, frames[2], None)[0] == frames[3]
+    assert _advance(iter(frames), -5, None, None) == (None, frames[0])
+
+
+def test_a_frame_that_the_decoder_calls_corrupt_is_an_error() -> None:
+    paint = _Painter((48, 64), (False, False, False), "the clip")
+    with pytest.raises(MediaDecodeError, match=r"the clip has a broken frame at 1\.500 seconds"):
+        paint(SimpleNamespace(is_corrupt=True, time=1.5))
+    with pytest.raises(MediaDecodeError, match="ends before its last frame"):
+        paint(None)
