@@ -15,11 +15,11 @@ CACHED_SIZES = 8
 
 
 class PatchEmbed(nn.Module):
-    """[N, C, P, P] -> [N, D]; the weight's columns run over (channel, row, column)."""
+    """[N, C, P, P] or [N, C, t, P, P] -> [N, D]; the weight's columns run over (channel, frame, row, column)."""
 
-    def __init__(self, channels: int, patch: int, dim: int) -> None:
+    def __init__(self, channels: int, patch: int, dim: int, *, frames: int = 1, bias: bool = True) -> None:
         super().__init__()
-        self.proj = nn.Linear(channels * patch * patch, dim)
+        self.proj = nn.Linear(channels * frames * patch * patch, dim, bias=bias)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.proj(pixels.flatten(1).to(self.proj.weight.dtype))

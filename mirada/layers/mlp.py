@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Gelu = Literal["tanh", "none"]
-"""``tanh``: the approximation; ``none``: exact (erf)."""
+from mirada.layers.linear import Linear
+
+Gelu = Literal["tanh", "none", "quick"]
+"""``tanh``: the approximation; ``none``: exact (erf); ``quick``: x * sigmoid(1.702 x)."""
+
+
+def gelu(x: Tensor, kind: Gelu) -> Tensor:
+    """GELU in one of its forms."""
+    return x * torch.sigmoid(1.702 * x) if kind == "quick" else F.gelu(x, approximate=kind)
 
 
 class MLP(nn.Module):
@@ -21,7 +29,7 @@ class MLP(nn.Module):
         self.gelu: Gelu = gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
+        return self.fc2(gelu(self.fc1(x), self.gelu))
 
 
 class GatedMLP(nn.Module):
@@ -29,8 +37,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, dim: int, inner: int) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(dim, 2 * inner, bias=False)
-        self.down = nn.Linear(inner, dim, bias=False)
+        self.gate_up = Linear(dim, 2 * inner)
+        self.down = Linear(inner, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)

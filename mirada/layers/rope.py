@@ -49,15 +49,21 @@ def section_angles(positions: Tensor, sections: Sequence[int], frequencies: Tens
     return torch.cat([axis[:, None] * part for axis, part in axes], -1)
 
 
-def grid_angles(grids: Sequence[Grid], head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """Row-major patches of each grid -> [N, d/2]: the first quarter of d turns by row, the next by column; frames repeat."""
+def grid_angles(grids: Sequence[Grid], head_dim: int, theta: float, device: torch.device, merge: int = 1) -> Tensor:
+    """Patches of each grid -> [N, d/2]: the first quarter of d turns by row, the next by column; frames repeat.
+
+    Patches come row after row, or, with ``merge`` above 1, one square of that side after another.
+    """
     frequencies = inverse_frequencies(head_dim // 2, theta, device)
     made: dict[tuple[int, int], Tensor] = {}
     for _, h, w in grids:
         if (h, w) not in made:
             y = torch.arange(h, dtype=torch.float32, device=device)[:, None, None] * frequencies
             x = torch.arange(w, dtype=torch.float32, device=device)[None, :, None] * frequencies
-            made[h, w] = torch.cat((y.expand(h, w, -1), x.expand(h, w, -1)), -1).reshape(h * w, -1)
+            both = torch.cat((y.expand(h, w, -1), x.expand(h, w, -1)), -1)
+            if merge > 1:
+                both = both.view(h // merge, merge, w // merge, merge, -1).transpose(1, 2)
+            made[h, w] = both.reshape(h * w, -1)
     return torch.cat([made[h, w] for t, h, w in grids for _ in range(t)])
 
 

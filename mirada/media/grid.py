@@ -1,6 +1,7 @@
 """Pixel budgets to patch grids, and pictures to patches: the only resize arithmetic.
 
-H, W pixels; h, w patches; P patch side; C channels. Patches are row-major (t, then h, then w), uint8.
+H, W pixels; h, w patches; P patch side; C channels; f frames that one patch spans. Patches are uint8 and come frame after
+frame; inside a frame row after row or, in merged order, square after square.
 """
 
 from __future__ import annotations
@@ -28,17 +29,36 @@ class GridRule:
     max_pixels: int = 1280 * 28 * 28
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    frames: int = 1
+    """Frames that one patch spans; a picture, and a last frame left over, is repeated to fill it."""
+    merged_order: bool = False
+    """The patches that become one token follow one another, instead of row after row over the whole frame."""
+    enlarge: bool = True
+    """Scale sides below one cell up with their ratio kept (Keye); False: stretch them to one cell (Qwen2-VL)."""
 
     @property
     def factor(self) -> int:
         return self.patch * self.merge
+
+    def fit(self, height: int, width: int) -> tuple[int, int]:
+        """The size that the image processor gives a picture: :func:`fit` with this rule's bounds."""
+        return fit(
+            height, width, factor=self.factor, min_pixels=self.min_pixels, max_pixels=self.max_pixels, enlarge=self.enlarge
+        )
+
+    def patchify(self, frames: np.ndarray) -> np.ndarray:
+        """uint8 [T, H, W, C] -> uint8 [N, C, P, P], or [N, C, f, P, P] where patches span f > 1 frames."""
+        if missing := -len(frames) % self.frames:
+            frames = np.concatenate([frames, np.repeat(frames[-1:], missing, 0)])
+        return patchify(frames, self.patch, self.frames, self.merge if self.merged_order else 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Patches:
     """One prepared picture or video.
 
-    ``pixels`` uint8 [N, C, P, P]; ``grids`` one (t, h, w) per run of equal frames, in order, with sum(t*h*w) == N.
+    ``pixels`` uint8 [N, C, P, P], or [N, C, f, P, P] where patches span f frames; ``grids`` one (t, h, w) per run of equal
+    frames (or of groups of f frames), in order, with sum(t*h*w) == N.
     ``size`` (height, width) of the original after orientation; ``key`` 32 bytes over pixels, grids and rule.
     """
 
@@ -58,7 +78,8 @@ class Patches:
 
     @property
     def num_frames(self) -> int:
-        return sum(t for t, _, _ in self.grids)
+        """Frames, with those that were repeated to fill a patch."""
+        return sum(t for t, _, _ in self.grids) * (self.pixels.shape[2] if self.pixels.ndim == 5 else 1)
 
 
 def fit(height: int, width: int, *, factor: int, min_pixels: float, max_pixels: float, enlarge: bool = True) -> tuple[int, int]:
@@ -101,19 +122,26 @@ def _steps(side: float, factor: int, rounding) -> int:
     return max(factor, rounding(side / factor) * factor)
 
 
-def patchify(frames: np.ndarray, patch: int) -> np.ndarray:
-    """uint8 [T, H, W, C] -> uint8 [T*h*w, C, P, P], row-major."""
-    t, high, wide, channels = frames.shape
-    h, w = high // patch, wide // patch
-    cut = frames.reshape(t, h, patch, w, patch, channels).transpose(0, 1, 3, 5, 2, 4)
-    return np.ascontiguousarray(cut).reshape(t * h * w, channels, patch, patch)
+def patchify(frames: np.ndarray, patch: int, span: int = 1, square: int = 1) -> np.ndarray:
+    """uint8 [T, H, W, C] -> uint8 [T*h*w, C, P, P], row-major.
+
+    With ``span`` > 1 a patch goes through that many frames: [T/span*h*w, C, span, P, P]. With ``square`` > 1 the patches of a
+    square of that side follow one another (Qwen2-VL: transformers ``image_processing_qwen2_vl.py``).
+    """
+    total, high, wide, channels = frames.shape
+    t, h, w = total // span, high // patch, wide // patch
+    shape = (t, span, h // square, square, patch, w // square, square, patch, channels)
+    cut = frames.reshape(shape).transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    depth = (span,) if span > 1 else ()
+    return np.ascontiguousarray(cut).reshape(t * h * w, channels, *depth, patch, patch)
 
 
 def normalise(pixels: np.ndarray, rule: GridRule) -> np.ndarray:
     """uint8 patches -> float32, with the reference's order of roundings (float64 rescale, float32 normalise)."""
     table = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
-    mean = np.asarray(rule.mean, np.float32)[:, None, None]
-    std = np.asarray(rule.std, np.float32)[:, None, None]
+    channels = (-1, *[1] * (pixels.ndim - 2))
+    mean = np.asarray(rule.mean, np.float32).reshape(channels)
+    std = np.asarray(rule.std, np.float32).reshape(channels)
     return (table[pixels] - mean) / std
 
 

@@ -17,7 +17,7 @@ from PIL import Image as pil
 from mirada.errors import MediaError, MediaTooLarge, MediaUnsupported, SettingsError
 from mirada.media.cache import PixelCache, source_key
 from mirada.media.fetch import FetchLimits, fetch, locate, show
-from mirada.media.grid import GridRule, Patches, content_key, fit, patchify
+from mirada.media.grid import GridRule, Patches, content_key, fit
 from mirada.media.image import Picture, decode, open_image, resize
 from mirada.media.rule import MediaRule, check_bounds
 from mirada.types import Image, Video
@@ -127,7 +127,8 @@ class _Plan:
             low, high = _bounds(part, low, high)
         if cap is not None:
             high = max(min(high, cap), low)
-        stages.append(fit(*(stages[-1] if stages else self.size), factor=grid.factor, min_pixels=low, max_pixels=high))
+        last = replace(grid, min_pixels=low, max_pixels=high)
+        stages.append(last.fit(*(stages[-1] if stages else self.size)))
         return tuple(stages)
 
     def _first(self, low: int, high: int) -> tuple[int, int]:
@@ -225,7 +226,7 @@ def _cut(picture: Picture, part: Image, rule: MediaRule, cap: int | None) -> Pat
     resized = picture.rgb
     for high, wide in sizes:
         resized = resize(resized, high, wide, rule)
-    pixels = patchify(np.asarray(resized)[None], rule.grid.patch)
+    pixels = rule.grid.patchify(np.asarray(resized)[None])
     high, wide = sizes[-1]
     grids = ((1, high // rule.grid.patch, wide // rule.grid.patch),)
     key = content_key(pixels, "image", grids, rule.grid)

@@ -6,9 +6,9 @@ bounds. Slow-fast decodes twice, once to type frames and once to cut them, becau
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from mirada.media.decode import Reader, open_reader
 from mirada.media.exact import resize_bicubic, resize_bilinear
 from mirada.media.fetch import FetchLimits, locate
 from mirada.media.frames import FrameList
-from mirada.media.grid import Patches, content_key, fit, patchify
+from mirada.media.grid import GridRule, Patches, content_key, fit
 from mirada.media.rule import MediaRule
 from mirada.media.sample import Choice, check_settings, choose
 from mirada.media.slowfast import Typist, frame_sizes
@@ -98,32 +98,41 @@ def video_budget(num_frames: int, height: int, width: int, part: Video, rule: Me
 
 @dataclass
 class _Cutter:
-    """Cuts frames into one array that is made at its final size: uint8 [N, C, P, P]."""
+    """Cuts frames into one array that is made at its final size: uint8 [N, C, P, P], or [N, C, f, P, P]."""
 
     pixels: np.ndarray
-    patch: int
+    grid: GridRule
+    left: int
+    """Frames still to come."""
     at: int = 0
+    held: list[np.ndarray] = field(default_factory=list)
 
     @classmethod
-    def of(cls, sizes: Iterable[tuple[int, int]], patch: int) -> _Cutter:
-        num = sum((high // patch) * (wide // patch) for high, wide in sizes)
-        return cls(np.empty((num, 3, patch, patch), np.uint8), patch)
+    def of(cls, sizes: Sequence[tuple[int, int]], grid: GridRule) -> _Cutter:
+        patch, depth = grid.patch, (grid.frames,) if grid.frames > 1 else ()
+        num = sum((high // patch) * (wide // patch) for high, wide in sizes[:: grid.frames])
+        return cls(np.empty((num, 3, *depth, patch, patch), np.uint8), grid, len(sizes))
 
     def add(self, frame: np.ndarray) -> None:
-        cut = patchify(frame[None], self.patch)
+        self.held.append(frame)
+        self.left -= 1
+        if self.left and len(self.held) < self.grid.frames:
+            return
+        cut = self.grid.patchify(np.stack(self.held))
         self.pixels[self.at : self.at + len(cut)] = cut
         self.at += len(cut)
+        self.held.clear()
 
 
 def _uniform(reader: Reader | FrameList, choice: Choice, read: Read, part: Video, rule: MediaRule) -> Patches:
-    """Preview: torch bicubic to the budget's size (files only; list frames had theirs), then the image processor's resize."""
+    """Torch bicubic to the budget's size (files only; list frames had theirs), then the image processor's resize."""
     num, grid = len(choice.indices), rule.grid
     size = reader.size if isinstance(reader, FrameList) else video_budget(num, *reader.size, part, rule)
-    last = fit(*size, factor=grid.factor, min_pixels=grid.min_pixels, max_pixels=grid.max_pixels)
-    cutter = _Cutter.of([last] * num, grid.patch)
+    last = grid.fit(*size)
+    cutter = _Cutter.of([last] * num, grid)
     for frame in read(choice.indices.tolist()):
         cutter.add(resize(resize_bicubic(frame, size), last, rule))
-    grids = ((num, last[0] // grid.patch, last[1] // grid.patch),)
+    grids = ((-(-num // grid.frames), last[0] // grid.patch, last[1] // grid.patch),)
     return Patches(
         "video",
         cutter.pixels,
@@ -154,7 +163,7 @@ def _slow_fast(reader: Reader | FrameList, choice: Choice, read: Read, part: Vid
     asked = replace(part, resized_height=None, resized_width=None) if is_list else part
     slow_size, fast_size = frame_sizes(reader.size, (len(fast) - sum(fast), sum(fast)), asked, rule)
     sizes = [fast_size if one else slow_size for one in fast]
-    cutter = _Cutter.of(sizes, rule.grid.patch)
+    cutter = _Cutter.of(sizes, rule.grid)
     for frame, size in zip(read(indices), sizes, strict=True):
         cutter.add(resize_bilinear(frame, size))
     grids = merged(sizes, rule.grid.patch)

@@ -1,21 +1,26 @@
-"""Qwen3 decoder with three-dimensional rotary positions.
+"""Qwen2 and Qwen3 decoders with three-dimensional rotary positions.
 
-T tokens of all sequences end to end, D width, H query and K key/value heads of size d.
-Ported facts: Keye ``modeling_keye.py`` (KeyeDecoderLayer), Qwen3 (arXiv 2505.09388).
+T tokens of all sequences end to end, D width, H query and K key/value heads of size d. Qwen2 adds biases to q, k and v; Qwen3
+normalises the heads of q and k instead. Ported facts: transformers ``modeling_qwen2_vl.py``, Keye ``modeling_keye.py``
+(KeyeDecoderLayer), Qwen3 (arXiv 2505.09388).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from mirada.errors import ConfigError
+from mirada.keys import Keys
 from mirada.layers.attention import attend_packed
 from mirada.layers.batch import Batch
 from mirada.layers.cache import KVCache
 from mirada.layers.mlp import GatedMLP
 from mirada.layers.norm import RMSNorm, norm_heads
 from mirada.layers.rope import Rotation, mrope_angles, rotate, rotation
+from mirada.models.layout import Rule
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,10 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 32768
     tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    """q, k and v have biases (Qwen2)."""
+    qk_norm: bool = True
+    """The heads of q and k are normalised before they turn (Qwen3)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,23 +55,26 @@ class Context:
 
 
 class DecoderAttention(nn.Module):
-    """Causal grouped-query attention; ``qkv`` holds the rows of q, then k, then v. Heads are normalised before they turn."""
+    """Causal grouped-query attention; ``qkv`` holds the rows of q, then k, then v."""
 
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
         self.index = index
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.scale = config.head_dim**-0.5
+        self.scale, self.qk_norm = config.head_dim**-0.5, config.qk_norm
         rows = (self.heads + 2 * self.kv_heads) * config.head_dim
-        self.qkv = nn.Linear(config.hidden_size, rows, bias=False)
+        self.qkv = nn.Linear(config.hidden_size, rows, bias=config.qkv_bias)
         self.out = nn.Linear(self.heads * config.head_dim, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         keys = self.heads + self.kv_heads
         qk, v = self.qkv(x).view(len(x), keys + self.kv_heads, -1).split((keys, self.kv_heads), 1)
-        q, k = rotate(norm_heads(qk, self.q_norm, self.k_norm, self.heads), ctx.turn).split((self.heads, self.kv_heads), 1)
+        if self.qk_norm:
+            qk = norm_heads(qk, self.q_norm, self.k_norm, self.heads)
+        q, k = rotate(qk, ctx.turn).split((self.heads, self.kv_heads), 1)
         if ctx.cache is None:
             mixed = attend_packed(q, k, v, ctx.batch.lengths, causal=True, scale=self.scale)
         else:
@@ -71,6 +83,8 @@ class DecoderAttention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Norm, attention, norm, gated MLP, each pair around a residual."""
+
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
         self.norm1 = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -84,7 +98,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids, features in their places, causal layers, final norm."""
+    """Token ids (``embed``), causal layers, final norm."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -101,3 +115,114 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x = layer(x, ctx)
         return self.norm(x)
+
+
+def cache_spec(config: DecoderConfig) -> dict[str, int]:
+    """What ``Family.cache_spec`` returns for this decoder."""
+    return {
+        "num_layers": config.num_hidden_layers,
+        "num_kv_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+    }
+
+
+# Facts about training, and sliding windows that are switched off.
+_IGNORED = ("attention_dropout", "initializer_range", "max_window_layers", "sliding_window", "use_cache")
+
+
+def text_config(keys: Keys, *, qkv_bias: bool, qk_norm: bool, tied: bool = False) -> DecoderConfig:
+    """Reads the decoder's keys of a nested ``text_config`` or of a flat config.json; ``tied`` is the default.
+
+    The caller takes its own (token ids, names, types, quantisation) and calls ``done``. Raises ConfigError for a key that
+    is missing or a value that this decoder does not compute.
+    """
+    keys.ignore(*_IGNORED)
+    keys.expect("hidden_act", "silu")
+    keys.expect("use_sliding_window", False)
+    layers = keys.take("num_hidden_layers", int)
+    keys.expect("layer_types", ["full_attention"] * layers, None)
+    heads, hidden = keys.take("num_attention_heads", int), keys.take("hidden_size", int)
+    theta, sections = _rope(keys)
+    made = DecoderConfig(
+        vocab_size=keys.take("vocab_size", int),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=keys.take("num_key_value_heads", int),
+        head_dim=keys.take("head_dim", int, hidden // heads),
+        intermediate_size=keys.take("intermediate_size", int),
+        rope_theta=theta,
+        mrope_section=sections,  # pyright: ignore[reportArgumentType]
+        rms_norm_eps=keys.take("rms_norm_eps", float, 1e-6),
+        max_position_embeddings=keys.take("max_position_embeddings", int, 32768),
+        tie_word_embeddings=keys.take("tie_word_embeddings", bool, tied),
+        qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
+    )
+    _check(made, keys.where)
+    return made
+
+
+def _rope(keys: Keys) -> tuple[float, tuple[int, ...]]:
+    """theta and sections. transformers 5 writes rope_parameters (theta inside) for rope_theta and rope_scaling of 4.x;
+    either may call itself "default", but where sections are given, they hold."""
+    name = "rope_parameters" if "rope_parameters" in keys.mapping else "rope_scaling"
+    rope = Keys(keys.take(name, dict), f"{keys.where}: {name}")
+    rope.expect("type", "mrope", "default")
+    rope.expect("rope_type", "mrope", "default")
+    theta = rope.take("rope_theta", float, None) or keys.take("rope_theta", float)
+    keys.ignore("rope_theta")
+    sections = tuple(rope.take("mrope_section", list))
+    rope.done()
+    return theta, sections
+
+
+def _check(config: DecoderConfig, where: str) -> None:
+    c = config
+    if len(c.mrope_section) != 3 or sum(c.mrope_section) * 2 != c.head_dim:
+        raise ConfigError(
+            f"{where}: mrope_section {list(c.mrope_section)} does not fit head_dim {c.head_dim}",
+            "give three numbers that sum to half the head size",
+        )
+    if c.num_attention_heads % c.num_key_value_heads:
+        raise ConfigError(
+            f"{where}: num_attention_heads {c.num_attention_heads} is no multiple of num_key_value_heads"
+            f" {c.num_key_value_heads}",
+            "each key/value head serves a whole number of query heads",
+        )
+
+
+def rules(config: DecoderConfig, stored: str = "") -> Iterator[Rule]:
+    """Released names (after the prefix ``stored``) <-> the modules under ``decoder``, and the head."""
+    c = config
+    d, inner = c.hidden_size, c.intermediate_size
+    yield Rule("decoder.embed.weight", ((f"{stored}model.embed_tokens.weight", (c.vocab_size, d)),))
+    for i in range(c.num_hidden_layers):
+        ours, theirs = f"decoder.layers.{i}", f"{stored}model.layers.{i}"
+        yield from _attention_rules(c, f"{ours}.attention", f"{theirs}.self_attn")
+        yield Rule(f"{ours}.norm1.weight", ((f"{theirs}.input_layernorm.weight", (d,)),))
+        yield Rule(f"{ours}.norm2.weight", ((f"{theirs}.post_attention_layernorm.weight", (d,)),))
+        gate_up = tuple((f"{theirs}.mlp.{x}_proj.weight", (inner, d)) for x in ("gate", "up"))
+        yield Rule(f"{ours}.mlp.gate_up.weight", gate_up)
+        yield Rule(f"{ours}.mlp.down.weight", ((f"{theirs}.mlp.down_proj.weight", (d, inner)),))
+    yield Rule("decoder.norm.weight", ((f"{stored}model.norm.weight", (d,)),))
+    if not c.tie_word_embeddings:
+        yield Rule("lm_head.weight", ((f"{stored}lm_head.weight", (c.vocab_size, d)),))
+
+
+def _attention_rules(c: DecoderConfig, ours: str, theirs: str) -> Iterator[Rule]:
+    d = c.hidden_size
+    rows = {"q": c.num_attention_heads * c.head_dim, "k": c.num_key_value_heads * c.head_dim}
+    rows["v"] = rows["k"]
+    yield Rule(f"{ours}.qkv.weight", tuple((f"{theirs}.{x}_proj.weight", (n, d)) for x, n in rows.items()))
+    if c.qkv_bias:
+        yield Rule(f"{ours}.qkv.bias", tuple((f"{theirs}.{x}_proj.bias", (n,)) for x, n in rows.items()))
+    yield Rule(f"{ours}.out.weight", ((f"{theirs}.o_proj.weight", (d, rows["q"])),))
+    for name in ("q_norm", "k_norm") if c.qk_norm else ():
+        yield Rule(f"{ours}.{name}.weight", ((f"{theirs}.{name}.weight", (c.head_dim,)),))
+
+
+def ignored(config: DecoderConfig, stored: str = "") -> tuple[str, ...]:
+    """Names that may lie in a checkpoint unused: frequencies, which are computed, and the head where it is the embedding."""
+    tied = (f"{stored}lm_head.weight",) if config.tie_word_embeddings else ()
+    return ("*.inv_freq", *tied)

@@ -45,6 +45,12 @@ class Rule:
         return rows == shape[0] and all(math.prod(s[1:]) == math.prod(shape[1:]) for s in stored)
 
 
+def affine(parameter: str, stored: str, rows: int, *columns: int) -> Iterator[Rule]:
+    """Weight [rows, *columns] and bias [rows] of one module under another name."""
+    yield Rule(f"{parameter}.weight", ((f"{stored}.weight", (rows, *columns)),))
+    yield Rule(f"{parameter}.bias", ((f"{stored}.bias", (rows,)),))
+
+
 @dataclass(frozen=True)
 class Layout:
     """All rules of a family, and the names that may lie in a checkpoint without being used (``*`` matches anything)."""

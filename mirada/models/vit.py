@@ -1,6 +1,6 @@
-"""KeyeViT: a SigLIP encoder at native resolution with rows and columns as rotary angles.
+"""Vision towers: the parts that families share, and KeyeViT, which two of them are built on.
 
-N patches, D width, d head size. Ported facts: Keye ``modeling_keye.py`` (SiglipVisionTransformer).
+N patches, W width, d head size. Ported facts: Keye ``modeling_keye.py`` (SiglipVisionTransformer).
 """
 
 from __future__ import annotations
@@ -10,38 +10,46 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from mirada.errors import ConfigError
 from mirada.layers.attention import attend_packed
 from mirada.layers.embed import GridPositions, PatchEmbed
-from mirada.layers.mlp import MLP
+from mirada.layers.mlp import MLP, Gelu
 from mirada.layers.norm import LayerNorm
 from mirada.layers.rope import Rotation, grid_angles, rotate, rotation
 from mirada.types import Grid
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """Sizes of the tower; names as in the released ``vision_config``."""
+    """Sizes that every tower has."""
 
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
     intermediate_size: int
-    image_size: int
     patch_size: int = 14
+    temporal_patch_size: int = 1
+    """Frames that one patch spans."""
     num_channels: int = 3
     layer_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     spatial_merge_size: int = 2
-    tokens_per_second: float = 2.0
+    """Side of the square of patches that becomes one token."""
+    merged_order: bool = False
+    """Patches come square after square instead of row after row."""
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
-    @property
-    def table_side(self) -> int:
-        """Side of the learnt position table, in patches."""
-        return self.image_size // self.patch_size
+
+def check_heads(config: VisionConfig, where: str) -> None:
+    """ConfigError unless the width is a whole number of heads, each of which halves and halves again."""
+    if config.hidden_size % config.num_attention_heads or config.head_dim % 4:
+        raise ConfigError(
+            f"{where}: width {config.hidden_size} over {config.num_attention_heads} heads",
+            "the head size must be a whole multiple of 4, half of it for rows and half for columns",
+        )
 
 
 class VisionAttention(nn.Module):
@@ -61,27 +69,50 @@ class VisionAttention(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
+    """Norm, attention, norm, MLP, each pair around a residual."""
+
+    def __init__(self, config: VisionConfig, gelu: Gelu) -> None:
         super().__init__()
         self.norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.attention = VisionAttention(config.hidden_size, config.num_attention_heads)
         self.norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_size, gelu="tanh")
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_size, gelu=gelu)
 
     def forward(self, x: Tensor, turn: Rotation, segments: Sequence[int]) -> Tensor:
         x = x + self.attention(self.norm1(x), turn, segments)
         return x + self.mlp(self.norm2(x))
 
 
-class KeyeVisionTower(nn.Module):
-    """[N, C, P, P] patches of all pictures -> [N, D] features, one per patch, after the last norm."""
+def grid_segments(grids: Sequence[Grid], frames_apart: bool) -> tuple[int, ...]:
+    """Lengths of the runs of patches that see each other: each frame, or each picture and each whole video."""
+    if frames_apart:
+        return tuple(h * w for t, h, w in grids for _ in range(t))
+    return tuple(t * h * w for t, h, w in grids)
 
-    def __init__(self, config: VisionConfig) -> None:
+
+@dataclass(frozen=True, kw_only=True)
+class KeyeVisionConfig(VisionConfig):
+    """Sizes of KeyeViT; names as in the released ``vision_config``."""
+
+    image_size: int
+    tokens_per_second: float = 2.0
+
+    @property
+    def table_side(self) -> int:
+        """Side of the learnt position table, in patches."""
+        return self.image_size // self.patch_size
+
+
+class KeyeVisionTower(nn.Module):
+    """KeyeViT, a SigLIP encoder at native resolution with rows and columns as rotary angles: [N, C, P, P] patches of all
+    pictures -> [N, W] features, one per patch, after the last norm."""
+
+    def __init__(self, config: KeyeVisionConfig) -> None:
         super().__init__()
         self.config = config
         self.patches = PatchEmbed(config.num_channels, config.patch_size, config.hidden_size)
         self.positions = GridPositions(config.table_side, config.hidden_size)
-        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(VisionLayer(config, gelu="tanh") for _ in range(config.num_hidden_layers))
         self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, pixels: Tensor, grids: Sequence[Grid], segments: Sequence[int]) -> Tensor:
@@ -93,5 +124,5 @@ class KeyeVisionTower(nn.Module):
         return self.norm(x)
 
     def embed(self, pixels: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Patch vectors plus their place in the picture: [N, D]."""
+        """Patch vectors plus their place in the picture: [N, W]."""
         return self.patches(pixels) + self.positions(grids)

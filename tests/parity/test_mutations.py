@@ -14,7 +14,7 @@ from parity.planting import Mistakes
 from torch import Tensor
 
 from mirada.layers import embed, mlp, rope
-from mirada.models import decoder, keye_vl, positions, vit
+from mirada.models import decoder, keye_vl, positions, projector, vit
 
 PREVIEW, K15 = "model_goldens.safetensors: ", "keye15_goldens.safetensors: "
 MISTAKES = Mistakes()
@@ -167,42 +167,42 @@ def features_of_the_layer_before_the_last(patch) -> None:
 
 @caught_by(PREVIEW + "image.image_projected")
 def tanh_gelu_in_the_projector(patch) -> None:
-    true = keye_vl.MLP
-    patch.setattr(keye_vl, "MLP", lambda *sizes, gelu: true(*sizes, gelu="tanh"))
+    true = projector.MLP
+    patch.setattr(projector, "MLP", lambda *sizes, gelu: true(*sizes, gelu="tanh"))
 
 
 @caught_by(PREVIEW + "image.image_projected")
 def preview_projector_normalises_after_merging(patch) -> None:
     def forward(self, x: Tensor, grids) -> Tensor:
-        merged = keye_vl.merge_patches(x, grids, self.merge)
+        merged = projector.merge_patches(x, grids, self.merge)
         weight, bias = self.norm.weight.repeat(4), self.norm.bias.repeat(4)
         return self.mlp(F.layer_norm(merged, merged.shape[-1:], weight, bias, self.norm.eps))
 
-    patch.setattr(keye_vl.Projector, "forward", forward)
+    patch.setattr(projector.Projector, "forward", forward)
 
 
 @caught_by(K15 + "image_projected")
 def projector_of_15_normalises_before_merging(patch) -> None:
     def forward(self, x: Tensor, grids) -> Tensor:
-        apart = keye_vl.merge_patches(F.layer_norm(x, x.shape[-1:], eps=self.norm.eps), grids, self.merge)
+        apart = projector.merge_patches(F.layer_norm(x, x.shape[-1:], eps=self.norm.eps), grids, self.merge)
         return self.mlp(apart * self.norm.weight + self.norm.bias)
 
-    patch.setattr(keye_vl.Projector, "forward", forward)
+    patch.setattr(projector.Projector, "forward", forward)
 
 
 @caught_by(PREVIEW + "image.image_projected")
 def squares_merged_column_by_column(patch) -> None:
-    true = keye_vl.merge_patches
+    true = projector.merge_patches
 
     def merge(x: Tensor, grids, size: int) -> Tensor:
         return true(x, grids, size).view(-1, size, size, x.shape[-1]).transpose(1, 2).reshape(-1, size * size * x.shape[-1])
 
-    patch.setattr(keye_vl, "merge_patches", merge)
+    patch.setattr(projector, "merge_patches", merge)
 
 
 @caught_by(PREVIEW + "image.image_projected")
 def four_patches_of_a_row_merged(patch) -> None:
-    patch.setattr(keye_vl, "merge_patches", lambda x, grids, size: x.reshape(-1, size * size * x.shape[-1]))
+    patch.setattr(projector, "merge_patches", lambda x, grids, size: x.reshape(-1, size * size * x.shape[-1]))
 
 
 # ---- decoder

@@ -11,7 +11,7 @@ import pytest
 from parity import preprocessing
 from parity.planting import Mistakes
 
-from mirada.media import grid, prepare, sample, slowfast, video
+from mirada.media import grid, sample, slowfast, video
 from mirada.media.rule import KEYE_15, KEYE_PREVIEW, MediaRule
 from mirada.prompt.expand import Expander
 
@@ -43,12 +43,12 @@ def size_above_the_bound_rounded_to_the_nearest(patch) -> None:
 
 @caught_by(IMAGES + "37x61")
 def patches_read_by_columns(patch) -> None:
-    def patchify(frames: np.ndarray, size: int) -> np.ndarray:
+    def patchify(frames: np.ndarray, size: int, span: int, square: int) -> np.ndarray:
         t, high, wide, c = frames.shape
         cut = frames.reshape(t, high // size, size, wide // size, size, c).transpose(0, 3, 1, 5, 2, 4)
         return np.ascontiguousarray(cut).reshape(-1, c, size, size)
 
-    patch.setattr(prepare, "patchify", patchify)
+    patch.setattr(grid, "patchify", patchify)
 
 
 @caught_by(IMAGES + "37x61")
