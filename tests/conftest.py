@@ -20,7 +20,6 @@ BUDGET = {  # seconds on two idle cores; together about six minutes
     "synth": 15,
     "train": 40,
     "recipes": 20,
-    "recipes": 30,
     "cli": 25,
     "compat": 20,
 }
