@@ -19,7 +19,7 @@ BUDGET = {  # seconds on two idle cores; together about six minutes
     "parity": 50,
     "synth": 15,
     "train": 40,
-    "recipes": 20,
+    "recipes": 30,
     "cli": 25,
     "compat": 20,
 }
