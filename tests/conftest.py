@@ -14,6 +14,7 @@ BUDGET = {  # seconds on two idle cores; together about six minutes
     "media": 60,
     "prompt": 30,
     "layers": 20,
+    "adapt": 10,
     "models": 40,
     "engine": 50,
     "parity": 50,
