@@ -58,6 +58,8 @@ def sources(layout: Layout, scheme: Scheme | None, stored: Mapping[str, Stored])
             continue
         for other, field in fields.items():
             _check_field(name, other, field, stored.get(other))
+        if name in stored and name not in fields:
+            raise TensorError(f"tensor {name!r} is stored plain and packed", "remove the one that does not belong")
         bias = f"{module_of(name)}.bias"
         extra = bias if bias in stored and bias not in wanted else None
         made[name] = Source(name, shape, rule, index, fields, extra)

@@ -175,7 +175,8 @@ def test_only_the_blocks_of_the_language_model_are_covered() -> None:
             assert scheme.covers(name, (8, 8)), (config["quant_method"], name)
         for name in (
             "visual.blocks.0.attn.qkv.weight", "vision_tower.encoder.layers.0.wqkv.weight", "model.embed_tokens.weight",
-            "lm_head.weight", "mlp_AR.linear_1.weight", "model.visual.layers.0.x.weight", "model.layers.0.self_attn.q_proj.bias",
+            "lm_head.weight", "mlp_AR.linear_1.weight", "model.visual.layers.0.x.weight",
+            "model.layers.0.self_attn.q_proj.bias",
         ):  # fmt: skip
             assert not scheme.covers(name, (8, 8)), (config["quant_method"], name)
         assert not scheme.covers("model.layers.0.input_layernorm.weight", (8,))
