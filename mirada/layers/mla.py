@@ -17,11 +17,16 @@ from mirada.layers.attention import attend_packed
 from mirada.layers.batch import Batch
 from mirada.layers.cache import attend_one
 from mirada.layers.latent_cache import LatentCache
+from mirada.layers.linear import Linear
 from mirada.layers.norm import RMSNorm
 from mirada.layers.rope import Rotation, pairs_to_halves, rotate
 
 LATENT_EPS = 1e-6
 """The released code builds both latent norms with the default of its class, whatever ``rms_norm_eps`` says."""
+
+
+SCORES = 1 << 24
+"""Scores that the absorbed form holds at once, 64 MB; a few new tokens on a long past and many heads would take gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +58,15 @@ class MLA(nn.Module):
         self.sizes, self.scale, self.index = sizes, scale, index
         s = sizes
         if s.q_rank is None:
-            self.q = nn.Linear(s.dim, s.heads * s.key, bias=False)
+            self.q = Linear(s.dim, s.heads * s.key)
         else:
-            self.q_a = nn.Linear(s.dim, s.q_rank, bias=False)
+            self.q_a = Linear(s.dim, s.q_rank)
             self.q_norm = RMSNorm(s.q_rank, LATENT_EPS)
-            self.q_b = nn.Linear(s.q_rank, s.heads * s.key, bias=False)
-        self.kv_a = nn.Linear(s.dim, s.kv_rank + s.rope, bias=False)
+            self.q_b = Linear(s.q_rank, s.heads * s.key)
+        self.kv_a = Linear(s.dim, s.kv_rank + s.rope)
         self.kv_norm = RMSNorm(s.kv_rank, LATENT_EPS)
-        self.kv_b = nn.Linear(s.kv_rank, s.heads * (s.nope + s.value), bias=False)
-        self.out = nn.Linear(s.heads * s.value, s.dim, bias=False)
+        self.kv_b = Linear(s.kv_rank, s.heads * (s.nope + s.value))
+        self.out = Linear(s.heads * s.value, s.dim)
 
     def forward(self, x: Tensor, turn: Rotation, batch: Batch, cache: LatentCache | None = None) -> Tensor:
         """[T, D] -> [T, D]. With a cache, the rows of the new tokens are kept there."""
@@ -143,7 +148,15 @@ class MLA(nn.Module):
 
 def attend_latents(q: Tensor, rows: Tensor, rank: int, scale: float) -> Tensor:
     """Causal attention of the last n tokens: q [n, H, W], rows [S, W] as keys, their first ``rank`` channels as values
-    -> [n, H, rank]."""
+    -> [n, H, rank]. At most ``SCORES`` scores are held at once (or those of one token)."""
+    n, heads, _ = q.shape
+    step = max(1, SCORES // (heads * len(rows)))
+    pieces = [_attend_latents(part, rows[: len(rows) - max(n - step * (i + 1), 0)], rank, scale)
+              for i, part in enumerate(q.split(step))]  # fmt: skip
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _attend_latents(q: Tensor, rows: Tensor, rank: int, scale: float) -> Tensor:
     n, heads, _ = q.shape
     scores = (q.to(rows.dtype).flatten(0, 1) @ rows.T).view(n, heads, -1).float() * scale
     if n > 1:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mirada.layers.linear import linear
 from mirada.layers.mlp import GatedMLP
 
 
@@ -82,18 +83,34 @@ class Experts(nn.Module):
 
         Tokens are sorted by expert, so that each expert is one matrix product over all its tokens.
         """
-        top_k = chosen.shape[1]
         order = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=len(self.down)).tolist()
-        tokens = order // top_k
-        pieces: list[Tensor] = []
-        for expert, part in enumerate(x[tokens].split(counts)):
-            if len(part):
-                gate, up = F.linear(part, self.gate_up[expert]).chunk(2, -1)
-                pieces.append(F.linear(F.silu(gate) * up, self.down[expert]))
+        tokens, shares = order // chosen.shape[1], weights.flatten()[order].to(x.dtype)[:, None]
+        counts = torch.bincount(chosen.flatten(), minlength=len(self.down))
+        if x.device.type == "cuda" and x.dtype == torch.bfloat16:
+            return self._grouped(x, tokens, shares, order, counts)
+        return self._one_by_one(x, tokens, shares, counts.tolist())
+
+    def _one_by_one(self, x: Tensor, tokens: Tensor, shares: Tensor, counts: list[int]) -> Tensor:
+        """``tokens`` and ``shares`` [T * k], sorted by expert, of which expert e takes ``counts[e]``."""
+        made = torch.zeros_like(x)
+        start = 0
+        for expert, count in enumerate(counts):
+            if count:
+                rows = tokens[start : start + count]
+                gate, up = linear(x[rows], self.gate_up[expert]).chunk(2, -1)
+                out = linear(F.silu(gate) * up, self.down[expert])
+                # No token comes twice to one expert, so each row is added to once: the order of the sum is fixed.
+                made.index_add_(0, rows, out * shares[start : start + count])
+                start += count
+        return made
+
+    def _grouped(self, x: Tensor, tokens: Tensor, shares: Tensor, order: Tensor, counts: Tensor) -> Tensor:
+        """The same in two products for all experts together, and no word to the host."""
+        ends = counts.cumsum(0).to(torch.int32)
+        gate, up = F.grouped_mm(x[tokens], self.gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
+        out = F.grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends) * shares
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        made = torch.cat(pieces)[back].view(len(x), top_k, -1)
-        return torch.einsum("tkd,tk->td", made, weights.to(made.dtype))
+        return out[back].view(len(x), -1, x.shape[1]).sum(1)
 
 
 class MoE(nn.Module):
