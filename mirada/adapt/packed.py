@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mirada.layers.linear import linear
 
 TILE_BYTES = 2 << 20
 """Float32 bytes of a tile: it stays in the cache between being made and being multiplied."""
@@ -120,7 +121,7 @@ class PackedRows(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[.., C] -> [.., R] in x's type."""
         packed = self.packed
-        return torch.cat([F.linear(x, packed.widen(a, b).to(x.dtype)) for a, b in packed.tiles()], -1)
+        return torch.cat([linear(x, packed.widen(a, b).to(x.dtype)) for a, b in packed.tiles()], -1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedRows:
         """Moves between devices; scales and float8 values keep their type, as they are part of what is stored."""

@@ -215,7 +215,9 @@ BROKEN: dict[str, tuple[str, Spoil, str]] = {
     "plain beside scales": (
         "fp8", lambda t: t.update({f"{Q}.weight": torch.ones(64, 64)}), "q_proj.weight' is stored as F32, expected F8_E4M3",
     ),
-    "packed twice": ("awq", lambda t: t.update({f"{Q}.weight": torch.ones(64, 64)}), f"'{Q}.weight' is stored plain and packed"),
+    "packed twice": (
+        "awq", lambda t: t.update({f"{Q}.weight": torch.ones(64, 64)}), f"'{Q}.weight' is stored plain and packed"
+    ),
     "packed head": (
         "gptq 4", lambda t: t.update({"lm_head.qweight": torch.ones(8, 298).int()}), "'lm_head.qweight' packs a matrix that",
     ),
