@@ -41,6 +41,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """torch's, without a bias, through ``linear``."""
 
+    stays_float: bool = False
+    """Its weight is read by another module, so a quantised checkpoint is widened into it, never held packed."""
+
     def __init__(self, columns: int, rows: int) -> None:
         super().__init__(columns, rows, bias=False)
 
