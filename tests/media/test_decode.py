@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import av
 import clips
@@ -88,6 +90,47 @@ def test_seeking_gives_what_a_sequential_decode_gives(how: str) -> None:
         seeking = VideoFile(io.BytesIO(data), "some", LIMITS, seek_gap=4)
         for index, frame in zip(chosen, seeking.read(chosen), strict=True):
             assert np.array_equal(frame, frames[index]), (chosen, index)
+
+
+def test_every_frame_of_an_intra_refreshed_file_can_be_read_alone() -> None:
+    # Its packets say "key frame" where only a stripe is fresh: a decode from there shows rubbish for a second.
+    ground = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)  # it never changes, so only stripes renew it
+    pictures = [np.concatenate([clips.numbered(i)[:16], ground[16:]]) for i in range(96)]
+    data = clips.encode(pictures, codec_options=SEEKS["intra refresh"]["codec_options"])
+    frames = list(VideoFile(io.BytesIO(data), "all", LIMITS, seek_gap=None).read(range(96)))
+    for index in range(24, 96, 6):
+        reader = VideoFile(io.BytesIO(data), "one", LIMITS, seek_gap=4)
+        assert np.array_equal(next(reader.read([index])), frames[index]), index
+
+
+def remuxed(data: bytes, change: Callable[[list[Any]], list[Any]]) -> bytes:
+    """The packets of a file, after ``change``, in a new Matroska file."""
+    buffer = io.BytesIO()
+    with av.open(io.BytesIO(data)) as source, av.open(buffer, "w", format="matroska") as target:
+        copied = target.add_stream_from_template(source.streams.video[0])
+        for packet in change([packet for packet in source.demux(video=0) if packet.size]):
+            packet.stream = copied
+            target.mux(packet)
+    return buffer.getvalue()
+
+
+def test_a_file_that_starts_between_key_frames_is_read_from_its_first_one() -> None:
+    whole = clips.encode(20, **FORMS["webm"] | {"codec_options": {"g": "8", "deadline": "realtime", "cpu-used": "8"}})
+    assert numbers(remuxed(whole, lambda packets: packets[3:])) == list(range(8, 20))
+
+
+def test_a_file_that_calls_every_frame_a_key_frame_is_not_trusted() -> None:
+    def lie(packets: list[Any]) -> list[Any]:
+        for packet in packets:
+            packet.is_keyframe = True
+        return packets
+
+    data = remuxed(clips.encode(40, form="matroska", codec="msmpeg4", codec_options={"g": "40"}), lie)
+    frames = list(VideoFile(io.BytesIO(data), "all", LIMITS, seek_gap=None).read(range(40)))
+    reader = VideoFile(io.BytesIO(data), "some", LIMITS, seek_gap=4)
+    assert len(reader._probe.keys) == 40
+    for index, frame in zip([20, 30], reader.read([20, 30]), strict=True):
+        assert np.array_equal(frame, frames[index]), index
 
 
 def test_seeking_decodes_less() -> None:

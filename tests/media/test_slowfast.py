@@ -10,13 +10,15 @@ from pathlib import Path
 import clips
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mirada.media.fetch import FetchLimits
 from mirada.media.frames import FrameList
 from mirada.media.grid import normalise
 from mirada.media.rule import KEYE_15
 from mirada.media.sample import slowfast_nframes
-from mirada.media.slowfast import Typist, compared_size, frame_sizes, look, similarity
+from mirada.media.slowfast import Typist, _slow_tokens, compared_size, frame_sizes, look, similarity
 from mirada.media.video import prepare_video
 from mirada.types import Video
 
@@ -60,6 +62,16 @@ def test_budget_row(row: list) -> None:
     settings = {{"video_total_pixels": "total_pixels"}.get(key, key): value for key, value in ele.items()}
     slow, fast = frame_sizes((height, width), (num_slow, num_fast), Video(None, **settings), KEYE_15)
     assert [*slow, *fast] == sizes
+
+
+@settings(max_examples=100, deadline=None)
+@given(num_slow=st.integers(0, 300), num_fast=st.integers(0, 300), total=st.integers(48 * 784, 65536 * 784))
+def test_the_search_ends_at_the_first_size_over_the_budget(num_slow: int, num_fast: int, total: int) -> None:
+    def over(tokens: int) -> bool:
+        return (num_slow * tokens + num_fast * max(int(0.3 * tokens), 48)) * 784 > total
+
+    found = _slow_tokens(num_slow, num_fast, 48 * 784, Video(None, total_pixels=total), KEYE_15)
+    assert found == next((tokens for tokens in range(48, 768) if over(tokens)), 768)
 
 
 @pytest.mark.parametrize("row", TABLES["smart_nframes_1.5.2"], ids=str)
