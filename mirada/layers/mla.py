@@ -66,6 +66,7 @@ class MLA(nn.Module):
         self.kv_a = Linear(s.dim, s.kv_rank + s.rope)
         self.kv_norm = RMSNorm(s.kv_rank, LATENT_EPS)
         self.kv_b = Linear(s.kv_rank, s.heads * (s.nope + s.value))
+        self.kv_b.stays_float = True  # the absorbed form reads its weight: it is never held packed
         self.out = Linear(s.heads * s.value, s.dim)
 
     def forward(self, x: Tensor, turn: Rotation, batch: Batch, cache: LatentCache | None = None) -> Tensor:
@@ -151,8 +152,10 @@ def attend_latents(q: Tensor, rows: Tensor, rank: int, scale: float) -> Tensor:
     -> [n, H, rank]. At most ``SCORES`` scores are held at once (or those of one token)."""
     n, heads, _ = q.shape
     step = max(1, SCORES // (heads * len(rows)))
-    pieces = [_attend_latents(part, rows[: len(rows) - max(n - step * (i + 1), 0)], rank, scale)
-              for i, part in enumerate(q.split(step))]  # fmt: skip
+    pieces: list[Tensor] = []
+    for part in q.split(step):
+        n -= len(part)
+        pieces.append(_attend_latents(part, rows[: len(rows) - n], rank, scale))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 

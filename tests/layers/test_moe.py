@@ -1,0 +1,186 @@
+"""The router against a plain loop, and experts against one token at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mirada.layers.linear import Linear, linear
+from mirada.layers.moe import Experts, MoE, Router, Routing
+
+ROUTINGS = (
+    Routing(8, 3, scale=2.446),
+    Routing(16, 4, groups=4, kept=2, scale=2.5),
+    Routing(12, 2, groups=6, kept=1, normalise=False),
+    Routing(6, 6),
+)
+
+
+def router(routing: Routing, seed: int, dim: int = 10) -> Router:
+    random = torch.Generator().manual_seed(seed)
+    made = Router(dim, routing)
+    with torch.no_grad():
+        made.weight.copy_(torch.randn(made.weight.shape, generator=random))
+        # Wide and mostly negative: what lies outside the kept groups must lose to any of these.
+        made.bias.copy_(torch.randn(routing.experts, generator=random) - 1.5)
+    return made
+
+
+def plainly(module: Router, token: torch.Tensor) -> dict[int, float]:
+    """Expert -> weight of one token, step by step."""
+    r = module.routing
+    scores = [torch.sigmoid(token.double() @ w.double()).item() for w in module.weight]
+    biased = [s + b for s, b in zip(scores, module.bias.tolist(), strict=True)]
+    size = r.experts // r.groups
+    members = [range(g * size, (g + 1) * size) for g in range(r.groups)]
+    ranked = sorted(range(r.groups), key=lambda g: -sum(sorted((biased[e] for e in members[g]), reverse=True)[:2]))
+    within = [e for g in ranked[: r.kept] for e in members[g]]
+    best = sorted(within, key=lambda e: -biased[e])[: r.top_k]
+    total = sum(scores[e] for e in best) if r.normalise else 1.0
+    return {e: scores[e] / total * r.scale for e in best}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("routing", ROUTINGS)
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=15, deadline=None)
+def test_choices_and_weights_equal_the_plain_rule(routing: Routing, seed: int) -> None:
+    module = router(routing, seed)
+    x = torch.randn(6, 10, generator=torch.Generator().manual_seed(seed + 1))
+    chosen, weights = module(x)
+    assert weights.dtype == torch.float32
+    for token, experts, shares in zip(x, chosen.tolist(), weights.tolist(), strict=True):
+        wanted = plainly(module, token)
+        assert sorted(experts) == sorted(wanted)
+        for expert, share in zip(experts, shares, strict=True):
+            assert share == pytest.approx(wanted[expert], rel=1e-5)
+
+
+def test_the_bias_chooses_and_never_weighs() -> None:
+    module = router(Routing(8, 2), 0)
+    x = torch.randn(5, 10, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        module.bias.fill_(0.0)[4] = 50.0
+    chosen, weights = module(x)
+    assert (chosen == 4).any(1).all()
+    assert torch.allclose(weights.sum(1), torch.ones(5))
+    weights[:, 0].sum().backward()
+    assert module.weight.grad is not None and module.bias.grad is None and not module.bias.requires_grad
+
+
+@pytest.mark.parametrize("narrow", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.to(torch.bfloat16)])
+def test_a_router_is_never_narrowed(narrow) -> None:
+    block = MoE(10, 6, 1, Routing(8, 2))
+    weight = block.router.weight.detach().clone()
+    narrow(block)
+    assert block.experts.down.dtype.itemsize == 2
+    assert block.router.weight.dtype == block.router.bias.dtype == torch.float32
+    assert torch.equal(block.router.weight, weight)
+    assert block(torch.randn(3, 10).to(block.experts.down.dtype)).dtype == block.experts.down.dtype
+    assert block.double().router.weight.dtype == torch.float64
+
+
+def test_a_router_moves_with_its_model() -> None:
+    with torch.device("meta"):
+        block = MoE(10, 6, 1, Routing(8, 2)).bfloat16()
+    assert block.router.weight.dtype == torch.float32
+    block.to_empty(device="cpu")
+    assert block.router.weight.device.type == "cpu" and block.router.weight.dtype == torch.float32
+
+
+def drawn(seed: int, tokens: int, experts: int, top_k: int, dim: int = 12, inner: int = 5):
+    random = torch.Generator().manual_seed(seed)
+    module = Experts(experts, dim, inner)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=random) / p.shape[-1] ** 0.5)
+    x = torch.randn(tokens, dim, generator=random)
+    chosen = torch.stack([torch.randperm(experts, generator=random)[:top_k] for _ in range(tokens)])
+    return module, x, chosen, torch.rand(tokens, top_k, generator=random)
+
+
+def one_at_a_time(module: Experts, x, chosen, weights) -> torch.Tensor:
+    rows = []
+    for token, experts, shares in zip(x, chosen.tolist(), weights, strict=True):
+        row = torch.zeros_like(token)
+        for expert, share in zip(experts, shares, strict=True):
+            gate, up = (module.gate_up[expert] @ token).chunk(2)
+            row = row + share * (module.down[expert] @ (F.silu(gate) * up))
+        rows.append(row)
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+@given(seed=st.integers(0, 10**6), tokens=st.integers(1, 40), experts=st.integers(1, 9))
+@settings(max_examples=25, deadline=None)
+def test_experts_equal_one_token_at_a_time(seed: int, tokens: int, experts: int) -> None:
+    given_ = drawn(seed, tokens, experts, min(experts, 1 + seed % 4))
+    torch.testing.assert_close(given_[0](*given_[1:]), one_at_a_time(*given_), atol=2e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_company_changes_nothing() -> None:
+    module, x, chosen, weights = drawn(1, 33, 6, 3, dim=64, inner=48)
+    whole = module(x, chosen, weights)
+    for i in range(33):
+        one = slice(i, i + 1)
+        torch.testing.assert_close(module(x[one], chosen[one], weights[one])[0], whole[i], atol=2e-6, rtol=1e-5)
+
+
+def grouped(module: Experts, x, chosen, weights) -> torch.Tensor:
+    """The form for GPUs, whose kernels torch also has on a CPU."""
+    order = chosen.flatten().argsort(stable=True)
+    shares = weights.flatten()[order].to(x.dtype)[:, None]
+    counts = torch.bincount(chosen.flatten(), minlength=len(module.down))
+    return module._grouped(x, order // chosen.shape[1], shares, order, counts)
+
+
+@pytest.mark.parametrize("form", [lambda m, *a: m(*a), grouped])
+def test_gradients_reach_tokens_weights_and_the_experts_that_were_used(form) -> None:
+    module, x, chosen, weights = drawn(7, 9, 8, 2, dim=16, inner=8)
+    chosen = chosen % 4  # experts 4 .. 7 get nobody
+    chosen[:, 1] = (chosen[:, 0] + 1) % 4
+    leaves = [x.requires_grad_(), weights.requires_grad_(), *module.parameters()]
+    seen = torch.randn(9, 16, generator=torch.Generator().manual_seed(0))
+    got = torch.autograd.grad((form(module, x, chosen, weights) * seen).sum(), leaves)
+    wanted = torch.autograd.grad((one_at_a_time(module, x, chosen, weights) * seen).sum(), leaves)
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert all(g.abs().max() > 0 for g in got) and got[2][4:].abs().max() == 0
+
+
+@torch.no_grad()
+def test_the_grouped_form_gives_the_same() -> None:
+    for seed, dtype, near in ((3, torch.float32, 2e-6), (4, torch.bfloat16, 0.05)):
+        module, x, chosen, weights = drawn(seed, 21, 8, 3, dim=32, inner=16)
+        module.to(dtype)
+        got = grouped(module, x.to(dtype), chosen, weights)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.float(), module(x.to(dtype), chosen, weights).float(), atol=near, rtol=near)
+
+
+@torch.no_grad()
+def test_shared_experts_take_every_token_and_may_be_absent() -> None:
+    x = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
+    block = MoE(10, 6, 2, Routing(8, 2))
+    assert block.shared is not None and block.shared.down.weight.shape == (10, 12)
+    torch.testing.assert_close(block(x), block.experts(x, *block.router(x)) + block.shared(x))
+    assert MoE(10, 6, 0, Routing(8, 2)).shared is None
+
+
+# ---- products
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 17])
+def test_products_without_gradients_equal_those_with(rows: int) -> None:
+    random = torch.Generator().manual_seed(rows)
+    x, stack = torch.randn(rows, 24, generator=random), torch.randn(3, 7, 24, generator=random)
+    for left, weight in ((x, stack[1]), (x[:, ::2], stack[0][:, :12]), (x.view(rows, 2, 12), stack[2][:, 12:])):
+        with torch.no_grad():
+            got = linear(left, weight)
+        torch.testing.assert_close(got, F.linear(left, weight), atol=1e-5, rtol=1e-5)
+    layer = Linear(24, 7)
+    assert layer.bias is None and layer(x).requires_grad
