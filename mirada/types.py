@@ -151,6 +151,10 @@ class Span:
     """Side of the square of patches that becomes one token."""
     hash: bytes = b""
     """Content key of the pixels."""
+    flat: bool = False
+    """Its tokens count on one by one like text, instead of by time, row and column."""
+    advance: Literal["block", "plane"] = "block"
+    """Text goes on one past the highest position of the span on any axis, or (plane) on rows and columns alone."""
 
     @property
     def num_tokens(self) -> int:

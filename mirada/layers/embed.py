@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,18 +27,23 @@ class PatchEmbed(nn.Module):
 
 
 class GridPositions(nn.Module):
-    """A side x side table of vectors, resampled bilinearly (half-pixel centres, no antialias) to (h, w); frames share it."""
+    """A table of vectors, resampled (half-pixel centres, no antialias) to the rows and columns of a grid; frames share it.
 
-    def __init__(self, side: int, dim: int) -> None:
+    ``side``: of a square table, held as [side*side, D], or its rows and columns, held as [rows, columns, D].
+    """
+
+    def __init__(self, side: int | tuple[int, int], dim: int, mode: Literal["bilinear", "bicubic"] = "bilinear") -> None:
         super().__init__()
-        self.side = side
-        self.weight = nn.Parameter(torch.empty(side * side, dim).normal_(std=0.02))
+        self.size = (side, side) if isinstance(side, int) else side
+        self.mode = mode
+        shape = (side * side,) if isinstance(side, int) else side
+        self.weight = nn.Parameter(torch.empty(*shape, dim).normal_(std=0.02))
         self._cache: dict[tuple, Tensor] = {}
 
     def resample(self, h: int, w: int) -> Tensor:
         """[h*w, D], row-major, in the table's dtype."""
-        table = self.weight.view(self.side, self.side, -1).permute(2, 0, 1)[None]
-        made = F.interpolate(table.float(), size=(h, w), mode="bilinear", align_corners=False)
+        table = self.weight.view(*self.size, -1).permute(2, 0, 1)[None]
+        made = F.interpolate(table.float(), size=(h, w), mode=self.mode, align_corners=False)
         return made[0].permute(1, 2, 0).reshape(h * w, -1).to(self.weight.dtype)
 
     def forward(self, grids: Sequence[Grid]) -> Tensor:

@@ -35,16 +35,59 @@ class GridRule:
     """The patches that become one token follow one another, instead of row after row over the whole frame."""
     enlarge: bool = True
     """Scale sides below one cell up with their ratio kept (Keye); False: stretch them to one cell (Qwen2-VL)."""
+    border: Literal["stretch", "pad", "crop"] = "stretch"
+    """How sides become whole cells: with a resize to the nearest multiple, or, after one that keeps the ratio, by black pixels
+    to the right and below, or by cutting around the centre to whole patches (Kimi-VL, whose releases pad)."""
+    max_side: int | None = None
+    """Most patches on a side."""
 
     @property
     def factor(self) -> int:
         return self.patch * self.merge
 
     def fit(self, height: int, width: int) -> tuple[int, int]:
-        """The size that the image processor gives a picture: :func:`fit` with this rule's bounds."""
-        return fit(
-            height, width, factor=self.factor, min_pixels=self.min_pixels, max_pixels=self.max_pixels, enlarge=self.enlarge
-        )
+        """The size that the image processor gives a picture: :func:`fit` with this rule's bounds, or ``shrink`` and the
+        border. Raises MediaUnsupported for a picture that cannot be given one."""
+        if self.border == "stretch":
+            return fit(
+                height, width, factor=self.factor, min_pixels=self.min_pixels, max_pixels=self.max_pixels, enlarge=self.enlarge
+            )
+        high, wide = self.shrink(height, width)
+        if self.border == "pad":
+            high, wide = -(-high // self.factor) * self.factor, -(-wide // self.factor) * self.factor
+        else:
+            high, wide = _whole(high, self.patch, self.factor), _whole(wide, self.patch, self.factor)
+        if self.max_side is not None and max(high, wide) // self.patch > self.max_side:
+            raise MediaUnsupported(
+                f"a picture of {width}x{height} pixels has more than {self.max_side} patches of {self.patch} pixels on a side",
+                "crop it to a shorter strip",
+            )
+        return high, wide
+
+    def shrink(self, height: int, width: int) -> tuple[int, int]:
+        """The size to which a picture is resized before its border, ratio kept, fractions cut.
+
+        It changes only where whole patches are more than ``max_pixels`` hold (after the border they may be a few more), or
+        pixels fewer than ``min_pixels`` (Kimi-VL ``image_processing_kimi_vl.py`` rescale, which has no lower bound).
+        """
+        if height < 1 or width < 1:
+            raise MediaUnsupported(f"a picture of {width}x{height} pixels is empty", "give one with at least one pixel a side")
+        count, most = (width // self.patch) * (height // self.patch), max(1, self.max_pixels // self.patch**2)
+        scale = 1.0
+        if count > most:
+            scale = math.sqrt(most / count)
+        elif height * width < self.min_pixels:
+            scale = math.sqrt(self.min_pixels / (height * width))
+        return max(1, int(height * scale)), max(1, int(width * scale))
+
+    def frame(self, picture: np.ndarray, height: int, width: int) -> np.ndarray:
+        """uint8 [H, W, C] of ``shrink``'s size -> [height, width, C]: black pixels to the right and below, or cut around the
+        centre (an odd one to the bottom or right by rounding half to even, as torchvision cuts)."""
+        high, wide = picture.shape[:2]
+        if self.border == "pad":
+            return np.pad(picture, ((0, height - high), (0, width - wide), (0, 0)))
+        top, left = round((high - height) / 2), round((wide - width) / 2)
+        return picture[top : top + height, left : left + width]
 
     def patchify(self, frames: np.ndarray) -> np.ndarray:
         """uint8 [T, H, W, C] -> uint8 [N, C, P, P], or [N, C, f, P, P] where patches span f > 1 frames."""
@@ -80,6 +123,17 @@ class Patches:
     def num_frames(self) -> int:
         """Frames, with those that were repeated to fill a patch."""
         return sum(t for t, _, _ in self.grids) * (self.pixels.shape[2] if self.pixels.ndim == 5 else 1)
+
+
+def _whole(side: int, patch: int, factor: int) -> int:
+    """``side`` cut to whole patches; MediaUnsupported unless they are whole cells too."""
+    made = side // patch * patch
+    if not made or made % factor:
+        raise MediaUnsupported(
+            f"a side of {side} pixels is cut to {made}, which is no multiple of {factor}",
+            "crop or pad the picture, or set pad_input in preprocessor_config.json",
+        )
+    return made
 
 
 def fit(height: int, width: int, *, factor: int, min_pixels: float, max_pixels: float, enlarge: bool = True) -> tuple[int, int]:

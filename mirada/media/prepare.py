@@ -23,7 +23,7 @@ from mirada.media.rule import MediaRule, check_bounds
 from mirada.types import Image, Video
 
 _Sizes = tuple[tuple[int, int], ...]
-"""(height, width) after each resize, in order."""
+"""(height, width) after each resize, in order; the last after the border, where the rule gives one."""
 
 
 def prepare(
@@ -128,7 +128,10 @@ class _Plan:
         if cap is not None:
             high = max(min(high, cap), low)
         last = replace(grid, min_pixels=low, max_pixels=high)
-        stages.append(last.fit(*(stages[-1] if stages else self.size)))
+        size = stages[-1] if stages else self.size
+        if grid.border != "stretch":
+            stages.append(last.shrink(*size))
+        stages.append(last.fit(*size))
         return tuple(stages)
 
     def _first(self, low: int, high: int) -> tuple[int, int]:
@@ -155,12 +158,12 @@ class _Plan:
             if asked != final:
                 return (f"asked for {asked[1]}x{asked[0]}, resized to {final[1]}x{final[0]}: sides are multiples of "
                         f"{self.rule.grid.factor}, and {last}",)  # fmt: skip
-        elif len(sizes) > 1 and sizes[0] != final and (part.max_pixels is not None or part.min_pixels is not None):
+        elif self.rule.first is not None and sizes[0] != final and (part.max_pixels is not None or part.min_pixels is not None):
             return (f"the settings of this picture gave {sizes[0][1]}x{sizes[0][0]}, it became {final[1]}x{final[0]}: {last}",)
         elif part.max_pixels is not None and area > part.max_pixels:
-            return (
-                f"{final[1]}x{final[0]} exceeds max_pixels={part.max_pixels}: no side is cut below {self.rule.grid.factor}",
-            )
+            grid = self.rule.grid
+            why = "no side is cut below" if grid.border == "stretch" else "sides are filled up to multiples of"
+            return (f"{final[1]}x{final[0]} exceeds max_pixels={part.max_pixels}: {why} {grid.factor}",)
         return ()
 
 
@@ -195,6 +198,10 @@ def _load(part: Image | Video, rule: MediaRule, limits: FetchLimits) -> _Loaded 
         raise MediaUnsupported(f"a {type(part).__name__} is neither picture nor video", "wrap it in Image(...) or Video(...)")
     check_item(part, rule.grid)
     if isinstance(part, Video):
+        if rule.video is None:
+            raise MediaUnsupported(
+                "this model takes pictures, no videos", "give frames of the video as pictures: Image(frame), Image(frame), ..."
+            )
         return part
     source = part.source if isinstance(part.source, pil.Image | np.ndarray) else fetch(part.source, limits)
     return _Loaded(replace(part, source=None), source, show(part.source))
@@ -224,10 +231,12 @@ def _prepare_image(
 def _cut(picture: Picture, part: Image, rule: MediaRule, cap: int | None) -> Patches:
     sizes = _sizes(picture, part, rule, cap)
     resized = picture.rgb
-    for high, wide in sizes:
+    bordered = rule.grid.border != "stretch"
+    for high, wide in sizes[:-1] if bordered else sizes:
         resized = resize(resized, high, wide, rule)
-    pixels = rule.grid.patchify(np.asarray(resized)[None])
     high, wide = sizes[-1]
+    frame = np.asarray(resized)
+    pixels = rule.grid.patchify((rule.grid.frame(frame, high, wide) if bordered else frame)[None])
     grids = ((1, high // rule.grid.patch, wide // rule.grid.patch),)
     key = content_key(pixels, "image", grids, rule.grid)
     return Patches("image", pixels, grids, picture.size, key, notes=(*picture.notes, *_Plan(part, rule, picture.size).notes()))

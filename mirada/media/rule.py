@@ -2,7 +2,8 @@
 
 Families build theirs from one of the presets with ``dataclasses.replace`` (the bounds of ``grid`` come from the
 checkpoint's ``preprocessor_config.json``). The numbers of the presets that no checkpoint file holds are those of the
-families' utility packages: ``keye-vl-utils`` 1.0.0 (Preview) and 1.5.2 (Keye-VL-1.5), both on PyPI.
+families' utility packages: ``keye-vl-utils`` 1.0.0 (Preview) and 1.5.2 (Keye-VL-1.5), ``qwen-vl-utils`` 0.0.8 (Qwen2-VL), all
+on PyPI.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class MediaRule:
     """``white``: whatever has transparency is laid on white. ``white_rgba``: only mode RGBA is, the rest lose their
     alpha (keye-vl-utils 1.0.0). ``drop``: alpha is dropped (1.5.2)."""
 
-    video: Literal["uniform", "slowfast"] = "uniform"
+    video: Literal["uniform", "slowfast"] | None = "uniform"
+    """How frames are chosen; ``None``: the family takes no videos."""
     fps: float = 2.0
     """Frames per second to sample when nothing is asked."""
     min_frames: int = 4
@@ -54,6 +56,8 @@ class MediaRule:
     """Number of frames is rounded to a multiple of this."""
     frame_rounding: Literal["down", "nearest"] = "down"
     """``nearest``: as qwen-vl-utils 0.0.8 rounds."""
+    max_pixels_wins: bool = False
+    """What a video asks for as ``max_pixels`` of a frame holds even past its total budget (qwen-vl-utils 0.0.8)."""
     frame_min_pixels: int = 128 * _CELL
     frame_max_pixels: int = 768 * _CELL
     total_pixels: int = 115200 * _CELL
@@ -97,3 +101,30 @@ KEYE_15 = MediaRule(
     total_pixels=65536 * _CELL,
 )
 """Keye-VL-1.5 with keye-vl-utils 1.5.2, but for its dropped alpha."""
+
+KIMI = MediaRule(grid=GridRule(min_pixels=1, max_pixels=4096 * 14 * 14, border="pad", max_side=511), video=None)
+"""Kimi-VL-A3B-Instruct and -Thinking, but for their dropped alpha; Thinking-2506 allows 16384 patches (its
+``preprocessor_config.json`` says so)."""
+
+QWEN2_VL = MediaRule(
+    grid=GridRule(
+        max_pixels=16384 * _CELL,
+        mean=(0.48145466, 0.4578275, 0.40821073),
+        std=(0.26862954, 0.26130258, 0.27577711),
+        frames=2,
+        merged_order=True,
+        enlarge=False,
+    ),
+    first=Stage(),
+    width_first=False,
+    frame_rounding="nearest",
+    max_pixels_wins=True,
+    total_pixels=24576 * _CELL,
+)
+"""Qwen2-VL with qwen-vl-utils 0.0.8, but for its dropped alpha. Later versions changed which frames a model sees; 0.0.8 is the
+package that stood beside Qwen2-VL when it was released. Passes of a resize come in the order of the installed Pillow, so that
+pixels equal those of transformers' processor beside it."""
+
+QWEN2_VL_LATER = replace(QWEN2_VL, frame_rounding="down", max_pixels_wins=False, total_pixels=int(128000 * _CELL * 0.9))
+"""Qwen2-VL with qwen-vl-utils 0.0.11 to 0.0.14: the number of frames is rounded down to whole pairs (90 frames at 25 a second
+give 6, not 8), the budget of a video is larger, and ``max_pixels`` stays within it."""

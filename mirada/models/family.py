@@ -13,7 +13,15 @@ from mirada.table import Table
 
 __all__ = ["FAMILIES", "Family", "Keys", "family_of"]
 
-FAMILIES = Table("model family", {"Keye": "mirada.models.keye_vl:KEYE", "KeyeVL1_5": "mirada.models.keye_vl:KEYE_1_5"})
+FAMILIES = Table(
+    "model family",
+    {
+        "Keye": "mirada.models.keye_vl:KEYE",
+        "KeyeVL1_5": "mirada.models.keye_vl:KEYE_1_5",
+        "qwen2_vl": "mirada.models.qwen2_vl:QWEN2_VL",
+        "kimi_vl": "mirada.models.kimi_vl:KIMI",
+    },
+)
 
 
 class Family(Protocol):

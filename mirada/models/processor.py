@@ -73,3 +73,26 @@ def _triple(keys: Keys, name: str, default: tuple[float, float, float]) -> tuple
     if len(made) != 3:
         raise ConfigError(f"{keys.where}: {name} holds {len(made)} numbers", "one per colour channel: three")
     return made
+
+
+def kimi_media_rule(preset: MediaRule, vision: VisionConfig, file: Mapping[str, Any] | None) -> MediaRule:
+    """``preset`` with what Kimi-VL's ``file`` says; what it does not say is as in the releases, whose files say all.
+
+    ConfigError names a key or value that is not understood or contradicts the model.
+    """
+    keys = Keys({name: value for name, value in (file or {}).items() if value is not None}, FILE)
+    keys.expect("patch_size", vision.patch_size)
+    keys.expect("merge_kernel_size", [vision.spatial_merge_size] * 2)
+    keys.ignore(*_IGNORED, "num_pooled_tokens")
+    patch = vision.patch_size
+    grid = replace(
+        preset.grid,
+        patch=patch,
+        merge=vision.spatial_merge_size,
+        max_pixels=keys.take("in_token_limit", int, preset.grid.max_pixels // patch**2) * patch**2,
+        border="pad" if keys.take("pad_input", bool, True) else "crop",
+        mean=_triple(keys, "image_mean", preset.grid.mean),
+        std=_triple(keys, "image_std", preset.grid.std),
+    )
+    keys.done()
+    return replace(preset, grid=grid)

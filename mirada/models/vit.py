@@ -15,7 +15,7 @@ from mirada.layers.attention import attend_packed
 from mirada.layers.embed import GridPositions, PatchEmbed
 from mirada.layers.mlp import MLP, Gelu
 from mirada.layers.norm import LayerNorm
-from mirada.layers.rope import Rotation, grid_angles, rotate, rotation
+from mirada.layers.rope import Rotation, grid_angles, pairs_to_halves, rotate, rotation
 from mirada.types import Grid
 
 
@@ -63,18 +63,29 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, turn: Rotation, segments: Sequence[int]) -> Tensor:
         qk, v = self.qkv(x).view(len(x), 3 * self.heads, -1).split((2 * self.heads, self.heads), 1)
-        q, k = rotate(qk, turn).split(self.heads, 1)
+        q, k = self.rotate(qk, turn).split(self.heads, 1)
         mixed = attend_packed(q, k, v, segments, causal=False, scale=q.shape[-1] ** -0.5)
         return self.out(mixed.reshape(x.shape))
+
+    def rotate(self, qk: Tensor, turn: Rotation) -> Tensor:
+        """Queries and keys [N, 2 heads, d] turned by their places."""
+        return rotate(qk, turn)
+
+
+class PairedAttention(VisionAttention):
+    """Adjacent channels turn together, instead of channel i with channel i + d/2."""
+
+    def rotate(self, qk: Tensor, turn: Rotation) -> Tensor:
+        return rotate(pairs_to_halves(qk), turn)
 
 
 class VisionLayer(nn.Module):
     """Norm, attention, norm, MLP, each pair around a residual."""
 
-    def __init__(self, config: VisionConfig, gelu: Gelu) -> None:
+    def __init__(self, config: VisionConfig, gelu: Gelu, attention: type[VisionAttention] = VisionAttention) -> None:
         super().__init__()
         self.norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.attention = VisionAttention(config.hidden_size, config.num_attention_heads)
+        self.attention = attention(config.hidden_size, config.num_attention_heads)
         self.norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_size, gelu=gelu)
 

@@ -75,6 +75,9 @@ KEYE_TEMPLATE = (
 )
 """Pictures, videos and text (the released processor's template)."""
 
+QWEN2_VL_TEMPLATE = KEYE_TEMPLATE
+"""Keye-VL took over the prompt of Qwen2-VL, whose own template knows no tools."""
+
 KEYE_TEXT_TEMPLATE = (
     _TOOLS
     + """\
@@ -121,3 +124,32 @@ KEYE_TEXT_TEMPLATE = (
 """
 )
 """Text alone: earlier thoughts are left out of the history (the released tokenizer's template)."""
+
+KIMI_TEMPLATE = """\
+{%- macro write(content) %}
+    {%- for item in ([content] if content is string else content or []) %}
+        {%- if item is string %}
+            {{- item }}
+        {%- elif item.type == "image" or "image" in item or "image_url" in item %}
+            {{- "<|media_start|>image<|media_content|><|media_pad|><|media_end|>" }}
+        {%- elif "text" in item %}
+            {{- item.text }}
+        {%- else %}
+            {{- raise_exception("Kimi-VL takes text and pictures; give frames of a video as pictures") }}
+        {%- endif %}
+    {%- endfor %}
+{%- endmacro %}
+{%- if messages and messages[0].role != "system" %}
+    {{- "<|im_system|>system<|im_middle|>You are a helpful assistant<|im_end|>" }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role not in ("system", "user", "assistant") %}
+        {{- raise_exception("Kimi-VL has no turns of the role " ~ message.role) }}
+    {%- endif %}
+    {{- "<|im_" ~ message.role ~ "|>" ~ message.role ~ "<|im_middle|>" }}
+    {{- write(message.content) }}
+    {{- "<|im_end|>" }}
+{%- endfor %}
+{{- "<|im_assistant|>assistant<|im_middle|>" if add_generation_prompt }}
+"""
+"""Kimi-VL: pictures and text; thoughts of earlier turns stand in their text (SGLang ``conversation.py``, kimi-vl)."""

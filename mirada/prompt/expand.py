@@ -57,7 +57,11 @@ class Expander:
                 "this family takes one grid (1, h, w) per picture and one grid (frames, h, w) per video",
             )
         step = self._step(patches) if patches.kind == "video" else 0.0
-        span = Span(patches.kind, start, patches.grids[0], number, t_step=step, merge=self._format.merge, hash=patches.key)
+        form = self._format
+        span = Span(
+            patches.kind, start, patches.grids[0], number, 0, step, form.merge, patches.key,
+            form.flat_positions, form.video_advance,
+        )  # fmt: skip
         return [pad] * span.num_tokens, [span]
 
     def _check_grid(self, grid: Grid, number: int) -> None:
@@ -69,6 +73,8 @@ class Expander:
             )
 
     def _step(self, patches: Patches) -> float:
+        if self._format.tokens_per_second is None:
+            return 1.0
         # In float32, as the reference computes it: seconds between frames, times position units per second.
         seconds = np.float32(1.0 if patches.fps is None else 1.0 / patches.fps)
         return float(seconds * np.float32(self._format.tokens_per_second))
@@ -95,7 +101,7 @@ class Expander:
             if fast[index]:
                 ids.append(around[0])
             key = hashlib.blake2b(patches.key + index.to_bytes(4, "little"), digest_size=32).digest()
-            spans.append(Span("video", start + len(ids), grid, number, frame=index, merge=form.merge, hash=key))
+            spans.append(Span("video", start + len(ids), grid, number, index, 0.0, form.merge, key, form.flat_positions))
             ids += [pad] * spans[-1].num_tokens
             if fast[index]:
                 ids.append(around[1])

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mirada.prompt.builtin import KEYE_TEMPLATE
+from mirada.prompt.builtin import KEYE_TEMPLATE, KIMI_TEMPLATE, QWEN2_VL_TEMPLATE
 from mirada.types import Thinking
 
 
 @dataclass(frozen=True, slots=True)
 class Tags:
-    """An opening and a closing string, such as ``<think>`` and ``</think>``."""
+    """An opening and a closing string, such as ``<think>`` and ``</think>``; empty where the family has none."""
 
     open: str
     close: str
@@ -35,10 +35,14 @@ class PromptFormat:
     frame: str = "<|frame|>"
     fast_start: str = "<|fast_start|>"
     fast_end: str = "<|fast_end|>"
-    tokens_per_second: float = 2.0
-    """Position units per second of video (joint layout)."""
+    tokens_per_second: float | None = 2.0
+    """Position units per second of video (joint layout). None: one unit from row to row of the grid, whatever the rate."""
+    video_advance: Literal["block", "plane"] = "block"
+    """What text after a video counts on from; see ``types.Span.advance``."""
     merge: int = 2
     """Side of the square of patches that becomes one token."""
+    flat_positions: bool = False
+    """Placeholder tokens count on like text, instead of by time, row and column."""
 
     assistant_start: str = "<|im_start|>assistant\n"
     """What the template writes before an assistant's turn; what follows, up to ``turn_end``, is learnt."""
@@ -71,3 +75,28 @@ class PromptFormat:
 
 KEYE_PREVIEW = PromptFormat()
 KEYE_1_5 = PromptFormat(video_layout="frames")
+QWEN2_VL = PromptFormat(
+    tokens_per_second=None,
+    markup=("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>"),
+    thinking_suffix=(("off", ""), ("auto", "")),
+    template=QWEN2_VL_TEMPLATE,
+)
+"""Qwen2-VL: from one pair of frames to the next is one unit. It does not think before it answers."""
+_NO_TAGS = Tags("", "")
+KIMI = PromptFormat(
+    image_pad="<|media_pad|>",
+    video_pad="",
+    vision_start="<|media_start|>",
+    vision_end="<|media_end|>",
+    flat_positions=True,
+    assistant_start="<|im_assistant|>assistant<|im_middle|>",
+    eos=("<|im_end|>", "[EOS]"),
+    think=Tags("◁think▷", "◁/think▷"),
+    analysis=_NO_TAGS,
+    answer=_NO_TAGS,
+    tool_call=_NO_TAGS,
+    markup=(),
+    thinking_suffix=(("auto", ""),),
+    template=KIMI_TEMPLATE,
+)
+"""Kimi-VL. Its thinking tags are plain text, of several tokens each; whether a release thinks cannot be asked for."""

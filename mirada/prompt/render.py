@@ -145,6 +145,8 @@ class Renderer:
             ]
             return
         tags = self.format.tool_call
+        if not tags.open:
+            raise MessageError("this model's chats hold no tool calls", "leave them out, or use a model that calls tools")
         for function in functions:
             lead = "\n" if parts else ""
             parts.append(f"{lead}{tags.open}\n{call_json(function['name'], function['arguments'])}\n{tags.close}")

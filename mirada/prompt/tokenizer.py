@@ -46,7 +46,8 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer:
-        """Read ``tokenizer.json``, or ``vocab.json`` + ``merges.txt`` + the added tokens of ``tokenizer_config.json``.
+        """Read ``tokenizer.json``, or ``tiktoken.model`` (Kimi), or ``vocab.json`` + ``merges.txt``, and the added tokens of
+        ``tokenizer_config.json``.
 
         Raises CheckpointError naming the file that is missing or broken.
         """

@@ -38,6 +38,10 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
     settings = read_json(directory / "tokenizer_config.json") if (directory / "tokenizer_config.json").exists() else {}
     if (directory / "tokenizer.json").exists():
         spec = read_json(directory / "tokenizer.json")
+    elif (directory / "tiktoken.model").exists():
+        from mirada.prompt import tiktoken_files  # it builds on this module
+
+        spec = tiktoken_files.read(directory, settings)
     else:
         spec = _from_merges(directory)
     _add_tokens(spec, settings, directory)
@@ -62,8 +66,8 @@ def _from_merges(directory: Path) -> dict[str, Any]:
     missing = [name for name in ("vocab.json", "merges.txt") if not (directory / name).exists()]
     if missing:
         raise CheckpointError(
-            f"{directory} has neither tokenizer.json nor {' nor '.join(missing)}",
-            f"copy tokenizer.json (or {' and '.join(missing)}) from the model's release",
+            f"{directory} has neither tokenizer.json nor {' nor '.join(missing)} (nor tiktoken.model)",
+            f"copy tokenizer.json (or {' and '.join(missing)}, or tiktoken.model) from the model's release",
         )
     try:
         lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")

@@ -1,4 +1,4 @@
-"""Every check that a directory of reference outputs allows, by name.
+"""Every check that a directory of reference outputs allows, by name. Its config.json says of which family it is.
 
 A file that no check knows, or that lacks what it needs beside it, is a check that fails; so nothing passes unseen.
 """
@@ -6,44 +6,62 @@ A file that no check knows, or that lacks what it needs beside it, is a check th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
 from parity import preprocessing
+from parity.files import Check, Files
 from parity.golden import Case, cases, load_reference_model
 from parity.released import PREVIEW_8B
 
 from mirada.models.family import FAMILIES
 from mirada.models.load import build
 
-Check = Callable[[], None]
+FAMILY_FILES = {"kimi_vl": "parity.kimi"}
+"""model_type of config.json -> the module whose ``FILES`` know its directories. Those of Keye-VL name their configs apart."""
 
 
 def collect(directory: Path) -> dict[str, Check]:
     """Name -> check for all files of ``directory``."""
     made: dict[str, Check] = {}
+    files = files_of(directory)
     for file in sorted(directory.iterdir()):
-        if file.name in _WITHOUT_CHECKS:
+        if file.name in files.without:
             continue
-        if file.name not in _CHECKS:
-            made[f"{file.name}: unknown"] = partial(_unknown, file)
+        if file.name not in files.checks:
+            made[f"{file.name}: unknown"] = partial(_unknown, files, file)
             continue
-        needed = [directory / name for name in _NEEDS.get(file.name, ())]
+        needed = [directory / name for name in files.needs.get(file.name, ())]
         absent = [path.name for path in needed if not path.exists()]
         if absent:
             made[f"{file.name}: incomplete"] = partial(_incomplete, file, absent)
             continue
-        found = _CHECKS[file.name](file)
+        found = files.checks[file.name](file)
         if set(found) <= {"facts"}:
             found["empty"] = partial(_empty, file)
         made |= {f"{file.name}: {name}": check for name, check in found.items()}
     return made
 
 
-def _unknown(file: Path) -> None:
-    raise AssertionError(f"{file} is not of a known name; known: {', '.join(sorted({*_CHECKS, *_WITHOUT_CHECKS}))}")
+def files_of(directory: Path) -> Files:
+    """The known files of the family that config.json names, or of Keye-VL where there is none."""
+    config = directory / "config.json"
+    if not config.exists():
+        return KEYE_FILES
+    model_type = json.loads(config.read_text()).get("model_type")
+    if model_type not in FAMILY_FILES:
+        return Files({"config.json": lambda file: {"family": partial(_unknown_family, model_type)}})
+    return import_module(FAMILY_FILES[model_type]).FILES
+
+
+def _unknown_family(model_type: object) -> None:
+    raise AssertionError(f"no checks are known for the model_type {model_type!r}; known: {', '.join(FAMILY_FILES)}")
+
+
+def _unknown(files: Files, file: Path) -> None:
+    raise AssertionError(f"{file} is not of a known name; known: {', '.join(sorted({*files.checks, *files.without}))}")
 
 
 def _empty(file: Path) -> None:
@@ -137,7 +155,7 @@ def _check_totals(file: Path) -> None:
     assert ours == totals
 
 
-_CHECKS: dict[str, Callable[[Path], dict[str, Check]]] = {
+_CHECKS = {
     "model_goldens.safetensors": _model_cases,
     "keye15_goldens.safetensors": _model15_cases,
     "model_summary.json": _summary,
@@ -158,3 +176,4 @@ _WITHOUT_CHECKS = {
     "keye15_projector_override.safetensors",
 }  # fmt: skip
 """What other files are checked with."""
+KEYE_FILES = Files(_CHECKS, _NEEDS, frozenset(_WITHOUT_CHECKS))

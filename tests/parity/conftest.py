@@ -7,18 +7,23 @@ from pathlib import Path
 import pytest
 from parity.checks import collect
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "keye_vl"
+GOLDEN = Path(__file__).parents[1] / "golden"
+KEYE, KIMI = GOLDEN / "keye_vl", GOLDEN / "kimi_vl"
+SHIPPED = (KEYE, KIMI)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--golden-dir", type=Path, default=GOLDEN, help="directory of reference outputs to check")
+    parser.addoption("--golden-dir", type=Path, default=None, help="directory of reference outputs to check")
 
 
-def golden_dir(config: pytest.Config) -> Path:
-    return config.getoption("golden_dir", GOLDEN)
+def golden_dirs(config: pytest.Config) -> tuple[Path, ...]:
+    """The directory that was asked for, or those beside the tests."""
+    asked = config.getoption("golden_dir", None)
+    return SHIPPED if asked is None else (asked,)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "check" in metafunc.fixturenames:
-        found = collect(golden_dir(metafunc.config))
+        folders = golden_dirs(metafunc.config)
+        found = {f"{folder.name}/{name}": check for folder in folders for name, check in collect(folder).items()}
         metafunc.parametrize("check", found.values(), ids=list(found))

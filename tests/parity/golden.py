@@ -26,11 +26,17 @@ ATOL = 2e-4
 
 
 def load_reference_model(config: Path, *weights: Path) -> KeyeVL:
+    """As ``load_model_files``, of a Keye-VL."""
+    model = load_model_files(config, *weights)
+    assert isinstance(model, KeyeVL)
+    return model
+
+
+def load_model_files(config: Path, *weights: Path) -> Any:
     """The model of the family that ``config`` names; tensors of later files replace those of earlier ones."""
     model = build(json.loads(config.read_text()))
     stored = {name: tensor for file in weights for name, tensor in read_all([file]).items()}
     load_weights(model, FAMILIES[model.config.model_type].layout(model.config), stored)
-    assert isinstance(model, KeyeVL)
     return model.eval()
 
 

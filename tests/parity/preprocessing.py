@@ -17,6 +17,7 @@ from typing import Any
 
 import clips
 import numpy as np
+from parity.files import Check, all_of
 from parity.released import PREVIEW_8B
 from tiny import FRAMES, MARKUP, SPECIAL, write_tokenizer
 
@@ -39,17 +40,9 @@ from mirada.prompt.tokenizer import Tokenizer
 from mirada.records.wire import messages_from_openai
 from mirada.types import Image, Message, Video
 
-Check = Callable[[], None]
-
 
 def sha(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-
-
-def all_of(facts: dict, known: Iterable[str], where: str) -> None:
-    """No recorded fact goes unseen."""
-    extra = set(facts) - set(known)
-    assert not extra, f"{where} holds facts that no check knows: {sorted(extra)}"
 
 
 def outcome(call: Callable[[], Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from parity.checks import collect
-from parity.conftest import golden_dir
+from parity.conftest import golden_dirs
 
 
 def test_recorded(check) -> None:
@@ -11,5 +11,5 @@ def test_recorded(check) -> None:
 
 
 def test_there_is_something_to_check(pytestconfig) -> None:
-    directory = golden_dir(pytestconfig)
-    assert collect(directory), f"{directory} holds nothing that could be checked"
+    for directory in golden_dirs(pytestconfig):
+        assert collect(directory), f"{directory} holds nothing that could be checked"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from parity.checks import collect
-from parity.conftest import GOLDEN
+from parity.conftest import KEYE as GOLDEN
 from parity.golden import Case, load_reference_model
 from safetensors.torch import load_file, save_file
 from tiny import randomise, tiny_config
