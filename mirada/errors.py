@@ -17,7 +17,10 @@ MiradaError
 │   └── OutOfMemory                  memory does not suffice
 ├── CheckpointError                  files of a model are missing, broken or do not match their config
 │   ├── ConfigError                  config.json (or a sibling) has a key or value that is not understood
-│   └── TensorError                  a tensor is missing, unexpected or misshapen
+│   ├── TensorError                  a tensor is missing, unexpected or misshapen
+│   └── HubError                     a hub did not deliver a model
+│       ├── HubNotFound              it has no such model or revision, or nothing is cached while offline
+│       └── HubRefused               the token is wrong, or the model is gated or private
 ├── NotAvailable                     an optional dependency, device or later capability is absent
 └── RequestFailed                    a request that was accepted died (cancelled, worker lost)
 
@@ -113,6 +116,18 @@ class ConfigError(CheckpointError):
 
 class TensorError(CheckpointError):
     """A tensor is missing, unexpected or misshapen."""
+
+
+class HubError(CheckpointError):
+    """A hub did not deliver a model: it cannot be reached, broke off, or sent something else."""
+
+
+class HubNotFound(HubError):
+    """The hub has no such model or revision, or nothing of it is cached while offline."""
+
+
+class HubRefused(HubError):
+    """The token is wrong, or the model is gated or private."""
 
 
 class NotAvailable(MiradaError):

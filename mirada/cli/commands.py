@@ -38,7 +38,7 @@ def _version(value: bool) -> None:
 
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_set_debug, is_eager=True)]
-Model = Annotated[str, typer.Option("--model", "-m", help="'mini', which lies inside the package, or a checkpoint's folder.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="'mini', inside the package; a checkpoint's folder; or org/name.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 always takes the likeliest token.")]
 Think = Annotated[
@@ -94,6 +94,24 @@ def chat(
     from mirada.cli.chat import run
 
     run(media or [], model, _sampling(max_tokens, temperature), think, fps, max_pixels, device)
+
+
+@app.command()
+def download(
+    model: Annotated[str, typer.Argument(metavar="ID", help="A model on a hub, as org/name.")],
+    source: Annotated[str, typer.Option("--from", help="hf (Hugging Face) or modelscope.")] = "hf",
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit. Default: main.")] = None,
+    cache_dir: Annotated[str | None, typer.Option("--cache-dir", help="Where models are kept. Default: as usual.")] = None,
+    token: Annotated[
+        str | None, typer.Option("--token", help="Better kept in HF_TOKEN or MODELSCOPE_API_TOKEN: others see this line.")
+    ] = None,
+    endpoint: Annotated[str | None, typer.Option("--endpoint", help="Address of a mirror of the hub.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Fetch a model; what was cut off goes on where it stopped. Prints the directory, for --model."""
+    from mirada.cli.download import run
+
+    run(model, source, revision, cache_dir, token, endpoint)
 
 
 @app.command()

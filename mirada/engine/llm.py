@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mirada import config
 from mirada.engine import inputs
@@ -23,6 +23,9 @@ from mirada.media.rule import MediaRule
 from mirada.prompt.render import Tools
 from mirada.types import Chat, Delta, Output, Prompt, Sampling, Thinking
 
+if TYPE_CHECKING:
+    from mirada.hub import HubOptions
+
 SamplingLike = Sampling | Mapping[str, Any] | None
 """Settings of one request; a mapping is checked key by key."""
 
@@ -30,7 +33,8 @@ SamplingLike = Sampling | Mapping[str, Any] | None
 class VLM:
     """A vision-language model, ready to answer. Implements ``types.Client``; safe to use from several threads.
 
-    ``model`` is the directory of a checkpoint, or ``"mini"``, the model inside the package. ``device``: cpu, cuda, mps
+    ``model`` is the directory of a checkpoint, ``"mini"``, the model inside the package, or ``"org/name"`` on a hub, fetched
+    once (``hub``: source, revision, token, offline, cache_dir, endpoint). ``device``: cpu, cuda, mps
     (default: a GPU if there is one). ``dtype``: float32, bfloat16, float16 (default: float32 on a CPU, else as stored).
     ``min_pixels`` / ``max_pixels`` bound the resized area of every picture. ``widen``: matrices of a quantised checkpoint take
     ``dtype`` on load (faster, larger) instead of staying packed. ``limits`` say what may be fetched, and from where.
@@ -46,9 +50,10 @@ class VLM:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         widen: bool = False,
+        hub: HubOptions | Mapping[str, Any] | None = None,
         limits: FetchLimits | None = None,
     ) -> None:
-        self._set_up(load(model, device, dtype, min_pixels, max_pixels, widen), limits)
+        self._set_up(load(model, device, dtype, min_pixels, max_pixels, widen, hub), limits)
 
     @classmethod
     def from_parts(

@@ -51,14 +51,15 @@ def load(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     widen: bool = False,
+    hub: Any = None,
 ) -> Parts:
-    """Read the checkpoint ``name``: a directory, or the name of a model inside the package (``mini``).
+    """Read the checkpoint ``name``: a directory, a model inside the package (``mini``), or org/name on a hub.
 
     ``widen``: packed (quantised) matrices take ``dtype`` on load, for speed, instead of staying packed.
 
     Raises CheckpointError, NotAvailable (device), SettingsError, or OutOfMemory before any weight is read.
     """
-    directory = find(name)
+    directory = find(name, hub)
     place = pick_device(device)
     mapping = read_json(directory / "config.json")
     kind = pick_dtype(dtype, place, mapping)
@@ -91,18 +92,24 @@ def assemble(model: Any, renderer: Renderer, rule: MediaRule | None = None, eos:
     )
 
 
-def find(name: str | Path) -> Path:
-    """The directory of a model. Raises CheckpointError listing the models inside the package."""
+def find(name: str | Path, hub: Any = None) -> Path:
+    """The directory of a model; one on a hub is fetched if need be (``hub``: ``mirada.hub.HubOptions`` or a mapping of them).
+
+    Raises CheckpointError listing the models inside the package, HubError and its kinds.
+    """
     path = Path(name)
     inside = ASSETS / path
     if isinstance(name, str) and path.name == name and (inside / "config.json").is_file() and not path.is_dir():
         return inside
-    if not path.is_dir():
-        known = [folder.parent.name for folder in ASSETS.glob("*/config.json")]
-        raise CheckpointError(
-            f"there is no model {str(name)!r}", f"give the directory of a checkpoint; {nearest(str(name), known)}"
-        )
-    return path
+    if path.is_dir():
+        return path
+    from mirada.hub.resolve import is_id, resolve_with  # brings an HTTP client
+
+    if is_id(name):
+        return resolve_with(name, hub)
+    known = [folder.parent.name for folder in ASSETS.glob("*/config.json")]
+    fix = f"give the directory of a checkpoint, or org/name on a hub; {nearest(str(name), known)}"
+    raise CheckpointError(f"there is no model {str(name)!r}", fix)
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
@@ -139,10 +146,12 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device, config: di
 
 def check_weights(directory: Path, dtype: torch.dtype, device: torch.device, widen: bool = False) -> None:
     """Raise OutOfMemory unless the weights in ``dtype`` fit, counted from the headers of their files."""
-    mapping, stored = read_json(directory / "config.json"), shards.read_all(shards.find(directory))
+    mapping = read_json(directory / "config.json")
     scheme, family = adapt.read(mapping, str(directory / "config.json")), family_of(mapping)
     wide = widen or (scheme is not None and scheme.widens)
-    needed = resident_bytes(family.layout(family.config(mapping)), stored, scheme, dtype, wide)
+    layout = family.layout(family.config(mapping))
+    stored = layout.released(shards.read_all(shards.find(directory)))
+    needed = resident_bytes(layout, stored, scheme, dtype, wide)
     smaller = "use dtype='bfloat16', " if dtype.itemsize > 2 else "use "
     memory.require(
         needed, memory.available(device), f"model {directory.name!r} in {str(dtype).removeprefix('torch.')}",
