@@ -15,6 +15,7 @@ BUDGET = {  # seconds on two idle cores; together about six minutes
     "prompt": 30,
     "layers": 20,
     "adapt": 10,
+    "hub": 20,
     "models": 40,
     "engine": 50,
     "parity": 50,
