@@ -78,6 +78,14 @@ class VLM:
         self._requests = Requests(parts, self.limits)
         self._scheduler = Scheduler(Runner(parts.model, cache, parts.rule.grid, parts.eos))
 
+    @property
+    def recommended_sampling(self) -> Sampling | None:
+        """How the release advises to sample (its generation_config.json, else its card); None if it says nothing.
+
+        Nothing uses it unasked: replies are greedy until ``generate(chats, vlm.recommended_sampling)`` says otherwise.
+        """
+        return self.parts.advised
+
     def ask(
         self,
         *media_and_question: Any,

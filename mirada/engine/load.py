@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from mirada.models import shards
 from mirada.models.family import family_of
 from mirada.models.load import load_model, read_json
 from mirada.models.quantised import resident_bytes
+from mirada.models.releases import advised
 from mirada.prompt.render import Renderer
 from mirada.table import nearest
+from mirada.types import Sampling
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 DTYPES = {
@@ -42,6 +44,8 @@ class Parts:
     context: int
     """Most tokens of prompt and answer together."""
     cache_spec: dict[str, Any]
+    advised: Sampling | None = None
+    """How the release advises to sample; None: it says nothing."""
 
 
 def load(
@@ -69,12 +73,15 @@ def load(
     config: Any = model.config
     preprocessor = directory / "preprocessor_config.json"
     rule: MediaRule = family.media_rule(config, read_json(preprocessor) if preprocessor.exists() else None)
-    return assemble(
+    file = directory / "generation_config.json"
+    generation = read_json(file) if file.exists() else {}
+    parts = assemble(
         model,
         Renderer.from_directory(directory, family.prompt_format(config)),
         rule.bounded(min_pixels, max_pixels) if min_pixels or max_pixels else rule,
-        eos=_eos(directory),
+        eos=_eos(generation),
     )
+    return replace(parts, advised=advised([name, directory.resolve()], generation, str(file)))
 
 
 def assemble(model: Any, renderer: Renderer, rule: MediaRule | None = None, eos: Iterable[int] = ()) -> Parts:
@@ -159,7 +166,6 @@ def check_weights(directory: Path, dtype: torch.dtype, device: torch.device, wid
     )  # fmt: skip
 
 
-def _eos(directory: Path) -> tuple[int, ...]:
-    file = directory / "generation_config.json"
-    found = read_json(file).get("eos_token_id") if file.exists() else None
+def _eos(generation: Mapping[str, Any]) -> tuple[int, ...]:
+    found = generation.get("eos_token_id")
     return () if found is None else (found,) if isinstance(found, int) else tuple(found)
