@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mirada.layers.attention import attend_packed
+from mirada.layers.attention import DEFAULT, attend_packed
 from mirada.layers.batch import Batch
 from mirada.layers.cache import attend_one
 from mirada.layers.latent_cache import LatentCache
@@ -53,6 +53,9 @@ class MLA(nn.Module):
     the space of the latents and the result out of it, so the cache is read as it is: one key of W for all heads.
     """
 
+    attention_kind: str = DEFAULT
+    """Of the expanded form, see ``layers.attention.KINDS``; the absorbed one always computes its softmax as written."""
+
     def __init__(self, sizes: LatentSizes, scale: float, index: int) -> None:
         super().__init__()
         self.sizes, self.scale, self.index = sizes, scale, index
@@ -74,7 +77,9 @@ class MLA(nn.Module):
         q, rows = self.queries(x, turn), self.rows(x, turn)
         if cache is None:
             k, v = self.expand(rows)
-            mixed = attend_packed(q, k, self._as_wide(v), batch.lengths, causal=True, scale=self.scale)
+            mixed = attend_packed(
+                q, k, self._as_wide(v), batch.lengths, causal=True, scale=self.scale, kind=self.attention_kind
+            )
             return self.out(mixed[..., : self.sizes.value].flatten(1))
         so_far = cache.extend(self.index, rows, batch)
         return self.out(self._attend(q, so_far, batch.lengths).flatten(1))
@@ -109,7 +114,7 @@ class MLA(nn.Module):
     def attend_expanded(self, q: Tensor, rows: Tensor) -> Tensor:
         """The last n tokens of one sequence: q [n, H, nope + rope], rows [S, W] -> [n, H, value]."""
         k, v = (side.transpose(0, 1) for side in self.expand(rows.to(q.dtype)))
-        return attend_one(q, k, self._as_wide(v), self.scale)[..., : self.sizes.value]
+        return attend_one(q, k, self._as_wide(v), self.scale, self.attention_kind)[..., : self.sizes.value]
 
     def attend_absorbed(self, q: Tensor, rows: Tensor) -> Tensor:
         """As ``attend_expanded``."""

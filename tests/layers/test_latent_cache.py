@@ -60,5 +60,5 @@ def test_slots_are_opened_once_and_unknown_kinds_are_named() -> None:
     cache.allocate(0)
     with pytest.raises(ValueError, match="slot 0"):
         cache.allocate(0)
-    with pytest.raises(UnknownName, match="cache 'latnt' is unknown.*'latent'"):
+    with pytest.raises(UnknownName, match=r"cache 'latnt' is unknown.*'latent'"):
         make_cache({"kind": "latnt"}, torch.float32, "cpu")

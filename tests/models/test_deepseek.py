@@ -57,11 +57,14 @@ SMALL: dict[str, Any] = KIMI | {
 WITH_YARN = YARN | {"factor": 8.0, "original_max_position_embeddings": 64, "mscale": 0.8, "mscale_all_dim": 0.6}
 CONFIGS = {
     "plain": SMALL | {"routed_scaling_factor": 1.7},
-    "q_lora, 4 groups": SMALL
-    | {"q_lora_rank": 20, "n_group": 4, "topk_group": 2, "n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 4},
-    "yarn, 2 groups, wide values": SMALL
-    | {"rope_scaling": WITH_YARN, "rope_theta": 10000.0, "n_group": 2, "num_hidden_layers": 4, "v_head_dim": 20,
-       "first_k_dense_replace": 2, "q_lora_rank": 12, "norm_topk_prob": False},
+    "q_lora, 4 groups": SMALL | {
+        "q_lora_rank": 20, "n_group": 4, "topk_group": 2, "n_routed_experts": 16, "n_shared_experts": 1,
+        "num_experts_per_tok": 4,
+    },
+    "yarn, 2 groups, wide values": SMALL | {
+        "rope_scaling": WITH_YARN, "rope_theta": 10000.0, "n_group": 2, "num_hidden_layers": 4, "v_head_dim": 20,
+        "first_k_dense_replace": 2, "q_lora_rank": 12, "norm_topk_prob": False,
+    },
 }  # fmt: skip
 
 
