@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from mirada.layers.attention import DEFAULT, KINDS
 from mirada.table import Table
 
 if TYPE_CHECKING:
@@ -35,8 +35,11 @@ def make_cache(spec: Mapping[str, Any], dtype: torch.dtype, device: torch.device
 class KVCache(Protocol):
     """Hides how keys and values are laid out (pages, slabs) from the layers that use them."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
-        """Keep the new k, v [T, K, d] of each sequence, then attend causally over past and new: q [T, H, d] -> [T, H, d]."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float, kind: str = DEFAULT) -> Tensor:
+        """Keep the new k, v [T, K, d] of each sequence, then attend causally over past and new: q [T, H, d] -> [T, H, d].
+
+        ``kind``: see ``layers.attention.KINDS``.
+        """
         ...
 
 
@@ -120,19 +123,19 @@ class SlabCache(Slabs):
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float, kind: str = DEFAULT) -> Tensor:
         """See KVCache. Each sequence is attended by itself, so its result cannot depend on its batch mates."""
         out: list[Tensor] = []
         start = 0
         for length, past, slot in zip(batch.lengths, batch.past, batch.slots, strict=True):
             new = slice(start, start + length)
             keys, values = self.write(layer, slot, past, k[new], v[new])
-            out.append(attend_one(q[new], keys, values, scale))
+            out.append(attend_one(q[new], keys, values, scale, kind))
             start += length
         return out[0] if len(out) == 1 else torch.cat(out)
 
 
-def attend_one(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+def attend_one(q: Tensor, keys: Tensor, values: Tensor, scale: float, kind: str = DEFAULT) -> Tensor:
     """Causal attention of the last n tokens of one sequence: q [n, H, d], keys and values [K, S, d] -> [n, H, d].
 
     The heads that share a key-value head become query rows when they are few (decode: every key is then read once), and
@@ -144,12 +147,8 @@ def attend_one(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     q = q.to(keys.dtype)
     if n == 1:
         rows = q.view(1, num_kv_heads, group, width)
-        return F.scaled_dot_product_attention(rows, keys[None], values[None], scale=scale).view(1, num_heads, width)
+        return KINDS[kind](rows, keys[None], values[None], False, scale).view(1, num_heads, width)
     by_group = q.view(n, num_kv_heads, group, width).permute(2, 1, 0, 3)
     shape = (group, num_kv_heads, total, width)
-    # Rows are the last n of the total, so without a past the plain triangle of is_causal holds and no mask is made.
-    mask = None if n == total else torch.ones(n, total, dtype=torch.bool, device=q.device).tril(total - n)
-    out = F.scaled_dot_product_attention(
-        by_group, keys.expand(shape), values.expand(shape), attn_mask=mask, is_causal=mask is None, scale=scale
-    )
+    out = KINDS[kind](by_group, keys.expand(shape), values.expand(shape), True, scale)
     return out.permute(2, 1, 0, 3).reshape(n, num_heads, width)

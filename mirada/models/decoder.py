@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mirada.errors import ConfigError
 from mirada.keys import Keys
-from mirada.layers.attention import attend_packed
+from mirada.layers.attention import DEFAULT, attend_packed
 from mirada.layers.batch import Batch
 from mirada.layers.cache import KVCache
 from mirada.layers.mlp import GatedMLP
@@ -57,6 +57,8 @@ class Context:
 class DecoderAttention(nn.Module):
     """Causal grouped-query attention; ``qkv`` holds the rows of q, then k, then v."""
 
+    attention_kind: str = DEFAULT
+
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
         self.index = index
@@ -76,9 +78,9 @@ class DecoderAttention(nn.Module):
             qk = norm_heads(qk, self.q_norm, self.k_norm, self.heads)
         q, k = rotate(qk, ctx.turn).split((self.heads, self.kv_heads), 1)
         if ctx.cache is None:
-            mixed = attend_packed(q, k, v, ctx.batch.lengths, causal=True, scale=self.scale)
+            mixed = attend_packed(q, k, v, ctx.batch.lengths, causal=True, scale=self.scale, kind=self.attention_kind)
         else:
-            mixed = ctx.cache.attend(self.index, q, k, v, ctx.batch, self.scale)
+            mixed = ctx.cache.attend(self.index, q, k, v, ctx.batch, self.scale, self.attention_kind)
         return self.out(mixed.flatten(1))
 
 

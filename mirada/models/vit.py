@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from mirada.errors import ConfigError
-from mirada.layers.attention import attend_packed
+from mirada.layers.attention import DEFAULT, attend_packed
 from mirada.layers.embed import GridPositions, PatchEmbed
 from mirada.layers.mlp import MLP, Gelu
 from mirada.layers.norm import LayerNorm
@@ -55,6 +55,8 @@ def check_heads(config: VisionConfig, where: str) -> None:
 class VisionAttention(nn.Module):
     """Bidirectional attention inside each segment; ``qkv`` holds the rows of q, then k, then v."""
 
+    attention_kind: str = DEFAULT
+
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -64,7 +66,7 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, turn: Rotation, segments: Sequence[int]) -> Tensor:
         qk, v = self.qkv(x).view(len(x), 3 * self.heads, -1).split((2 * self.heads, self.heads), 1)
         q, k = self.rotate(qk, turn).split(self.heads, 1)
-        mixed = attend_packed(q, k, v, segments, causal=False, scale=q.shape[-1] ** -0.5)
+        mixed = attend_packed(q, k, v, segments, causal=False, scale=q.shape[-1] ** -0.5, kind=self.attention_kind)
         return self.out(mixed.reshape(x.shape))
 
     def rotate(self, qk: Tensor, turn: Rotation) -> Tensor:

@@ -256,7 +256,7 @@ def text_rope_pairs_neighbouring_channels(patch) -> None:
 @caught_by(PREVIEW + "text.text_layer0")
 def decoder_sees_the_future(patch) -> None:
     true = decoder.attend_packed
-    patch.setattr(decoder, "attend_packed", lambda *args, causal, scale: true(*args, causal=False, scale=scale))
+    patch.setattr(decoder, "attend_packed", lambda *args, causal, **kw: true(*args, causal=False, **kw))
 
 
 @caught_by(PREVIEW + "left_padded_batch.logits")
