@@ -86,7 +86,8 @@ class Experts(nn.Module):
         order = chosen.flatten().argsort(stable=True)
         tokens, shares = order // chosen.shape[1], weights.flatten()[order].to(x.dtype)[:, None]
         counts = torch.bincount(chosen.flatten(), minlength=len(self.down))
-        if x.device.type == "cuda" and x.dtype == torch.bfloat16:
+        # Experts that are held packed (adapt.packed.PackedStack) stand in place of the parameters; they come one at a time.
+        if x.device.type == "cuda" and x.dtype == torch.bfloat16 and isinstance(self.gate_up, Tensor):
             return self._grouped(x, tokens, shares, order, counts)
         return self._one_by_one(x, tokens, shares, counts.tolist())
 

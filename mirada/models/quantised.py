@@ -194,10 +194,12 @@ def is_packed(model: nn.Module) -> bool:
 def resident_bytes(
     layout: Layout, stored: Mapping[str, Stored], scheme: Scheme | None, dtype: torch.dtype, widen: bool = False
 ) -> int:
-    """Bytes of the weights once loaded, plain ones in ``dtype``, packed ones as stored (with ``widen``: in ``dtype`` too)."""
-    packed = sources(layout, scheme, stored)
-    hidden = {other for source in packed.values() for other in source.tensors}
-    plain = sum(math.prod(s.shape) for name, s in stored.items() if name not in hidden) * dtype.itemsize
+    """Bytes of the weights once loaded: plain ones in ``dtype``, packed ones as stored (with ``widen``: in ``dtype`` too).
+
+    The few matrices that another module reads, and that are widened all the same, are counted as stored.
+    """
+    packed, wanted = sources(layout, scheme, stored), layout.stored()
+    plain = sum(math.prod(s.shape) for name, s in stored.items() if name in wanted and name not in packed) * dtype.itemsize
     return plain + sum(_held(source, stored, dtype, widen) for source in packed.values())
 
 
