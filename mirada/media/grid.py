@@ -199,6 +199,24 @@ def normalise(pixels: np.ndarray, rule: GridRule) -> np.ndarray:
     return (table[pixels] - mean) / std
 
 
+def denormalise(values: np.ndarray, rule: GridRule, tolerance: float = 1e-4) -> np.ndarray:
+    """The uint8 patches that :func:`normalise` made float ``values`` [N, C, ...] of.
+
+    Raises MediaUnsupported if a value is further than ``tolerance`` from that of every byte: it is no picture's.
+    """
+    channels = (-1, *[1] * (values.ndim - 2))
+    mean = np.asarray(rule.mean, np.float32).reshape(channels)
+    std = np.asarray(rule.std, np.float32).reshape(channels)
+    scaled = np.nan_to_num((values.astype(np.float32) * std + mean) * 255)
+    made = np.rint(scaled).clip(0, 255).astype(np.uint8)
+    if not (np.abs(normalise(made, rule) - values) <= tolerance).all():  # also for NaN
+        raise MediaUnsupported(
+            "the pixel values are not those of pictures of 8 bits a channel",
+            "give what the processor of this model made, unchanged but for its type",
+        )
+    return made
+
+
 def content_key(pixels: np.ndarray, *facts: object) -> bytes:
     """256-bit hash of pixels and whatever else decides their features."""
     digest = hashlib.blake2b(repr((pixels.shape, facts)).encode(), digest_size=32)

@@ -18,6 +18,7 @@ from mirada.media.grid import Patches
 from mirada.prompt.expand import Expander
 from mirada.prompt.format import PromptFormat
 from mirada.prompt.marks import Marks, parse_arguments
+from mirada.prompt.rendered import Rendered
 from mirada.prompt.template import Template
 from mirada.prompt.tokenizer import Tokenizer
 from mirada.table import nearest
@@ -76,10 +77,34 @@ class Renderer:
         add_vision_id: bool = False,
         add_generation_prompt: bool = True,
         tools: Tools | None = None,
-    ) -> str:
-        """The rendered chat as text, one placeholder per picture or video. For reading; only ``render`` is safe to encode."""
+    ) -> Rendered:
+        """The rendered chat as text, one placeholder per picture or video: to read, or to give to ``encode``."""
         text, marks = self._run(messages, thinking, add_vision_id, add_generation_prompt, tools)
-        return marks.show(text)
+        return Rendered(text, marks)
+
+    def encode(self, text: str, images: Iterator[Patches], videos: Iterator[Patches]) -> Prompt:
+        """Rendered text -> Prompt, without ``learn``; the next picture or video is taken for each placeholder.
+
+        As safe as ``render`` for what ``text`` returned. Every control string in a plain ``str`` becomes its token. Raises
+        MessageError for a placeholder without media.
+        """
+        disarmed, show = (text.disarmed, text.marks.show) if isinstance(text, Rendered) else (text, str)
+        made = _Build([])
+        for piece, token in self.tokenizer.split(disarmed):
+            kind = None if token is None else self._expander.kinds.get(token)
+            if kind is not None:
+                number = len(made.patches)
+                patches = next(images if kind == "image" else videos, None)
+                if patches is None:
+                    raise MessageError(
+                        f"the text has a placeholder ({piece}) for {kind} {number + 1}, and none is left",
+                        f"give one of the {kind}s for each placeholder, in order",
+                    )
+                made.patches.append(patches)
+                made.media(kind, self._expander)
+            else:
+                made.tokens += self.tokenizer.encode(show(piece)) if token is None else (token,)
+        return Prompt(tuple(made.tokens), tuple(made.spans))
 
     def _run(
         self, messages: Chat, thinking: Thinking, add_vision_id: bool, add_generation_prompt: bool, tools: Tools | None
