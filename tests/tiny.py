@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tiny_deepseek import KIMI_CONTROL, KIMI_FILE, keye_moe_config, kimi_config, write_tiktoken
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mirada.layers.batch import Batch, MediaBatch
+from mirada.models.family import FAMILIES
 from mirada.models.load import build, save_model
 from mirada.models.positions import positions
-from mirada.prompt.builtin import KEYE_TEMPLATE
+from mirada.prompt.builtin import KEYE_TEMPLATE, KIMI_TEMPLATE, QWEN2_VL_TEMPLATE
 from mirada.types import Grid, Prompt, Span
 
 SPECIAL = (
@@ -32,47 +35,98 @@ MERGES = ("t h", "i n", "a n", "e r", "th e", "Ġ a", "Ġ the", "o n", "r e", "\
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def make_tiny_keye(directory: str | Path, model_type: str = "KeyeVL1_5", seed: int = 0, **changes: Any) -> Path:
+@dataclass(frozen=True)
+class Tiny:
+    """What a tiny checkpoint of one model type is made of."""
+
+    config: Callable[[str, dict[str, int]], dict[str, Any]]
+    control: tuple[str, ...]
+    preprocessor: dict[str, Any]
+    template: str
+    ends: tuple[str, ...] = ("<|im_end|>", "<|endoftext|>")
+    write: Callable[[Path, Sequence[str]], dict[str, int]] | None = None
+    """Writes another vocabulary than ``write_tokenizer`` does."""
+
+
+def make_tiny(directory: str | Path, model_type: str, seed: int = 0, **changes: Any) -> Path:
     """A whole checkpoint: config, weights, tokenizer, template, preprocessor. ``changes`` replace keys of config.json."""
-    directory = Path(directory)
+    directory, tiny = Path(directory), TINY[model_type]
     directory.mkdir(parents=True, exist_ok=True)
-    control = SPECIAL + MARKUP + (FRAMES if model_type == "KeyeVL1_5" else ())
-    ids = write_tokenizer(directory, control)
+    ids = (tiny.write or write_tokenizer)(directory, tiny.control)
     model = build(tiny_config(model_type, ids) | changes)
     randomise(model, seed)
     save_model(model, directory)
-    preprocessor = {
-        "min_pixels": 3136, "max_pixels": 100352, "patch_size": 14, "temporal_patch_size": 1, "merge_size": 2,
-        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "processor_class": "KeyeProcessor",
-    }  # fmt: skip
     generation = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95,
-                  "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]], "pad_token_id": ids["<|endoftext|>"]}  # fmt: skip
-    (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2))
+                  "eos_token_id": [ids[end] for end in tiny.ends], "pad_token_id": ids[tiny.ends[-1]]}  # fmt: skip
+    (directory / "preprocessor_config.json").write_text(json.dumps(tiny.preprocessor, indent=2))
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2))
-    (directory / "chat_template.json").write_text(json.dumps({"chat_template": KEYE_TEMPLATE}, indent=2))
+    (directory / "chat_template.json").write_text(json.dumps({"chat_template": tiny.template}, indent=2))
     return directory
 
 
+def make_tiny_keye(directory: str | Path, model_type: str = "KeyeVL1_5", seed: int = 0, **changes: Any) -> Path:
+    """``make_tiny`` of a Keye-VL."""
+    return make_tiny(directory, model_type, seed, **changes)
+
+
 def tiny_config(model_type: str, ids: dict[str, int]) -> dict[str, Any]:
-    """config.json in the released flat layout, two layers each."""
-    architecture = {"Keye": "KeyeForConditionalGeneration", "KeyeVL1_5": "KeyeVL1_5ForConditionalGeneration"}[model_type]
-    vision = {
-        "hidden_size": 32, "image_size": 86, "intermediate_size": 72, "model_type": "siglip_vision_model",
-        "num_attention_heads": 2, "num_hidden_layers": 2, "patch_size": 14, "spatial_merge_size": 2,
-        "tokens_per_second": 2, "temporal_patch_size": 2,
-    }  # fmt: skip
+    """config.json in the released layout, two layers each."""
+    return TINY[model_type].config(model_type, ids)
+
+
+def _text(ids: dict[str, int]) -> dict[str, Any]:
+    """What Qwen2 and Qwen3 decoders say alike."""
     return {
-        "architectures": [architecture], "model_type": model_type, "attention_bias": False, "attention_dropout": 0.0,
-        "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"],
+        "attention_dropout": 0.0, "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
         "vision_start_token_id": ids["<|vision_start|>"], "vision_end_token_id": ids["<|vision_end|>"],
         "vision_token_id": ids["<|vision_pad|>"], "image_token_id": ids["<|image_pad|>"],
-        "video_token_id": ids["<|video_pad|>"], "head_dim": 16, "hidden_act": "silu", "hidden_size": 64,
-        "initializer_range": 0.02, "intermediate_size": 160, "max_position_embeddings": 4096, "max_window_layers": 2,
-        "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "sliding_window": None,
-        "tie_word_embeddings": False, "torch_dtype": "float32", "use_cache": True, "use_sliding_window": False,
-        "vision_config": vision, "vocab_size": max(ids.values()) + 1,
+        "video_token_id": ids["<|video_pad|>"], "hidden_act": "silu", "hidden_size": 64, "initializer_range": 0.02,
+        "intermediate_size": 160, "max_position_embeddings": 4096, "max_window_layers": 2, "num_attention_heads": 4,
+        "num_hidden_layers": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1000000,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "sliding_window": None, "tie_word_embeddings": False,
+        "torch_dtype": "float32", "use_cache": True, "use_sliding_window": False, "vocab_size": max(ids.values()) + 1,
     }  # fmt: skip
+
+
+def _qwen2_vl(model_type: str, ids: dict[str, int]) -> dict[str, Any]:
+    vision = {
+        "depth": 2, "embed_dim": 32, "hidden_size": 64, "in_chans": 3, "mlp_ratio": 2, "num_heads": 2, "patch_size": 14,
+        "spatial_merge_size": 2, "spatial_patch_size": 14, "temporal_patch_size": 2,
+    }  # fmt: skip
+    architecture = "Qwen2VLForConditionalGeneration"
+    return _text(ids) | {"architectures": [architecture], "model_type": model_type, "vision_config": vision}
+
+
+_KEYE_VISION = {
+    "hidden_size": 32, "image_size": 86, "intermediate_size": 72, "model_type": "siglip_vision_model",
+    "num_attention_heads": 2, "num_hidden_layers": 2, "patch_size": 14, "spatial_merge_size": 2,
+    "tokens_per_second": 2, "temporal_patch_size": 2,
+}  # fmt: skip
+
+
+def _keye(model_type: str, ids: dict[str, int]) -> dict[str, Any]:
+    architecture = {"Keye": "KeyeForConditionalGeneration", "KeyeVL1_5": "KeyeVL1_5ForConditionalGeneration"}[model_type]
+    return _text(ids) | {
+        "architectures": [architecture], "model_type": model_type, "attention_bias": False, "head_dim": 16,
+        "pad_token_id": ids["<|endoftext|>"], "vision_config": dict(_KEYE_VISION),
+    }  # fmt: skip
+
+
+_HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+_CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+_BOUNDS = {"min_pixels": 3136, "max_pixels": 100352, "patch_size": 14, "merge_size": 2}
+_KEYE_FILE = _BOUNDS | _HALF | {"temporal_patch_size": 1, "processor_class": "KeyeProcessor"}
+_QWEN2_VL_FILE = _BOUNDS | _CLIP | {"temporal_patch_size": 2, "processor_class": "Qwen2VLProcessor"}
+TINY = {
+    "Keye": Tiny(_keye, SPECIAL + MARKUP, _KEYE_FILE, KEYE_TEMPLATE),
+    "KeyeVL1_5": Tiny(_keye, SPECIAL + MARKUP + FRAMES, _KEYE_FILE, KEYE_TEMPLATE),
+    "KeyeVLMoe": Tiny(
+        lambda kind, ids: keye_moe_config(kind, ids, dict(_KEYE_VISION)), SPECIAL + MARKUP + FRAMES, _KEYE_FILE, KEYE_TEMPLATE
+    ),
+    "kimi_vl": Tiny(kimi_config, KIMI_CONTROL, KIMI_FILE, KIMI_TEMPLATE, ("<|im_end|>", "[EOS]"), write_tiktoken),
+    "qwen2_vl": Tiny(_qwen2_vl, SPECIAL + MARKUP[:6], _QWEN2_VL_FILE, QWEN2_VL_TEMPLATE),
+}
+"""Model type -> its parts; tests of properties run over all of them."""
 
 
 def write_tokenizer(directory: Path, control: Sequence[str]) -> dict[str, int]:
@@ -127,28 +181,44 @@ def pack(prompts: Sequence[Prompt]) -> Batch:
     )
 
 
-def media_batch(grids: Sequence[Grid], random: torch.Generator) -> MediaBatch:
-    """Noise for every patch of ``grids``."""
+def media_batch(grids: Sequence[Grid], random: torch.Generator, frames: int = 1) -> MediaBatch:
+    """Noise for every patch of ``grids``, each through ``frames`` frames."""
     count = sum(t * h * w for t, h, w in grids)
-    return MediaBatch(torch.randn(count, 3, 14, 14, generator=random), tuple(grids), ("image",) * len(grids))
+    depth = (frames,) if frames > 1 else ()
+    return MediaBatch(torch.randn(count, 3, *depth, 14, 14, generator=random), tuple(grids), ("image",) * len(grids))
 
 
-def random_prompt(random: np.random.Generator, pads: tuple[int, int], frames_apart: bool) -> tuple[Prompt, tuple[Grid, ...]]:
-    """A prompt of text, pictures and videos in any order, and its grids. ``pads``: ids of the image and the video token."""
+def frames_spelt(config: Any) -> bool:
+    """Whether prompts of a model give every frame of a video a span of its own."""
+    return FAMILIES[config.model_type].prompt_format(config).video_layout == "frames"
+
+
+def flat(config: Any) -> bool:
+    """Whether tokens of pictures count on like text."""
+    return FAMILIES[config.model_type].prompt_format(config).flat_positions
+
+
+def random_prompt(
+    random: np.random.Generator, pads: tuple[int, int | None], frames_apart: bool, flat: bool = False
+) -> tuple[Prompt, tuple[Grid, ...]]:
+    """A prompt of text, pictures and videos in any order, and its grids. ``pads``: ids of the image and the video token
+    (None: no videos)."""
     tokens: list[int] = []
     spans: list[Span] = []
     grids: list[Grid] = []
     for media in range(random.integers(0, 4)):
         tokens += random.integers(0, 250, random.integers(1, 8)).tolist()
-        kind = "video" if random.random() < 0.4 else "image"
+        kind = "video" if pads[1] is not None and random.random() < 0.4 else "image"
         t = int(random.integers(2, 5)) if kind == "video" else 1
         grid = (t, 2 * int(random.integers(1, 5)), 2 * int(random.integers(1, 5)))
         grids.append(grid)
         cut = [(1, *grid[1:])] * t if frames_apart and kind == "video" else [grid]
         for frame, piece in enumerate(cut):
             step = 0.0 if frames_apart else float(random.choice([0.4, 1.0, 1.3, 2.0]))
-            spans.append(Span(kind, len(tokens), piece, media, frame, step))
-            tokens += [pads[kind == "video"]] * spans[-1].num_tokens
+            spans.append(Span(kind, len(tokens), piece, media, frame, step, flat=flat))
+            pad = pads[kind == "video"]
+            assert pad is not None
+            tokens += [pad] * spans[-1].num_tokens
             if frames_apart:
                 tokens += random.integers(0, 250, 2).tolist()
     tokens += random.integers(0, 250, random.integers(1, 12)).tolist()

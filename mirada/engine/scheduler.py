@@ -90,7 +90,7 @@ class Scheduler:
             sequence = self._waiting[0]
             lasting, passing = footprint(self._runner, sequence)
             promised = sum(s.bytes_reserved for s in self._running) - self._runner.cache.bytes_held
-            free = memory.available(self._runner.device) - promised - sum(footprint(self._runner, s)[1] for s in fresh)
+            free = self._runner.free(promised + lasting) - promised - sum(footprint(self._runner, s)[1] for s in fresh)
             try:
                 memory.require(lasting + passing, free, _describe(sequence), KNOBS)
             except OutOfMemory as error:
@@ -147,9 +147,9 @@ def footprint(runner: Runner, sequence: Sequence) -> tuple[int, int]:
     passing = num_tokens * wide * size + 3 * 4 * text.vocab_size
     if sequence.media:
         num_patches = sum(len(patches.pixels) for patches in sequence.media)
-        pixel = vision.num_channels * vision.patch_size**2
+        pixels = sum(patches.pixels.size for patches in sequence.media)
         features = sum(span.num_tokens for span in sequence.prompt.spans) * text.hidden_size * size
-        passing += num_patches * (8 * pixel + size * (8 * vision.hidden_size + 2 * vision.intermediate_size)) + features
+        passing += 8 * pixels + num_patches * size * (8 * vision.hidden_size + 2 * vision.intermediate_size) + features
     return lasting, passing
 
 

@@ -179,6 +179,7 @@ class Sequence:
             finish = "length"
         if finish is not None:
             pieces = pieces + self.reply.close()
+            finish = "stop" if self.reply.stopped else finish  # what was held back may complete a stop string
             finish = "tool_calls" if finish == "stop" and self.reply.has_calls else finish
         joined = join(pieces)
         logprobs = () if logprob is None else (logprob,)

@@ -89,7 +89,8 @@ def video_budget(num_frames: int, height: int, width: int, part: Video, rule: Me
         low = rule.frame_min_pixels if part.min_pixels is None else part.min_pixels
         total = rule.total_pixels if part.total_pixels is None else part.total_pixels
         high = max(min(rule.frame_max_pixels, total / num_frames * rule.frame_multiple), int(low * 1.05))
-        high = high if part.max_pixels is None else min(part.max_pixels, high)
+        if part.max_pixels is not None:
+            high = part.max_pixels if rule.max_pixels_wins else min(part.max_pixels, high)
         if part.min_pixels is None and high < low:
             # The reference enlarges small frames past a max_pixels below its own least size; here what was asked wins.
             low = min(high, rule.grid.min_pixels)

@@ -11,13 +11,14 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import Tensor
 
 from mirada.errors import TensorError
 
 Shape = tuple[int, ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,19 @@ class Layout:
 
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
+    prefixes: tuple[tuple[str, str], ...] = ()
+    """(prefix that other software saves under, the released one); the first that a name begins with is replaced."""
+
+    def released(self, stored: Mapping[str, T]) -> dict[str, T]:
+        """``stored`` under released names. TensorError if two tensors come to one name."""
+        made: dict[str, T] = {}
+        for name, found in stored.items():
+            prefix, other = next((pair for pair in self.prefixes if name.startswith(pair[0])), ("", ""))
+            known = other + name.removeprefix(prefix)
+            if known in made:
+                raise TensorError(f"the checkpoint holds {known!r} twice, once as {name!r}", "keep the tensors of one save")
+            made[known] = found
+        return made
 
     def stored(self) -> dict[str, tuple[Rule, int, Shape]]:
         """Stored name -> its rule, its index there, its shape."""

@@ -28,6 +28,8 @@ from mirada.models.layout import Layout
 from mirada.models.shards import Mapped, Stored
 
 MAX_SHARD_BYTES = 5 << 30
+Place = Callable[[str], torch.device]
+"""The device of a parameter, by its name."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -44,9 +46,15 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def load_model(
-    directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", *, widen: bool = False
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    widen: bool = False,
+    place: Place | None = None,
 ) -> nn.Module:
-    """The model of ``directory`` with its weights in ``dtype`` (None: float32 on a CPU, bfloat16 elsewhere) on ``device``.
+    """The model of ``directory`` with its weights in ``dtype`` (None: float32 on a CPU, bfloat16 elsewhere) on ``device``,
+    or each parameter where ``place`` says.
 
     Matrices that the checkpoint packs stay packed and are widened tile by tile as they are used; with ``widen`` they take
     ``dtype`` on load: faster, but as large as if they had never been packed. Raises CheckpointError and its kinds, each naming
@@ -59,10 +67,12 @@ def load_model(
     mapping = read_json(where)
     scheme, family = adapt.read(mapping, str(where)), family_of(mapping, str(where))
     config = family.config(mapping)
-    layout, stored = family.layout(config), shards.read_all(shards.find(directory))
+    layout = family.layout(config)
+    stored = layout.released(shards.read_all(shards.find(directory)))
     packed = quantised.check(layout, stored, scheme)  # first: a checkpoint that does not fit must not cost its size
     keep = scheme is not None and not widen and not scheme.widens
-    model = build(mapping, dtype, device, str(where), (lambda model: quantised.replace(model, packed)) if keep else None)
+    change = (lambda model: quantised.replace(model, packed)) if keep else None
+    model = build(mapping, dtype, device, str(where), change, place)
     load_weights(model, layout, stored, scheme)
     if scheme is None or scheme.widens or keep:
         model.config_text = where.read_text(encoding="utf-8")  # pyright: ignore[reportArgumentType]
@@ -78,10 +88,11 @@ def build(
     device: torch.device | str = "cpu",
     where: str = "config.json",
     change: Callable[[nn.Module], None] | None = None,
+    place: Place | None = None,
 ) -> nn.Module:
     """The modules that a config describes, on ``device``, their weights not yet set. On ``meta`` nothing is allocated.
 
-    ``change`` may put other modules in their places before memory is taken.
+    ``change`` may put other modules in their places before memory is taken; ``place`` may give parameters devices of their own.
     """
     family: Family = family_of(mapping, where)
     config = family.config(mapping)
@@ -93,19 +104,19 @@ def build(
     if change is not None:
         change(model)
     if device.type != "meta":
-        _allocate(model, device)
+        _allocate(model, place or (lambda _: device))
         model.tie_weights()  # pyright: ignore[reportCallIssue]
     model.config_text = json.dumps(mapping, indent=2) + "\n"  # pyright: ignore[reportArgumentType]
     return model
 
 
-def _allocate(model: nn.Module, device: torch.device) -> None:
+def _allocate(model: nn.Module, place: Place) -> None:
     """``Module.to_empty`` of a model on meta, without the symbolic shapes (half a second, 30 MB) that torch imports for it."""
-    for module in model.modules():
+    for path, module in model.named_modules():
         for tensors in (module._parameters, module._buffers):
             for name, held in tensors.items():
                 if held is not None:
-                    made = torch.empty(held.shape, dtype=held.dtype, device=device)
+                    made = torch.empty(held.shape, dtype=held.dtype, device=place(f"{path}.{name}"))
                     kept = nn.Parameter(made, held.requires_grad) if isinstance(held, nn.Parameter) else made
                     tensors[name] = kept  # pyright: ignore[reportArgumentType]
 
@@ -126,6 +137,7 @@ class _Blank(TorchFunctionMode):
 @torch.no_grad()
 def load_weights(model: nn.Module, layout: Layout, stored: Mapping[str, Stored], scheme: Scheme | None = None) -> None:
     """Fills every parameter from ``stored``. Raises TensorError before anything is written if the names do not fit."""
+    stored = layout.released(stored)
     packed, mapped = quantised.check(layout, stored, scheme), Mapped()
     wanted = layout.stored()
     first = {name: stored[next(iter(packed[name].fields)) if name in packed else name] for name in wanted}

@@ -1,20 +1,21 @@
-"""Engines over tiny random checkpoints of both model types, opened once."""
+"""Engines over tiny random checkpoints of every model type, opened once."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from tiny import make_tiny_keye
+from tiny import TINY, make_tiny
 
 from mirada import VLM
 
-MODEL_TYPES = ("Keye", "KeyeVL1_5")
+MODEL_TYPES = tuple(TINY)
+VIDEO_TYPES = tuple(kind for kind in TINY if kind != "kimi_vl")
 
 
 @pytest.fixture(scope="session")
 def tiny_directories(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    return {kind: make_tiny_keye(folder / kind, kind, seed=7) for kind in MODEL_TYPES}
+    return {kind: make_tiny(folder / kind, kind, seed=7) for kind in MODEL_TYPES}
 
 
 @pytest.fixture(scope="session")

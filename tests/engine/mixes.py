@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from tiny import pack, random_prompt
+from tiny import flat, frames_spelt, pack, random_prompt
 
 from mirada import VLM
 from mirada.engine.vision import encode
@@ -20,14 +20,17 @@ def mix(vlm: VLM, seed: int, count: int) -> list[tuple[Prompt, list[Patches]]]:
     config = vlm.parts.model.config
     random = np.random.default_rng(seed)
     pads = (config.image_token_id, config.video_token_id)
-    return [patched(random, *random_prompt(random, pads, config.frames_apart)) for _ in range(count)]
+    asked = [random_prompt(random, pads, frames_spelt(config), flat(config)) for _ in range(count)]
+    return [patched(random, *one, vlm.parts.rule.grid.frames) for one in asked]
 
 
-def patched(random: np.random.Generator, prompt: Prompt, grids) -> tuple[Prompt, list[Patches]]:
+def patched(random: np.random.Generator, prompt: Prompt, grids, frames: int = 1) -> tuple[Prompt, list[Patches]]:
+    """``prompt`` with noise for its ``grids``, every patch through ``frames`` frames."""
+    depth = (frames,) if frames > 1 else ()
     kinds = {span.media_id: span.kind for span in prompt.spans}
     media = []
     for index, (t, h, w) in enumerate(grids):
-        pixels = random.integers(0, 256, (t * h * w, 3, 14, 14), dtype=np.uint8)
+        pixels = random.integers(0, 256, (t * h * w, 3, *depth, 14, 14), dtype=np.uint8)
         media.append(Patches(kinds[index], pixels, ((t, h, w),), (h * 14, w * 14), bytes(32)))
     return prompt, media
 

@@ -81,13 +81,16 @@ def test_chats_with_real_media_batched_and_alone(vlm):
         return random.integers(0, 256, (*shape, 3), dtype=np.uint8)
 
     video = Video([drawn(56, 84) for _ in range(5)], fps=3.0)
+    if vlm.parts.rule.video is None:
+        video = Image(drawn(56, 84))
     chats = [
         [Message("user", (Image(drawn(70, 40)), Text("one"), video))],
         [Message("user", "no media")],
         [Message("user", (video, Text("two"))), Message("assistant", "yes"), Message("user", (Image(drawn(30, 99)), "three"))],
     ]
     together = vlm.generate(chats, GREEDY)
-    assert [output.usage.num_frames > 0 for output in together] == [True, False, True]
+    assert [output.usage.image_tokens + output.usage.num_frames > 0 for output in together] == [True, False, True]
+    assert (together[0].usage.num_frames > 0) == isinstance(video, Video)
     for chat, output in zip(chats, together, strict=True):
         assert output.error is None
         assert vlm.generate([chat], GREEDY)[0].tokens == output.tokens
@@ -105,7 +108,7 @@ def test_small_passes_change_nothing(vlm, monkeypatch):
     monkeypatch.setattr(runner, "PREFILL_TOKENS", 40)
     same(whole, run(vlm, asked), "whole / small passes")
     assert len(calls) > 1
-    apart = vlm.parts.model.config.frames_apart
+    apart = vlm.parts.model.frames_apart
     for grids in calls:
         patches = [t * h * w for t, h, w in grids]
         most_alone = [h * w if apart else t * h * w for t, h, w in grids]

@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from engine.conftest import VIDEO_TYPES
 from engine.mixes import plain_logits
 from PIL import Image as pil
 
@@ -16,7 +17,15 @@ import mirada
 from mirada import VLM, Delta, Image, Message, Sampling, Text, Video
 from mirada.engine.scheduler import MAX_RUNNING
 from mirada.engine.sequence import fold
-from mirada.errors import ContextOverflow, MediaNotFound, MessageError, MiradaError, RequestFailed, SettingsError
+from mirada.errors import (
+    ContextOverflow,
+    MediaNotFound,
+    MediaUnsupported,
+    MessageError,
+    MiradaError,
+    RequestFailed,
+    SettingsError,
+)
 
 HI = [Message("user", "hi")]
 LONG = Sampling(max_tokens=12, ignore_eos=True)
@@ -66,6 +75,7 @@ def test_ask_takes_media_of_every_kind_and_gives_the_same_answer(vlm, picture, t
     assert isinstance(vlm.ask("no media at all", max_tokens=2), str)
 
 
+@pytest.mark.parametrize("vlm", VIDEO_TYPES, indirect=True)
 def test_ask_passes_settings_on(vlm, picture):
     used = []
     original = type(vlm._requests).make
@@ -85,9 +95,11 @@ def test_ask_passes_settings_on(vlm, picture):
     video, image, text = chat[1].parts
     assert (video.fps, video.max_pixels, image.max_pixels, text.text) == (2.0, 50_000, 50_000, "What?")
     assert sequence.sampling.max_tokens == 2
-    assert "/no_think" in vlm.parts.renderer.tokenizer.decode(sequence.prompt.tokens)
+    renderer = vlm.parts.renderer
+    assert f"What?{dict(renderer.format.thinking_suffix)['off']}<|im_end|>" in renderer.tokenizer.decode(sequence.prompt.tokens)
 
 
+@pytest.mark.parametrize("vlm", VIDEO_TYPES, indirect=True)
 def test_a_video_file_is_known_by_its_bytes(vlm, tmp_path):
     import av
 
@@ -121,6 +133,19 @@ def test_ask_and_stream_raise(vlm):
         vlm.ask("What?", fps=4)
 
 
+@pytest.mark.parametrize("vlm", ["kimi_vl"], indirect=True)
+def test_a_family_without_videos_says_what_to_do(vlm, picture, chat):
+    film = Video(frames(4), fps=2.0)
+    outputs = vlm.generate([[Message("user", (film, Text("?")))], [Message("user", (Image(picture), Text("?")))]], LONG)
+    assert isinstance(outputs[0].error, MediaUnsupported) and "Image(frame)" in outputs[0].error.fix
+    assert outputs[1].error is None
+    as_pictures = Message("user", [*(Image(frame) for frame in frames(4)), Text("?")])
+    output = vlm.generate([[as_pictures]], LONG)[0]
+    high, wide = vlm.parts.rule.grid.fit(*frames(1)[0].shape[:2])
+    assert output.error is None and output.usage.image_tokens == 4 * (high // 28) * (wide // 28)
+
+
+@pytest.mark.parametrize("vlm", VIDEO_TYPES, indirect=True)
 def test_usage_counts(vlm, picture):
     video = Video(frames(4), fps=2.0)
     output = vlm.generate([[Message("user", (Image(picture), video, Text("?")))]], Sampling(max_tokens=3, ignore_eos=True))[0]
@@ -392,7 +417,14 @@ def test_thinking(vlm):
     def rendered(mode):
         return tokenizer.decode(vlm._requests.make(HI, Sampling(), mode).prompt.tokens)
 
-    assert "/think" in rendered("on") and "/no_think" in rendered("off") and "think" not in rendered("auto")
+    assert "think" not in rendered("auto")
+    modes = dict(vlm.parts.renderer.format.thinking_suffix)
+    assert ("on" in modes) == (vlm.parts.model.config.model_type not in ("qwen2_vl", "kimi_vl"))
+    if "on" in modes:
+        assert "/think" in rendered("on") and "/no_think" in rendered("off")
+    else:  # it never thinks first, so asking it not to changes nothing; or the release alone decides
+        assert "off" not in modes or rendered("off") == rendered("auto")
+        assert isinstance(vlm.generate([HI], LONG, thinking="on")[0].error, MessageError)
     assert isinstance(vlm.generate([HI], LONG, thinking="often")[0].error, SettingsError)  # pyright: ignore[reportArgumentType]
 
 

@@ -72,7 +72,7 @@ def test_an_unknown_family_names_what_is_supported(mapping: dict, named: str) ->
         family_of(mapping)
 
 
-@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("name", ["Keye", "KeyeVL1_5"])
 def test_what_a_family_offers(name: str) -> None:
     family = FAMILIES[name]
     config = family.config(PREVIEW_8B | {"model_type": name})
@@ -83,7 +83,7 @@ def test_what_a_family_offers(name: str) -> None:
     assert prompt.video_layout == {"Keye": "joint", "KeyeVL1_5": "frames"}[name]
 
 
-@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("name", ["Keye", "KeyeVL1_5"])
 def test_media_follow_the_preprocessor_file(name: str) -> None:
     family = FAMILIES[name]
     config = family.config(PREVIEW_8B | {"model_type": name})

@@ -19,7 +19,7 @@ from parity.released import PREVIEW_8B
 from mirada.models.family import FAMILIES
 from mirada.models.load import build
 
-FAMILY_FILES = {"kimi_vl": "parity.kimi"}
+FAMILY_FILES = {"kimi_vl": "parity.kimi", "qwen2_vl": "parity.qwen2_vl"}
 """model_type of config.json -> the module whose ``FILES`` know its directories. Those of Keye-VL name their configs apart."""
 
 

@@ -8,8 +8,8 @@ import pytest
 from parity.checks import collect
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-KEYE, KIMI = GOLDEN / "keye_vl", GOLDEN / "kimi_vl"
-SHIPPED = (KEYE, KIMI)
+KEYE, KIMI, QWEN2_VL = (GOLDEN / name for name in ("keye_vl", "kimi_vl", "qwen2_vl"))
+SHIPPED = (KEYE, KIMI, QWEN2_VL)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from tiny import frames_spelt
 from torch import Tensor
 
 from mirada.layers.batch import Batch, MediaBatch
@@ -32,9 +33,10 @@ def load_reference_model(config: Path, *weights: Path) -> KeyeVL:
     return model
 
 
-def load_model_files(config: Path, *weights: Path) -> Any:
-    """The model of the family that ``config`` names; tensors of later files replace those of earlier ones."""
-    model = build(json.loads(config.read_text()))
+def load_model_files(config: Path, *weights: Path, **changes: Any) -> Any:
+    """The model of the family that ``config`` names, ``changes`` replacing keys of it; tensors of later files replace those of
+    earlier ones."""
+    model = build(json.loads(config.read_text()) | changes)
     stored = {name: tensor for file in weights for name, tensor in read_all([file]).items()}
     load_weights(model, FAMILIES[model.config.model_type].layout(model.config), stored)
     return model.eval()
@@ -77,13 +79,14 @@ class Case:
         """Rows without their padding, with the spans that their placeholder tokens show."""
         config = self.model.config
         steps = self.theirs.get("second_per_grid_ts", torch.ones(len(self.grids.get("video", ())))).tolist()
-        videos = list(zip(self.grids.get("video", ()), steps, strict=not config.frames_apart))
+        apart = frames_spelt(config)
+        videos = list(zip(self.grids.get("video", ()), steps, strict=not apart))
         queues = {
             config.image_token_id: [("image", grid, 0.0) for grid in self.grids.get("image", ())],
             config.video_token_id: [
-                ("video", (1, *grid[1:]) if config.frames_apart else grid, 0.0 if config.frames_apart else step * self._rate)
+                ("video", (1, *grid[1:]) if apart else grid, 0.0 if apart else step * self._rate)
                 for grid, step in videos
-                for _ in range(grid[0] if config.frames_apart else 1)
+                for _ in range(grid[0] if apart else 1)
             ],
         }
         rows = [ids[mask].tolist() for ids, mask in zip(self.theirs["input_ids"], self.mask, strict=True)]
