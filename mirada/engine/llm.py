@@ -35,7 +35,9 @@ class VLM:
 
     ``model`` is the directory of a checkpoint, ``"mini"``, the model inside the package, or ``"org/name"`` on a hub, fetched
     once (``hub``: source, revision, token, offline, cache_dir, endpoint). ``device``: cpu, cuda, mps
-    (default: a GPU if there is one). ``dtype``: float32, bfloat16, float16 (default: float32 on a CPU, else as stored).
+    (default: a GPU if there is one). ``device_map="auto"`` instead spreads the layers over all GPUs and the CPU. ``dtype``:
+    float32, bfloat16, float16 (``auto``: float32 on a CPU, else as stored). ``attn``: sdpa, flash (bfloat16 or float16 on a
+    GPU only), eager (as it is written; slow), auto (sdpa).
     ``min_pixels`` / ``max_pixels`` bound the resized area of every picture. ``widen``: matrices of a quantised checkpoint take
     ``dtype`` on load (faster, larger) instead of staying packed. ``limits`` say what may be fetched, and from where.
     Raises CheckpointError, NotAvailable, SettingsError or OutOfMemory.
@@ -46,14 +48,16 @@ class VLM:
         model: str | Path = "mini",
         *,
         device: Any = None,
-        dtype: Any = None,
+        device_map: str | None = None,
+        dtype: Any = "auto",
+        attn: str = "auto",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         widen: bool = False,
         hub: HubOptions | Mapping[str, Any] | None = None,
         limits: FetchLimits | None = None,
     ) -> None:
-        self._set_up(load(model, device, dtype, min_pixels, max_pixels, widen, hub), limits)
+        self._set_up(load(model, device, dtype, min_pixels, max_pixels, widen, hub, device_map, attn), limits)
 
     @classmethod
     def from_parts(
@@ -73,6 +77,8 @@ class VLM:
     def _set_up(self, parts: Parts, limits: FetchLimits | None) -> None:
         weight = next(parts.model.parameters())
         cache = make_cache(parts.cache_spec, weight.dtype, weight.device)
+        if parts.placement is not None:
+            cache.spread(parts.placement.layers)
         self.parts = parts
         self.limits = limits or FetchLimits()
         self._requests = Requests(parts, self.limits)

@@ -11,7 +11,9 @@ import torch
 
 from mirada import adapt
 from mirada.engine import memory
+from mirada.engine.place import Plan, Room, install, measure, plan, rooms
 from mirada.errors import CheckpointError, NotAvailable, SettingsError
+from mirada.layers.attention import check_kind, set_kind
 from mirada.media.rule import MediaRule
 from mirada.models import shards
 from mirada.models.family import family_of
@@ -44,6 +46,8 @@ class Parts:
     context: int
     """Most tokens of prompt and answer together."""
     cache_spec: dict[str, Any]
+    placement: Plan | None = None
+    """Where layers lie, if they lie on devices of their own."""
     advised: Sampling | None = None
     """How the release advises to sample; None: it says nothing."""
 
@@ -56,20 +60,34 @@ def load(
     max_pixels: int | None = None,
     widen: bool = False,
     hub: Any = None,
+    device_map: str | None = None,
+    attn: str = "auto",
 ) -> Parts:
     """Read the checkpoint ``name``: a directory, a model inside the package (``mini``), or org/name on a hub.
 
-    ``widen``: packed (quantised) matrices take ``dtype`` on load, for speed, instead of staying packed.
+    ``widen``: packed (quantised) matrices take ``dtype`` on load, for speed, instead of staying packed. ``device_map="auto"``
+    spreads layers over all GPUs and the CPU instead of taking one ``device``. ``attn``: see ``layers.attention.check_kind``.
 
     Raises CheckpointError, NotAvailable (device), SettingsError, or OutOfMemory before any weight is read.
     """
     directory = find(name, hub)
-    place = pick_device(device)
+    found = _rooms(device_map, device)
+    place = found[0].device if found else pick_device(device)
     mapping = read_json(directory / "config.json")
     kind = pick_dtype(dtype, place, mapping)
     family = family_of(mapping, str(directory / "config.json"))
-    check_weights(directory, kind, place, widen)
-    model = load_model(directory, kind, place, widen=widen)
+    attention = check_kind(attn, place, kind)
+    if found:
+        made = plan(measure(directory, kind, widen), found)
+        for other in made.devices:
+            check_kind(attn, other, kind)
+        model = load_model(directory, kind, made.main, widen=widen, place=made.device_of)
+        install(model, made)
+    else:
+        made = None
+        check_weights(directory, kind, place, widen)
+        model = load_model(directory, kind, place, widen=widen)
+    set_kind(model, attention)
     config: Any = model.config
     preprocessor = directory / "preprocessor_config.json"
     rule: MediaRule = family.media_rule(config, read_json(preprocessor) if preprocessor.exists() else None)
@@ -81,7 +99,18 @@ def load(
         rule.bounded(min_pixels, max_pixels) if min_pixels or max_pixels else rule,
         eos=_eos(generation),
     )
-    return replace(parts, advised=advised([name, directory.resolve()], generation, str(file)))
+    return replace(parts, placement=made, advised=advised([name, directory.resolve()], generation, str(file)))
+
+
+def _rooms(device_map: str | None, device: Any) -> list[Room]:
+    """Devices to spread over, or none for one device."""
+    if device_map is None:
+        return []
+    if device_map != "auto":
+        raise SettingsError(f"device_map {device_map!r} is unknown", "use 'auto', or None for one device")
+    if device is not None:
+        raise SettingsError(f"device {str(device)!r} is given beside device_map", "give one of the two")
+    return rooms()
 
 
 def assemble(model: Any, renderer: Renderer, rule: MediaRule | None = None, eos: Iterable[int] = ()) -> Parts:
@@ -139,10 +168,11 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype | None, device: torch.device, config: dict[str, Any]) -> torch.dtype:
-    """The type asked for; else float32 on a CPU (without fast bfloat16 it is the quickest) and the checkpoint's elsewhere."""
+    """The type asked for; with None or ``auto`` float32 on a CPU (without fast bfloat16 it is the quickest), elsewhere the
+    checkpoint's."""
     if isinstance(dtype, torch.dtype):
         name = str(dtype).removeprefix("torch.")
-    elif dtype is None:
+    elif dtype is None or dtype == "auto":
         name = "float32" if device.type == "cpu" else str(config.get("torch_dtype") or config.get("dtype") or "bfloat16")
     else:
         name = str(dtype).removeprefix("torch.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mirada.engine import sample, vision
+from mirada.engine import memory, sample, vision
 from mirada.engine.sequence import Sequence
 from mirada.errors import RequestFailed
 from mirada.layers.batch import Batch
@@ -36,6 +37,15 @@ class Runner:
         self.eos = frozenset(eos)
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
+
+    def free(self, lasting: int) -> int:
+        """Bytes that requests may take now, of which ``lasting`` will be cache: that lies on the devices of its layers."""
+        held = Counter(self.cache.devices)
+        held.setdefault(self.device, 0)
+        return min(
+            memory.available(device) + lasting * (self.cache.num_layers - layers) // self.cache.num_layers
+            for device, layers in held.items()
+        )
 
     def prefill(self, sequences: Seq[Sequence]) -> None:
         """Encode media, fill the cache with the prompts, and generate the first token of each."""

@@ -140,4 +140,4 @@ def set_kind(model: nn.Module, kind: str) -> None:
     """Every attention of ``model`` computes by ``kind``, one of ``KINDS``."""
     for module in model.modules():
         if hasattr(module, "attention_kind"):
-            module.attention_kind = kind  # pyright: ignore[reportAttributeAccessIssue]
+            setattr(module, "attention_kind", kind)  # noqa: B010  (its type says Tensor or Module only)

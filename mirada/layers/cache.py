@@ -6,7 +6,7 @@ G = H / K; d head width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -58,7 +58,15 @@ class Slabs:
         self.sides = sides
         self.dtype = dtype
         self.device = torch.device(device)
+        self.devices = (self.device,) * num_layers
+        """Of each layer."""
         self._slabs: dict[int, list[tuple[Tensor, ...] | None]] = {}
+
+    def spread(self, devices: Sequence[torch.device]) -> None:
+        """Keep each layer's slabs on a device of its own. Raises ValueError unless there is one per layer and no sequence."""
+        if len(devices) != self.num_layers or self._slabs:
+            raise ValueError(f"{len(devices)} devices for {self.num_layers} layers and {len(self._slabs)} open slots")
+        self.devices = tuple(devices)
 
     @property
     def bytes_per_token(self) -> int:
@@ -99,7 +107,7 @@ class Slabs:
             return held
         capacity = -(-total // BLOCK) * BLOCK
         grown = tuple(
-            torch.empty((heads, capacity, width), dtype=self.dtype, device=self.device) for heads, width in self.sides
+            torch.empty((heads, capacity, width), dtype=self.dtype, device=self.devices[layer]) for heads, width in self.sides
         )
         if held is not None:
             for side, old in zip(grown, held, strict=True):

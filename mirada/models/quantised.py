@@ -171,13 +171,19 @@ def load(model: nn.Module, source: Source, scheme: Scheme, stored: Mapping[str, 
         )
     place = target(model, source.rule, source.index)
     if isinstance(place, PackedRows):
-        place.fill(packed, _device(model))
+        place.fill(packed, _device(model, source.rule.parameter))
     else:
         _widen(packed, place)
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+def _device(model: nn.Module, name: str) -> torch.device:
+    """That of the nearest plain parameter: layers may lie on devices of their own, and each has norms that are plain."""
+    while name:
+        name = name.rpartition(".")[0]
+        near = next(model.get_submodule(name).parameters(), None)
+        if near is not None:
+            return near.device
+    raise ValueError("the model has no plain parameter")
 
 
 def _widen(packed: Packed, place: Tensor) -> None:
