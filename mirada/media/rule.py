@@ -102,6 +102,9 @@ KEYE_15 = MediaRule(
 )
 """Keye-VL-1.5 with keye-vl-utils 1.5.2, but for its dropped alpha."""
 
+KEYE_671B = replace(KEYE_15, grid=GridRule(min_pixels=102400, max_pixels=4096 * _CELL), total_pixels=8192 * _CELL)
+"""Keye-VL-671B-A37B, with the bounds of its serving code (Keye's SGLang fork, ``multimodal/processors/keye.py``)."""
+
 KIMI = MediaRule(grid=GridRule(min_pixels=1, max_pixels=4096 * 14 * 14, border="pad", max_side=511), video=None)
 """Kimi-VL-A3B-Instruct and -Thinking, but for their dropped alpha; Thinking-2506 allows 16384 patches (its
 ``preprocessor_config.json`` says so)."""

@@ -19,9 +19,12 @@ FAMILIES = Table(
         "Keye": "mirada.models.keye_vl:KEYE",
         "KeyeVL1_5": "mirada.models.keye_vl:KEYE_1_5",
         "qwen2_vl": "mirada.models.qwen2_vl:QWEN2_VL",
+        "KeyeVLMoe": "mirada.models.keye_moe:KEYE_MOE",
         "kimi_vl": "mirada.models.kimi_vl:KIMI",
     },
 )
+_BY_ARCHITECTURE = {"KeyeVLMoeForConditionalGeneration": "KeyeVLMoe"}
+"""Architecture -> family, where only the architecture's name is known for sure."""
 
 
 class Family(Protocol):
@@ -57,7 +60,8 @@ class Family(Protocol):
 
 def family_of(mapping: Mapping[str, Any], where: str = "config.json") -> Family:
     """The family that config.json names; ConfigError lists what is supported."""
-    name = mapping.get("model_type")
+    name = next((_BY_ARCHITECTURE[a] for a in mapping.get("architectures") or () if a in _BY_ARCHITECTURE), None)
+    name = name or mapping.get("model_type")
     if not isinstance(name, str):
         raise ConfigError(f"{where} has no model_type", f"supported: {', '.join(FAMILIES)}")
     if name not in FAMILIES:

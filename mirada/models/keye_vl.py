@@ -61,10 +61,10 @@ class KeyeConfig:
     def from_hf(cls, mapping: Mapping[str, Any], where: str = "config.json") -> KeyeConfig:
         """From the released flat layout; ConfigError names a key or value that is not understood."""
         keys = Keys(mapping, where)
-        keys.ignore(*_TOP_IGNORED, *adapt.KEYS)
+        keys.ignore(*TOP_IGNORED, *adapt.KEYS)
         keys.expect("attention_bias", False)
         vision_mapping = keys.take("vision_config", dict)
-        vision = _vision(Keys(vision_mapping, f"{where}: vision_config"))
+        vision = vision_config(Keys(vision_mapping, f"{where}: vision_config"))
         eos = keys.take("eos_token_id", (int, list), ())
         made = cls(
             model_type=keys.take("model_type", str),
@@ -82,7 +82,7 @@ class KeyeConfig:
 
 
 # Facts about training, about other software, or ids that the tokenizer says by name.
-_TOP_IGNORED = (
+TOP_IGNORED = (
     "architectures", "auto_map", "bos_token_id", "torch_dtype", "dtype", "transformers_version", "vision_token_id",
     "frame_token_id", "fast_start_token_id", "fast_end_token_id", "fast_video_token_id", "_name_or_path",
     "_attn_implementation_autoset", "mirada",
@@ -94,7 +94,8 @@ _VISION_IGNORED = (
 )  # fmt: skip
 
 
-def _vision(keys: Keys) -> KeyeVisionConfig:
+def vision_config(keys: Keys) -> KeyeVisionConfig:
+    """KeyeViT from ``vision_config``; ConfigError names a key or value that is not understood."""
     keys.ignore(*_VISION_IGNORED)
     keys.expect("hidden_act", "gelu_pytorch_tanh")
     keys.expect("spatial_merge_size", 2)
@@ -134,7 +135,7 @@ def layout(config: KeyeConfig) -> Layout:
     """Released names <-> modules, with every shape."""
     # The pooling head and the table for packing take no part in the model.
     ignored = ("visual.vision_model.head.*", "*.packing_position_embedding.*", *decoder.ignored(config.text))
-    return Layout((*vision_rules(config.vision), *_projector_rules(config), *decoder.rules(config.text)), ignored)
+    return Layout((*vision_rules(config.vision), *projector_rules(config), *decoder.rules(config.text)), ignored)
 
 
 def vision_rules(v: KeyeVisionConfig) -> Iterator[Rule]:
@@ -156,7 +157,8 @@ def vision_rules(v: KeyeVisionConfig) -> Iterator[Rule]:
     yield from affine("visual.norm", "visual.vision_model.post_layernorm", d)
 
 
-def _projector_rules(config: KeyeConfig) -> Iterator[Rule]:
+def projector_rules(config: Any) -> Iterator[Rule]:
+    """Released names <-> the projector of a config with ``vision``, ``text`` and ``merge_then_norm``."""
     d = config.vision.hidden_size
     wide = d * config.vision.spatial_merge_size**2
     yield from affine("projector.norm", "mlp_AR.pre_norm", wide if config.merge_then_norm else d)

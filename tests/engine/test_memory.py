@@ -7,6 +7,7 @@ import torch
 
 from mirada import VLM, Message, Sampling
 from mirada.engine import load, memory
+from mirada.engine.scheduler import footprint
 from mirada.errors import OutOfMemory
 
 CPU = torch.device("cpu")
@@ -98,7 +99,8 @@ def test_requests_wait_for_room_instead_of_failing(vlm, monkeypatch):
     sampling = Sampling(max_tokens=100, ignore_eos=True)
     expected = [output.tokens for output in vlm.generate(chats, sampling)]
     held = []
-    total = cache.bytes_for(200) * 3
+    needs = [footprint(vlm._scheduler._runner, vlm._requests.make(chat, sampling, "auto")) for chat in chats]
+    total = needs[0][0] * 3 // 2 + max(passing for _, passing in needs)
 
     def available(device):
         held.append(cache.bytes_held)
