@@ -224,6 +224,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int)
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="bfloat16 is right on a GPU, and four times faster on a CPU that has avx512_bf16 or amx",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--fonts", default="debian", help="debian (named packages), debian-any (other versions), builtin (one)")
     args = parser.parse_args(argv)
@@ -238,9 +244,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit("train needs a stage: " + ", ".join(ORDER))
     else:
         settings = STAGES[args.stage].settings
-        precision = "float32" if args.device == "cpu" else "bfloat16"
         steps = args.steps or settings.steps * size.times_steps
-        settings = replace(settings, steps=steps, seed=args.seed, precision=precision)
+        settings = replace(settings, steps=steps, seed=args.seed, precision=args.precision)
         run_stage(args.stage, size, args.run, settings, args.workers, args.fonts, args.device)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole life of mini on one page: draw, train, evaluate, export. From nothing to the weights in mirada/assets/mini.
 #
-#   recipes/mini_speedrun.sh cpu            two cores, a few hours
+#   recipes/mini_speedrun.sh cpu            two cores, a few hours; PRECISION=bfloat16 where the CPU has avx512_bf16
 #   recipes/mini_speedrun.sh gpu            one GPU; 8 processes draw
 #
 # Fonts and words come from Debian packages and from the package itself:
@@ -13,8 +13,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 size=${1:-cpu} run=${2:-runs/mini-${1:-cpu}} python=${PYTHON:-.venv/bin/python}
 case $size in
-    gpu) options=(--size gpu --run "$run" --device cuda --workers 8) ;;
-    *) options=(--size "$size" --run "$run") ;;
+    gpu) options=(--size gpu --run "$run" --device cuda --precision bfloat16 --workers 8) ;;
+    *) options=(--size "$size" --run "$run" --precision "${PRECISION:-float32}") ;;
 esac
 
 [ -e "$run/base/tokenizer.json" ] || $python recipes/mini.py tokenizer "${options[@]}"

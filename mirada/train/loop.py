@@ -104,7 +104,8 @@ class _Run:
         self.objective, self.model, self.settings, self.directory = objective, model, settings, directory
         self.modules = nn.ModuleList([model, *extra])
         self.device = next(model.parameters()).device
-        self.optimizers = optimizers(self.modules, settings.weight_decay, settings.betas, settings.optimizer)
+        low = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
+        self.optimizers = optimizers(self.modules, settings.weight_decay, settings.betas, settings.optimizer, low)
         self.schedule = Schedule(settings.lr, settings.steps, settings.warmup, settings.shape, settings.floor)  # type: ignore[arg-type]
         self.average = None if settings.average is None else Average(model, settings.average)
         self.step = 0

@@ -45,10 +45,13 @@ class Muon(torch.optim.Optimizer):
 
     Scaled by 0.2 * sqrt(larger side), so that one rate serves it and AdamW (Moonlight, arXiv 2502.16982, section 2.2).
     A group's ``pieces`` cuts fused matrices (q, k and v in one) into that many equal blocks of rows, each made orthogonal
-    alone. All blocks of one shape are worked on in one batched product, in float32.
+    alone. All blocks of one shape are worked on in one batched product, in ``dtype``.
     """
 
-    def __init__(self, groups: Iterable[dict], weight_decay: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self, groups: Iterable[dict], weight_decay: float, momentum: float = 0.95, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.dtype = dtype
         super().__init__(groups, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum, "pieces": 1})
 
     @torch.no_grad()
@@ -69,7 +72,7 @@ class Muon(torch.optim.Optimizer):
                     blocks.setdefault((rows, columns), []).append((part, update, group["lr"]))
         for (_, columns), members in blocks.items():
             stacked = torch.stack([u.T if u.shape[0] > u.shape[1] else u for _, u, _ in members])
-            for (part, update, rate), made in zip(members, orthogonal(stacked), strict=True):
+            for (part, update, rate), made in zip(members, orthogonal(stacked.to(self.dtype)).to(stacked.dtype), strict=True):
                 made = made.T if update.shape[0] > update.shape[1] else made
                 part.add_(made, alpha=-rate * 0.2 * columns**0.5)
 
@@ -84,9 +87,14 @@ def orthogonal(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 def optimizers(
-    modules: nn.Module, weight_decay: float, betas: tuple[float, float], kind: Literal["adamw", "muon"] = "adamw"
+    modules: nn.Module,
+    weight_decay: float,
+    betas: tuple[float, float],
+    kind: Literal["adamw", "muon"] = "adamw",
+    dtype: torch.dtype = torch.float32,
 ) -> list[torch.optim.Optimizer]:
-    """What updates everything that requires a gradient. ``muon``: Muon for matrices inside ``layers``, AdamW for the rest.
+    """What updates everything that requires a gradient. ``muon``: Muon for matrices inside ``layers``
+    (its products in ``dtype``), AdamW for the rest.
 
     Matrices decay, vectors (norms, biases) do not.
     """
@@ -106,7 +114,7 @@ def optimizers(
         by_pieces: dict[int, list[nn.Parameter]] = {}
         for name, p in inner.items():
             by_pieces.setdefault(_pieces(name, p), []).append(p)
-        made.append(Muon([{"params": ps, "pieces": n} for n, ps in by_pieces.items()], weight_decay))
+        made.append(Muon([{"params": ps, "pieces": n} for n, ps in by_pieces.items()], weight_decay, dtype=dtype))
     return made
 
 
