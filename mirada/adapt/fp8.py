@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mirada.adapt.method import Field, Shape, ceil_div, in_blocks, module_of, named, skipped
 from mirada.adapt.packed import Packed
-from mirada.errors import ConfigError
+from mirada.errors import ConfigError, TensorError
 from mirada.keys import Keys
 
 
@@ -38,6 +39,8 @@ class BlockFP8:
 
     def unpack(self, name: str, shape: Shape, tensors: Mapping[str, Tensor]) -> Packed:
         rows, columns = self.block
+        if ((tensors[name].view(torch.uint8) & 0x7F) == 0x7F).any():
+            raise TensorError(f"tensor {name!r} holds values that are no numbers", "download the file again")
         return Packed(tensors[name], tensors[f"{name}_scale_inv"], shape[1], group_size=columns, row_block=rows)
 
 

@@ -49,6 +49,8 @@ class Packed:
     def integers(self, begin: int = 0, end: int | None = None) -> Tensor:
         """The stored numbers of rows [begin, end), float32 [rows, C]."""
         held = self.values[begin:end]
+        if held.dtype == torch.float8_e4m3fn and held.device.type == "cpu":
+            return _widen_e4m3(held)
         if self.bits != 4:
             return held.to(torch.float32)
         made = torch.empty(*held.shape, 2, dtype=torch.float32, device=held.device)
@@ -86,6 +88,15 @@ class Packed:
         if self.groups is not None:
             return self.groups.long()
         return torch.arange(self.columns, device=self.values.device) // (self.group_size or self.columns)
+
+
+def _widen_e4m3(values: Tensor) -> Tensor:
+    """float8_e4m3fn -> float32, exactly, NaN excepted; torch's own conversion on a CPU takes many times as long.
+
+    Shifted, the bits are those of a float16 whose exponent counts from 15 in place of 7.
+    """
+    bits = values.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~(1 << 14))
+    return bits.view(torch.float16).to(torch.float32).mul_(256)
 
 
 class PackedRows(nn.Module):

@@ -93,6 +93,27 @@ def test_every_form_at_ragged_sizes(form: str, shape: tuple[int, int], monkeypat
     assert torch.equal(rows.weight, meant)
 
 
+@pytest.mark.parametrize(("form", "most"), [("gptq asymmetric", 15), ("gptq 8 asymmetric", 255)])
+def test_the_highest_stored_zero_of_gptq_stands_for_none(form: str, most: int) -> None:
+    config, packer = FORMS[form]
+    stored, _ = packer(torch.randn(8, 64))
+    stored["qzeros"] = torch.full_like(stored["qzeros"], -1)  # all bits set
+    made = unpack(config, (8, 64), stored)
+    assert made.zeros is not None and most + 1 == 1 << made.bits and not made.zeros.any()
+
+
+def test_every_fp8_number_is_widened_exactly() -> None:
+    every = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(16, 16)
+    numbers = every[(every & 127) != 127].view(torch.float8_e4m3fn)[None]
+    made = Packed(numbers, torch.ones(1, 1), 254)
+    assert torch.equal(made.integers(), numbers.float()) and made.integers().abs().max() == 448
+    config, packer = FORMS["fp8"]
+    stored, _ = packer(torch.randn(8, 64))
+    stored["weight"].view(torch.uint8)[3, 5] = 255
+    with pytest.raises(TensorError, match=f"'{NAME}' holds values that are no numbers"):
+        unpack(config, (8, 64), stored)
+
+
 def test_a_tile_of_a_wide_matrix_stays_small() -> None:
     made = Packed(torch.zeros(1000, 4096, dtype=torch.uint8), torch.ones(1000, 1), 4096)
     spans = list(made.tiles())
