@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_ONEDNN_FROM = 1 << 20
+"""Multiplications below which the ten microseconds that oneDNN takes to find its kernel cost more than it saves."""
 
 
 def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,10 +32,16 @@ def dequantise_rows(values: Tensor, scale: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [.., columns] times weight [rows, columns] transposed -> [.., rows]; differentiable where gradients are wanted.
 
-    On a CPU in float32 without gradients the product is oneDNN's, which reads the weight as it lies. torch's own choice
-    there is MKL, which on processors that are not Intel's takes one and a half to three times as long for 2 rows and more.
+    On a CPU in float32 without gradients a large product is oneDNN's, which reads the weight as it lies. torch's own choice
+    there is MKL, which on a processor that is not Intel's takes two to three times as long for more than a few rows of x.
     """
-    if _ONEDNN and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled():
+    if (
+        _ONEDNN
+        and x.numel() * len(weight) >= _ONEDNN_FROM
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+    ):
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return F.linear(x, weight)
 

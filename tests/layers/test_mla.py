@@ -238,6 +238,9 @@ def test_yarn_keeps_fast_channels_and_slows_the_others() -> None:
             assert one == pytest.approx(1 / 40, rel=1e-6)
     share = [round(one, 5) for one in share]
     assert share == sorted(share, reverse=True) and sum(0.0251 < one < 0.999 for one in share) > 5
+    # DeepSeek-V3's own numbers: the ramp goes from channel 10 to 23.
+    assert [round(one * 40, 3) for one in share[:11]] == [40.0] * 11 and share[11] < 1 and share[22] > 0.0251
+    assert share[16] == pytest.approx(6 / 13 / 40 + 7 / 13, abs=1e-4) and share[23] == 0.025
     assert yarn.turn_scale == 1.0
     assert yarn.softmax_scale == pytest.approx((0.1 * math.log(40) + 1) ** 2)
     only = Yarn(40.0, 4096)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mirada.layers import linear as products
 from mirada.layers.linear import Linear, linear
 from mirada.layers.moe import Experts, MoE, Router, Routing
 
@@ -174,10 +175,12 @@ def test_shared_experts_take_every_token_and_may_be_absent() -> None:
 # ---- products
 
 
-@pytest.mark.parametrize("rows", [0, 1, 3, 17])
-def test_products_without_gradients_equal_those_with(rows: int) -> None:
+@pytest.mark.parametrize("rows", [0, 1, 3, 17, 300])
+@pytest.mark.parametrize("least", [0, 1 << 20])
+def test_products_without_gradients_equal_those_with(rows: int, least: int, monkeypatch) -> None:
+    monkeypatch.setattr(products, "_ONEDNN_FROM", least)
     random = torch.Generator().manual_seed(rows)
-    x, stack = torch.randn(rows, 24, generator=random), torch.randn(3, 7, 24, generator=random)
+    x, stack = torch.randn(rows, 24, generator=random), torch.randn(3, 200, 24, generator=random)
     for left, weight in ((x, stack[1]), (x[:, ::2], stack[0][:, :12]), (x.view(rows, 2, 12), stack[2][:, 12:])):
         with torch.no_grad():
             got = linear(left, weight)

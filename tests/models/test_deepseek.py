@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,13 @@ def test_positions_by_row_and_column_where_the_config_says_so() -> None:
         torch.testing.assert_close(one(tokens, same), three(tokens, same))
         torch.testing.assert_close(one(tokens, batch(12)), one(tokens, same))
         assert not torch.allclose(three(tokens, batch(12)), three(tokens, same), atol=1e-2)
+
+
+def test_yarn_lengthens_what_turns() -> None:
+    mapping = CONFIGS["yarn, 2 groups, wide values"]
+    cos, sin = random_model(mapping, 0).decoder.turn(torch.arange(20).expand(3, -1))
+    scale = (0.08 * math.log(8) + 1) / (0.06 * math.log(8) + 1)
+    torch.testing.assert_close(cos.square() + sin.square(), torch.full_like(cos, scale**2))
 
 
 # ---- config and layout
