@@ -37,12 +37,20 @@ class KeyeVLInference:
         return cls(VLM(str(model_path), device=device))
 
     @classmethod
-    def from_hf_hub(cls, model_name: str, token: str | None = None, **_: Any) -> KeyeVLInference:
-        """Raises NotAvailable: this version opens checkpoints on disk only."""
-        raise NotAvailable(
-            f"this version of Mirada does not download models, so not {model_name!r} either",
-            f"run `hf download {model_name} --local-dir DIR`, then KeyeVLInference.from_local(model_path='DIR')",
-        )
+    def from_hf_hub(
+        cls,
+        model_name: str,
+        device: str | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        load_in_4bit: bool = False,
+        load_in_8bit: bool = False,
+    ) -> KeyeVLInference:
+        """The model of that name on the Hugging Face Hub, fetched once. Raises as ``from_local``, and HubError."""
+        from mirada.hub import resolve  # brings an HTTP client
+
+        place = resolve(model_name, revision=revision, token=token)
+        return cls.from_local(place, device, load_in_4bit, load_in_8bit)
 
     def infer(
         self, image: Any = None, video: Any = None, text: str = "", max_new_tokens: int = 1024, temperature: float = 0.0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import hubs
 import pytest
 from PIL import Image
 from tiny import make_tiny_keye
 
 from mirada import VLM
 from mirada.compat.keye import KeyeVLInference
-from mirada.errors import CheckpointError, InputError, MediaNotFound, NotAvailable
+from mirada.errors import CheckpointError, HubNotFound, InputError, MediaNotFound, NotAvailable
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +62,19 @@ def test_quantised_modes_are_not_there_yet(folder, mode):
     assert f"leave {mode} out" in caught.value.fix
 
 
-def test_downloads_are_not_there_yet():
-    with pytest.raises(NotAvailable, match="Kwai-Keye/Keye-VL-8B-Preview") as caught:
-        KeyeVLInference.from_hf_hub(model_name="Kwai-Keye/Keye-VL-8B-Preview", token="t")
-    assert "hf download Kwai-Keye/Keye-VL-8B-Preview" in caught.value.fix and "from_local" in caught.value.fix
+def test_a_model_of_a_hub(folder, tmp_path, monkeypatch):
+    files = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    with hubs.serve(hubs.Hub(files, token="t")) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        made = KeyeVLInference.from_hf_hub(model_name="org/tiny-vl", token="t")
+        assert made.infer(text="hi", max_new_tokens=2)["usage"].completion_tokens > 0
+        with pytest.raises(HubNotFound, match="org/other"):
+            KeyeVLInference.from_hf_hub(model_name="org/other", token="t")
+        with pytest.raises(NotAvailable, match="load_in_4bit"):
+            KeyeVLInference.from_hf_hub(model_name="org/tiny-vl", token="t", load_in_4bit=True)
 
 
 def test_a_folder_without_a_model(tmp_path):
