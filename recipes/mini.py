@@ -17,6 +17,7 @@ import json
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import torch
 from mini_parts import SIZES, SPECIAL_TOKENS, TEMPLATE, Size, build_tokenizer, model_config, preprocessor_config, write_card
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, IterableDataset
 
 from mirada import Image, Message, Text, synth
@@ -69,7 +71,9 @@ TOWER, WHOLE = ("visual",), ("visual", "projector", "decoder", "lm_head")
 LINES = {"line": 0.85, "paragraph": 0.15}
 SEEN = {"line": 0.55, "scene": 0.2, "boxes": 0.08, "chart": 0.09, "paragraph": 0.08}
 READING = {"line": 0.8, "scene": 0.12, "boxes": 0.03, "chart": 0.01, "paragraph": 0.02, "text": 0.02}
-EVERYTHING = {"line": 0.67, "scene": 0.19, "boxes": 0.04, "chart": 0.04, "paragraph": 0.04, "text": 0.02}
+EVERYTHING = {"line": 0.58, "scene": 0.28, "boxes": 0.05, "chart": 0.04, "paragraph": 0.03, "text": 0.02}
+MORE_QUESTIONS = 4
+"""Further turns about a scene, a stack or a chart: the picture is seen once, its answers teach five times."""
 COMMON = TrainSettings(steps=1, optimizer="muon", save_every=400)
 STAGES = {
     "letters": Stage(TOWER, LINES, replace(COMMON, steps=800, lr=2e-3, shape="linear", floor=0.3), (0.0, 0.6), grow=False),
@@ -138,6 +142,8 @@ def example(
     grid = (1, high // rule.patch, wide // rule.patch)
     patches = Patches("image", pixels, (grid,), (high, wide), content_key(pixels, grid))
     chat = [Message("user", (Image(b""), Text(sample.question))), Message("assistant", sample.answer)]
+    for more in synth.more_questions(sample, MORE_QUESTIONS, seed, index):
+        chat += [Message("user", more.question), Message("assistant", more.answer)]
     prompt = renderer.render(chat, [patches], add_generation_prompt=False) if renderer else Prompt((0,), (), (False,))
     labels = {"char": sample.dense.char, "shape": sample.dense.shape, "colour": sample.dense.colour, "box": sample.dense.box}
     return Example(prompt, (patches,), {k: v.reshape(grid[1] * grid[2], *v.shape[2:]) for k, v in labels.items()})
@@ -174,7 +180,9 @@ def run_stage(name: str, size: Size, run: Path, settings: TrainSettings, workers
         return iter(DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))
 
     objective = Dense(heads) if stage.parts == TOWER else NextToken(heads, stage.dense_weight)
-    state = train(model, objective, batches, settings, run / name, extra=[heads])
+    # Sequences are short: on a CPU plain products are 1.2 times faster, there and back, than the flash kernel.
+    with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():
+        state = train(model, objective, batches, settings, run / name, extra=[heads])
     if stage.rounded:
         unround_rows(model)
     save_file({k: v.cpu().clone() for k, v in nn.ModuleList([model, heads]).state_dict().items()}, run / f"{name}.safetensors")

@@ -5,7 +5,7 @@
 """
 
 from mirada.synth.phrasing import phrasings
-from mirada.synth.sample import TASKS, max_chars_at, sample
+from mirada.synth.sample import TASKS, max_chars_at, more_questions, sample
 from mirada.synth.textonly import text_sample
 from mirada.synth.types import CHARS, COLOURS, IGNORE, NUM_BOX_CLASSES, SHAPES, Dense, Sample
 from mirada.synth.video import VideoSample, video_sample
@@ -21,6 +21,7 @@ __all__ = [
     "Sample",
     "VideoSample",
     "max_chars_at",
+    "more_questions",
     "phrasings",
     "sample",
     "text_sample",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,6 +19,15 @@ TASKS = Table(
         "scene": "mirada.synth.scene:draw_scene",
         "boxes": "mirada.synth.boxes:draw_boxes",
         "chart": "mirada.synth.chart:draw_chart",
+    },
+)
+
+ASKED = Table(
+    "synth task with many questions",
+    {
+        "scene": "mirada.synth.scene:QUESTIONS",
+        "boxes": "mirada.synth.boxes:QUESTIONS",
+        "chart": "mirada.synth.chart:QUESTIONS",
     },
 )
 
@@ -62,6 +72,20 @@ def sample(
     rng = stream(task, seed, index, split)
     drawn: Sample = draw(rng, Options(split, level, phrasing or split, fonts, limit))
     return _padded(rng, drawn) if any_size else drawn
+
+
+def more_questions(drawn: Sample, count: int, seed: int, index: int, phrasing: Split = "train") -> list[Sample]:
+    """The same picture with ``count`` further questions; none for text, which is only read."""
+    if drawn.task not in ASKED:
+        return []
+    from mirada.synth.scene import choose_question  # drawn with the task; not needed to import the room
+
+    rng, made = stream("more", drawn.task, seed, index, phrasing), []
+    for _ in range(count):
+        facts = dict(drawn.facts)
+        question, answer = choose_question(rng, facts, ASKED[drawn.task], phrasing)
+        made.append(replace(drawn, question=question, answer=answer, facts=facts))
+    return made
 
 
 def _padded(rng: random.Random, drawn: Sample) -> Sample:

@@ -113,6 +113,21 @@ def test_answers_follow_from_the_facts(task, split):
     assert 0.35 < yes_no["yes"] / (yes_no["yes"] + yes_no["no"]) < 0.65
 
 
+@pytest.mark.parametrize("task", CASES)
+def test_further_questions_are_about_the_same_picture(task):
+    solve, _ = CASES[task]
+    questions = set()
+    for index in range(20):
+        drawn = synth.sample(task, 8, index, fonts="builtin")
+        for more in synth.more_questions(drawn, 4, 8, index):
+            assert more.image is drawn.image
+            assert solve(more.facts["question_type"], more.facts["question_arguments"], drawn.facts) == more.answer
+            questions.add(more.question)
+    assert len(questions) > 40
+    line = synth.sample("line", 8, 0, fonts="builtin")
+    assert synth.more_questions(line, 4, 8, 0) == []
+
+
 def test_scene_objects_do_not_overlap_and_lie_inside():
     for index in range(100):
         facts = synth.sample("scene", 2, index, fonts="builtin").facts
