@@ -17,6 +17,9 @@ from mirada.layers.batch import Batch, MediaBatch
 from mirada.models.vit import grid_segments
 from mirada.types import Grid
 
+_OUTPUTS = ("attention.out.weight", "mlp.fc2.weight", "mlp.down.weight", "mlp.shared.down.weight", "mlp.experts.down")
+"""Parameters whose products go into a residual."""
+
 
 class VisionLanguageModel(nn.Module):
     """``encode`` media, ``forward`` packed tokens, ``logits`` of the rows that are wanted.
@@ -87,7 +90,7 @@ class VisionLanguageModel(nn.Module):
             if parameter.ndim == 1:
                 parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
                 continue
-            std = 0.02 if "embed" in name or "positions" in name or "lm_head" in name else parameter.shape[1] ** -0.5
-            if name.endswith(("attention.out.weight", "mlp.fc2.weight", "mlp.down.weight")) and "projector" not in name:
+            std = 0.02 if "embed" in name or "positions" in name or "lm_head" in name else parameter.shape[-1] ** -0.5
+            if name.endswith(_OUTPUTS) and "projector" not in name:
                 std *= (2 * depths[name.partition(".")[0]]) ** -0.5
             parameter.normal_(std=std, generator=random)

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from mirada.models.deepseek import DeepseekConfig, DeepseekDecoder, cache_spec, 
 from mirada.models.family import Keys
 from mirada.models.layout import Layout
 from mirada.models.load import load_weights
+from mirada.models.vlm import VisionLanguageModel
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "kimi_vl"
 PREFIX = "language_model."
@@ -230,6 +232,22 @@ def test_yarn_lengthens_what_turns() -> None:
     cos, sin = random_model(mapping, 0).decoder.turn(torch.arange(20).expand(3, -1))
     scale = (0.08 * math.log(8) + 1) / (0.06 * math.log(8) + 1)
     torch.testing.assert_close(cos.square() + sin.square(), torch.full_like(cos, scale**2))
+
+
+def test_fresh_weights_are_sized_by_their_inputs() -> None:
+    config = parsed(SMALL | {"moe_intermediate_size": 96})
+    tower = nn.Module()
+    tower.layers = nn.ModuleList()
+    model = VisionLanguageModel(SimpleNamespace(text=config), tower, nn.Identity(), DeepseekDecoder(config))
+    model.init_weights(3)
+    block = model.decoder.layers[2].mlp
+    depth = (2 * config.num_hidden_layers) ** -0.5
+    for weight, std in (
+        (block.experts.gate_up, 48**-0.5), (block.experts.down, 96**-0.5 * depth),
+        (block.shared.down.weight, 192**-0.5 * depth), (block.router.weight, 48**-0.5),
+    ):  # fmt: skip
+        assert weight.std().item() == pytest.approx(std, rel=0.1)
+    assert block.router.bias.abs().max() == 0
 
 
 # ---- config and layout
