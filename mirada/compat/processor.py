@@ -257,8 +257,12 @@ def _one(name: str, values: Any, index: int, count: int) -> Any:
     """What is said of one video of ``count``: an entry of a list, or for fps one number for all."""
     if name == "fps" and isinstance(values, int | float):
         return values
-    if not hasattr(values, "__len__") or len(values) != count:
-        raise SettingsError(f"{name} is not said for each of {count} videos", "give what process_vision_info returned")
+    given = len(values) if hasattr(values, "__len__") else 1
+    if given != count:
+        raise SettingsError(
+            f"{name} is said for {given} of {count} videos",
+            "give what process_vision_info returned; every list of frames needs its fps, or none",
+        )
     return values[index]
 
 
@@ -286,4 +290,4 @@ def _has_parts(message: Any) -> bool:
 
 def _part(part: Any) -> Any:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    return {**part, kind: ""} if kind in ("image", "video") and len(part) == 1 else part
+    return {**part, kind: kind} if kind in ("image", "video") and len(part) == 1 else part
