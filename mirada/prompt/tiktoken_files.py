@@ -47,12 +47,23 @@ def read(directory: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
             f"{directory}: {NAME} belongs to the tokenizer class {settings['tokenizer_class']!r}",
             f"only {CLASS} (Kimi) is known, since the file does not say how text is cut into words",
         )
-    ranks = read_ranks(directory / NAME)
+    ranks, named = read_ranks(directory / NAME), settings.get("added_tokens_decoder") or {}
+    taken = next((index for index in named if index.isdecimal() and int(index) < len(ranks)), None)
+    if taken is not None:
+        raise CheckpointError(
+            f"{directory}: tokenizer_config.json gives {content_of(named[taken])!r} the id {taken}, a token of {NAME}",
+            "take both files from the same release",
+        )
+    return spec(ranks, named)
+
+
+def spec(ranks: Mapping[bytes, int], named: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents of ``tokenizer.json`` for these ranks; ``named``: id -> control string."""
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
     return {
         "version": "1.0",
-        "added_tokens": control(len(ranks), settings.get("added_tokens_decoder") or {}),
+        "added_tokens": control(len(ranks), named),
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
         "decoder": level,

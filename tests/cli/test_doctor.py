@@ -57,14 +57,14 @@ def problems(check) -> list[doctor.Problem]:
 
 def test_a_missing_package_and_a_missing_extra_with_the_command_that_helps(monkeypatch, mirada):
     real = doctor.find_spec
-    monkeypatch.setattr(doctor, "find_spec", lambda name: None if name in ("yaml", "tiktoken") else real(name))
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None if name in ("yaml", "playwright") else real(name))
     (yaml,) = problems(doctor._versions)
     assert (yaml.level, yaml.problem, yaml.fix) == ("error", "the package pyyaml is missing", "pip install pyyaml")
     notes = {problem.problem: problem.fix for problem in problems(doctor._extras)}
-    assert notes["the extra [kimi] lacks tiktoken"] == "pip install 'mirada[kimi]'"
+    assert notes["the extra [agent] lacks playwright"] == "pip install 'mirada[agent]'"
     done = mirada("doctor")
     assert done.code == 1 and "the package pyyaml is missing" in done.out
-    assert "pip install 'mirada[kimi]'" in " ".join(done.out.split())
+    assert "pip install 'mirada[agent]'" in " ".join(done.out.split())
 
 
 def test_torch_absent_is_reported_not_raised(monkeypatch):

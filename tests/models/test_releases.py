@@ -38,5 +38,5 @@ def test_silence_is_no_advice(file) -> None:
 
 @pytest.mark.parametrize("change", [{"temperature": "hot"}, {"temperature": -1}, {"top_p": 0.0}, {"top_k": 1.5}])
 def test_a_value_that_makes_no_sense_names_the_file(change: dict) -> None:
-    with pytest.raises(ConfigError, match="/m/generation_config.json"):
+    with pytest.raises(ConfigError, match=r"/m/generation_config\.json"):
         advised(["x"], {"temperature": 0.6} | change, "/m/generation_config.json")
