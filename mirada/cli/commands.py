@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import mirada
-from mirada.errors import InputError, MiradaError
+from mirada.errors import InputError, MiradaError, SettingsError
 
 app = typer.Typer(
     name="mirada",
@@ -116,10 +116,20 @@ def download(
 
 @app.command()
 def doctor(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="What a model is and needs, from its config: a folder, or org/name.")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the files of --model, and ask it something.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Show versions, devices, decoders, threads and memory, and how to mend what is missing."""
+    """Show versions, devices, decoders, threads and memory, and how to mend what is missing; or what a model needs."""
+    if model is not None:
+        from mirada.cli.doctor_model import run as run_model
+
+        raise typer.Exit(run_model(model, verify, as_json=json))
+    if verify:
+        raise SettingsError("--verify needs a model", "add --model FOLDER")
     from mirada.cli.doctor import run
 
     raise typer.Exit(run(as_json=json))
