@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import media_batch, pack, random_prompt, randomise, tiny_config
+from tiny import frames_spelt, media_batch, pack, random_prompt, randomise, tiny_config
 
 from mirada.errors import MessageError
 from mirada.layers.batch import MediaBatch
 from mirada.layers.cache import SlabCache
-from mirada.models.keye_vl import KeyeVL
 from mirada.models.load import build
+from mirada.models.vlm import VisionLanguageModel
 from mirada.types import Prompt, Span
 
 NAMES = (
@@ -23,14 +23,19 @@ IDS = {name: 260 + i for i, name in enumerate(NAMES)}
 PADS = (IDS["<|image_pad|>"], IDS["<|video_pad|>"])
 
 
-def tiny(model_type: str, **changes) -> KeyeVL:
+def tiny(model_type: str, **changes) -> VisionLanguageModel:
     model = build(tiny_config(model_type, IDS) | changes)
-    assert isinstance(model, KeyeVL)
+    assert isinstance(model, VisionLanguageModel)
     randomise(model, 0)
     return model
 
 
-MODELS = {name: tiny(name).eval() for name in ("Keye", "KeyeVL1_5")}
+MODELS = {name: tiny(name).eval() for name in ("Keye", "KeyeVL1_5", "qwen2_vl")}
+
+
+def noise(model: VisionLanguageModel, grids, seed: int = 0) -> MediaBatch:
+    """Random patches of ``grids``, as the model takes them."""
+    return media_batch(grids, torch.Generator().manual_seed(seed), model.config.vision.temporal_patch_size)
 
 
 def split_media(media: MediaBatch) -> list[MediaBatch]:
@@ -45,10 +50,10 @@ def split_media(media: MediaBatch) -> list[MediaBatch]:
 def test_packed_equals_single_equals_cached(name: str, seed: int, count: int) -> None:
     model = MODELS[name]
     random = np.random.default_rng(seed)
-    made = [random_prompt(random, PADS, model.config.frames_apart) for _ in range(count)]
+    made = [random_prompt(random, PADS, frames_spelt(model.config)) for _ in range(count)]
     prompts = [prompt for prompt, _ in made]
     grids = [grid for _, each in made for grid in each]
-    media = media_batch(grids, torch.Generator().manual_seed(seed)) if grids else None
+    media = noise(model, grids, seed) if grids else None
     features = model.encode(media) if media else None
     alone = torch.cat([model.encode(piece) for piece in split_media(media)]) if media else None
     if features is not None and alone is not None:
@@ -73,7 +78,7 @@ def test_packed_equals_single_equals_cached(name: str, seed: int, count: int) ->
 @pytest.mark.parametrize("name", MODELS)
 def test_one_picture_does_not_change_another(name: str) -> None:
     model = MODELS[name]
-    media = media_batch([(1, 4, 4), (2, 4, 6), (1, 4, 4)], torch.Generator().manual_seed(0))
+    media = noise(model, [(1, 4, 4), (2, 4, 6), (1, 4, 4)])
     before = model.encode(media).split([4, 12, 4])
     media.pixels[:16] += 1
     after = model.encode(media).split([4, 12, 4])
@@ -82,9 +87,9 @@ def test_one_picture_does_not_change_another(name: str) -> None:
 
 
 @torch.no_grad()
-def test_frames_see_each_other_in_preview_and_not_in_15() -> None:
+def test_frames_see_each_other_in_preview_alone() -> None:
     for name, model in MODELS.items():
-        media = media_batch([(2, 4, 4)], torch.Generator().manual_seed(0))
+        media = noise(model, [(2, 4, 4)])
         before = model.encode(media)
         media.pixels[16:] += 1
         changed = not torch.equal(model.encode(media)[:4], before[:4])
@@ -94,9 +99,9 @@ def test_frames_see_each_other_in_preview_and_not_in_15() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_gets_a_gradient(name: str) -> None:
     model = tiny(name)
-    prompt, grids = random_prompt(np.random.default_rng(4), PADS, model.config.frames_apart)
+    prompt, grids = random_prompt(np.random.default_rng(4), PADS, frames_spelt(model.config))
     assert grids
-    features = model.encode(media_batch(grids, torch.Generator().manual_seed(0)))
+    features = model.encode(noise(model, grids))
     batch = pack([prompt])
     torch.nn.functional.cross_entropy(model.logits(model(batch, features)), batch.tokens).backward()
     for label, parameter in model.named_parameters():
