@@ -16,7 +16,7 @@ BUDGET = {  # seconds on two idle cores; together about six minutes
     "layers": 20,
     "adapt": 10,
     "hub": 20,
-    "models": 40,
+    "models": 70,
     "engine": 50,
     "parity": 50,
     "synth": 15,

@@ -36,17 +36,18 @@ _REFUSED = {
     "exl3": "exllama's own format is not read",
 }
 
-__all__ = ["KEYS", "METHODS", "Scheme", "read"]
+__all__ = ["KEYS", "METHODS", "Scheme", "read", "without"]
 
 
 def read(mapping: Mapping[str, Any], where: str = "config.json") -> Scheme | None:
     """The scheme that config.json names, or None if its weights are plain.
 
-    ConfigError names what is not supported, and what is.
+    It may stand at the top or in ``text_config``. ConfigError names what is not supported, and what is.
     """
     name = next((key for key in KEYS if mapping.get(key)), None)
     if name is None:
-        return None
+        inner = mapping.get("text_config")
+        return read(inner, f"{where}: text_config") if isinstance(inner, Mapping) else None
     found = mapping[name]
     if not isinstance(found, Mapping):
         raise ConfigError(f"{where}: {name} holds a {type(found).__name__}", "it must be a mapping of settings")
@@ -58,3 +59,10 @@ def read(mapping: Mapping[str, Any], where: str = "config.json") -> Scheme | Non
     scheme: Scheme = METHODS[method](keys)
     keys.done()
     return scheme
+
+
+def without(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the same model with plain weights."""
+    made = {key: value for key, value in mapping.items() if key not in KEYS}
+    inner = made.get("text_config")
+    return made | {"text_config": without(inner)} if isinstance(inner, Mapping) else made

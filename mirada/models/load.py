@@ -77,8 +77,7 @@ def load_model(
     if scheme is None or scheme.widens or keep:
         model.config_text = where.read_text(encoding="utf-8")  # pyright: ignore[reportArgumentType]
     else:  # what is in memory is plain now, and so is what a save writes
-        plain = {key: value for key, value in mapping.items() if key not in adapt.KEYS}
-        model.config_text = json.dumps(plain, indent=2) + "\n"  # pyright: ignore[reportArgumentType]
+        model.config_text = json.dumps(adapt.without(mapping), indent=2) + "\n"  # pyright: ignore[reportArgumentType]
     return model.eval()
 
 

@@ -152,7 +152,7 @@ def target(model: nn.Module, rule: Rule, index: int) -> Tensor | PackedRows:
     """What takes stored tensor ``index`` of ``rule``: a view of its stored shape, or the module that holds it packed."""
     owner, _, attribute = rule.parameter.rpartition(".")
     module = model.get_submodule(owner)
-    holder = module if isinstance(module, PackedLinear) else getattr(module, attribute)
+    holder = module if isinstance(module, PackedLinear) and attribute == "weight" else getattr(module, attribute)
     if not isinstance(holder, PackedLinear | PackedStack):
         return rule.place(holder, index)
     part = holder.parts[index]
@@ -176,14 +176,14 @@ def load(model: nn.Module, source: Source, scheme: Scheme, stored: Mapping[str, 
         _widen(packed, place)
 
 
-def _device(model: nn.Module, name: str) -> torch.device:
-    """That of the nearest plain parameter: layers may lie on devices of their own, and each has norms that are plain."""
-    while name:
-        name = name.rpartition(".")[0]
-        near = next(model.get_submodule(name).parameters(), None)
+def _device(model: nn.Module, parameter: str) -> torch.device:
+    """Where the plain parameters nearest to ``parameter`` lie: the norms of its layer, as layers may be on several devices."""
+    path = parameter.split(".")[:-1]
+    while True:
+        near = next(model.get_submodule(".".join(path)).parameters(), None)
         if near is not None:
             return near.device
-    raise ValueError("the model has no plain parameter")
+        path.pop()
 
 
 def _widen(packed: Packed, place: Tensor) -> None:

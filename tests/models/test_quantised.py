@@ -14,7 +14,7 @@ import pytest
 import torch
 from packers import FORMS, Packer, gptq
 from safetensors.torch import load_file, save_file
-from tiny import make_tiny_keye, media_batch, pack, random_prompt
+from tiny import make_tiny, make_tiny_keye, media_batch, pack, random_prompt
 from torch import Tensor, nn
 
 from mirada import VLM, Message, Sampling, adapt
@@ -24,8 +24,9 @@ from mirada.errors import NotAvailable, OutOfMemory, TensorError
 from mirada.models import quantised, shards
 from mirada.models.layout import Layout, Rule
 from mirada.models.load import load_model, load_weights, save_model
+from mirada.types import Prompt
 
-COVERED = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight")
+COVERED = re.compile(r"(language_model\.)?model\.(language_model\.)?layers\.\d+\.(self_attn|mlp)\.[\w.]+_proj\w*\.weight")
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,60 @@ def test_a_quantised_checkpoint_is_the_float_checkpoint_it_means(made: Path, tmp
         assert torch.equal(ours, theirs), name
     fused = model.decoder.layers[1].attention.qkv
     assert torch.equal(fused.weight, wide.decoder.layers[1].attention.qkv.weight)
+
+
+@torch.no_grad()
+def text_logits(model: nn.Module) -> Tensor:
+    return model.logits(model(pack([Prompt(tuple(range(40, 70)))])))
+
+
+FAMILY_FORMS = {
+    "Keye": "gptq asymmetric", "qwen2_vl": "gptq 4", "kimi_vl": "compressed 4", "KeyeVLMoe": "fp8 small blocks",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", FAMILY_FORMS)
+def test_every_family(tmp_path: Path, model_type: str) -> None:
+    config, packer = FORMS[FAMILY_FORMS[model_type]]
+    packed, plain = quantise(make_tiny(tmp_path / "made", model_type), tmp_path, config, packer)
+    model, expected = load_model(packed), text_logits(load_model(plain))
+    held = modules(model, PackedRows)
+    assert held and all(name.startswith("decoder.layers.") for name in held)
+    torch.testing.assert_close(text_logits(model), expected, atol=1e-4, rtol=0)
+    assert torch.equal(text_logits(load_model(packed, widen=True)), expected)
+
+
+NEWER = {"model": "language_model", "visual": "visual"}
+
+
+def test_the_newer_names_of_qwen2_vl(tmp_path: Path) -> None:
+    made = make_tiny(tmp_path / "made", "qwen2_vl")
+    stored = load_file(made / "model.safetensors")
+    newer = {re.sub(r"^(model|visual)\.", lambda m: f"model.{NEWER[m[1]]}.", name): t for name, t in stored.items()}
+    assert set(newer) != set(stored)
+    save_file(newer, made / "model.safetensors")
+    packed, plain = quantise(made, tmp_path, *FORMS["awq"])
+    model = load_model(packed)
+    assert len(modules(model, PackedRows)) == 14
+    torch.testing.assert_close(text_logits(model), text_logits(load_model(plain)), atol=1e-4, rtol=0)
+
+
+def test_settings_may_stand_in_the_text_config(tmp_path: Path) -> None:
+    packed, plain = quantise(make_tiny(tmp_path / "made", "kimi_vl"), tmp_path, *FORMS["compressed 4"])
+    config = json.loads((packed / "config.json").read_text())
+    config["text_config"]["quantization_config"] = config.pop("quantization_config")
+    (packed / "config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(text_logits(load_model(packed)), text_logits(load_model(plain)), atol=1e-4, rtol=0)
+    save_model(load_model(packed, widen=True), tmp_path / "out")
+    assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
+    assert torch.equal(text_logits(load_model(tmp_path / "out")), text_logits(load_model(plain)))
+
+
+def test_packed_matrices_go_where_their_layer_goes(made: Path, tmp_path: Path) -> None:
+    packed, _ = quantise(made, tmp_path, *FORMS["gptq act-order"])
+    model = load_model(packed, place=lambda name: torch.device("meta" if ".layers.1." in name else "cpu"))
+    assert {t.device.type for t in model.decoder.layers[0].buffers()} == {"cpu"}
+    assert {t.device.type for t in model.decoder.layers[1].buffers()} == {"meta"}
 
 
 def test_the_quantised_model_differs_from_the_one_it_was_made_of(made: Path, tmp_path: Path) -> None:
