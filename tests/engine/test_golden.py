@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from parity.golden import Case, cases, load_reference_model
-from tiny import make_tiny_keye
+from parity.golden import Case, cases, load_model_files, load_reference_model
+from parity.qwen2_vl import Qwen2VLCase
+from safetensors.torch import load_file
+from tiny import make_tiny
 
 from mirada import VLM, Sampling
 from mirada.engine import vision
@@ -15,25 +17,30 @@ from mirada.media.grid import Patches
 from mirada.prompt.render import Renderer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "keye_vl"
+QWEN2_VL = GOLDEN.parent / "qwen2_vl"
 PREVIEW = ("mixed", "image", "video_default_seconds", "video_fps2", "text", "left_padded_batch")
 
 
-@pytest.fixture(scope="module", params=["Keye", "KeyeVL1_5"])
+@pytest.fixture(scope="module", params=["Keye", "KeyeVL1_5", "qwen2_vl"])
 def reference(request, tmp_path_factory):
     """(engine, {name: case}) of one model type. The reference's own vocabulary is not recorded, so any renderer will do."""
+    kind = Qwen2VLCase if request.param == "qwen2_vl" else Case
     if request.param == "Keye":
         model = load_reference_model(GOLDEN / "model_config.json", GOLDEN / "model_weights.safetensors")
         recorded = cases(GOLDEN / "model_goldens.safetensors")
         assert set(recorded) == set(PREVIEW)
+    elif request.param == "qwen2_vl":
+        model = load_model_files(QWEN2_VL / "config.json", QWEN2_VL / "model.safetensors")
+        recorded = {name: load_file(QWEN2_VL / f"{name}.safetensors") for name in ("case_a", "case_b_long_video")}
     else:
         override = GOLDEN / "keye15_projector_override.safetensors"
         model = load_reference_model(GOLDEN / "keye15_config.json", GOLDEN / "model_weights.safetensors", override)
         recorded = cases(GOLDEN / "keye15_goldens.safetensors")
         assert len(recorded) == 1
-    directory = make_tiny_keye(tmp_path_factory.mktemp(request.param), request.param)
+    directory = make_tiny(tmp_path_factory.mktemp(request.param), request.param)
     form = VLM(directory, device="cpu").parts.renderer.format
     vlm = VLM.from_parts(model, Renderer.from_directory(directory, form))
-    return vlm, {name: Case(model, tensors) for name, tensors in recorded.items()}
+    return vlm, {name: kind(model, tensors) for name, tensors in recorded.items()}
 
 
 def media_of(case: Case) -> list[list[Patches]]:
@@ -59,7 +66,8 @@ def test_greedy_ids(reference, monkeypatch):
     monkeypatch.setattr(vision, "normalise", lambda pixels, rule: pixels)
     handles, expected = [], []
     for case in recorded.values():
-        for prompt, media, ids in zip(case.prompts, media_of(case), case.theirs["generated"].tolist(), strict=True):
+        generated = case.theirs["generated_ids" if "generated_ids" in case.theirs else "generated"].tolist()
+        for prompt, media, ids in zip(case.prompts, media_of(case), generated, strict=True):
             handles.append(vlm.submit(prompt, Sampling(max_tokens=len(ids), ignore_eos=True), media=media))
             expected.append(tuple(ids))
     assert [handle.result().tokens for handle in handles] == expected  # all cases in one batch
