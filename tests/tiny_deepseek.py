@@ -69,7 +69,7 @@ def kimi_config(model_type: str, ids: dict[str, int]) -> dict[str, Any]:
 
 
 YARN = {
-    "type": "yarn", "factor": 40, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0,
+    "type": "yarn", "factor": 40, "original_max_position_embeddings": 32, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }  # fmt: skip
 

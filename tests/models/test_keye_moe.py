@@ -136,7 +136,7 @@ def test_logits_behind_the_features_are_those_of_transformers(tmp_path: Path, se
     pads = (model.config.image_token_id, model.config.video_token_id)
     made = [random_prompt(random, pads, True, flat(model.config)) for _ in range(8)]
     made = [one for one in made if one[1]]
-    assert made and max(len(prompt.tokens) for prompt, _ in made) > 64
+    assert made and max(len(prompt.tokens) for prompt, _ in made) > 32
     for prompt, grids in made:
         batch = pack([prompt])
         features = model.encode(media_batch(grids, torch.Generator().manual_seed(seed)))
