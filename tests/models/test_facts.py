@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from models.test_deepseek import KIMI as KIMI_TEXT
+from models.test_deepseek import V3
 from parity.released import PREVIEW_8B
 
 from mirada.models import facts
@@ -82,6 +83,22 @@ def test_kimi() -> None:
     assert made.experts == 26 * 64 * 3 * 1408 * 2048
     expected = 15_960_110_208 - 163840 * 2048 - made.experts * 58 // 64
     assert made.active == expected and 2.4e9 < made.active < 3e9
+
+
+def keye_671b(**changes) -> dict:
+    """Sizes of DeepSeek-V3 with KeyeViT; the release's own file is not public in readable form."""
+    ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return {**V3, "model_type": "KeyeVLMoe", "vision_config": PREVIEW_8B["vision_config"]} | dict.fromkeys(ids, 1) | changes
+
+
+def test_keye_671b() -> None:
+    made = describe(keye_671b())
+    assert made.parameters - made.vision == 671_026_419_200
+    assert 36.5e9 < made.active < 37.5e9 and made.cache_values == 61 * 576
+    blocks = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    stored = describe(keye_671b(quantization_config=blocks)).weights["as stored"]
+    assert 0.50 < stored / made.weights["bfloat16"] < 0.51
+    assert "GPUs of 80 GB" in hardware(stored)
 
 
 def test_bytes_of_packed_types() -> None:
