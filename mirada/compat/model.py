@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,22 +16,21 @@ from mirada.compat.keywords import Keywords
 from mirada.compat.processor import HUB, NO_REMOTE_CODE, hub_options
 from mirada.engine.llm import VLM
 from mirada.engine.load import find, pick_device
-from mirada.errors import MessageError, SettingsError
+from mirada.errors import MessageError, SettingsError, nearest
 from mirada.models.load import read_json
 from mirada.models.releases import advised
 from mirada.types import Sampling
 
 _LOAD = Keywords(
     "from_pretrained",
-    honoured=("torch_dtype", "dtype", "device_map", *HUB),
+    honoured=("torch_dtype", "dtype", "device_map", "attn_implementation", *HUB),
     done_anyway={
         "trust_remote_code": (False,), "low_cpu_mem_usage": (True,), "use_safetensors": (True,), "force_download": (False,),
-        "attn_implementation": ("sdpa",), "load_in_4bit": (False,), "load_in_8bit": (False,), "use_cache": (True,),
+        "load_in_4bit": (False,), "load_in_8bit": (False,), "use_cache": (True,),
     },
     without_effect={
         "trust_remote_code": NO_REMOTE_CODE,
         "code_revision": NO_REMOTE_CODE,
-        "attn_implementation": "pictures and prompts are packed, and torch's own attention is used for them",
         "low_cpu_mem_usage": "weights always go straight from their file to their place",
     },
     refused={
@@ -90,13 +90,21 @@ class Model:
         """The checkpoint of a directory, or of org/name on a hub, whatever its family.
 
         ``torch_dtype`` (or ``dtype``): a torch.dtype or its name; "auto" and nothing mean float32 on a CPU and the
-        checkpoint's own elsewhere. ``device_map``: "auto" and nothing mean a GPU if there is one; "cpu", "cuda:1",
-        {"": device}. Raises CheckpointError and its kinds, NotAvailable, OutOfMemory, SettingsError.
+        checkpoint's own elsewhere. ``device_map``: "auto" spreads layers over all GPUs and the CPU, nothing means a GPU if
+        there is one; "cpu", "cuda:1", {"": device}. ``attn_implementation``: eager, sdpa, flash_attention_2 (which on a
+        machine without CUDA is noted and has no effect). Raises CheckpointError and its kinds, NotAvailable, OutOfMemory,
+        SettingsError.
         """
         options = _LOAD.settle(kwargs)
         directory = find(pretrained_model_name_or_path, hub_options(options))
-        dtype = options.get("dtype", options.get("torch_dtype"))
-        vlm = VLM(directory, device=_device(options.get("device_map")), dtype=None if dtype == "auto" else dtype)
+        device, spread = _device(options.get("device_map"))
+        vlm = VLM(
+            directory,
+            device=device,
+            device_map=spread,
+            dtype=options.get("dtype", options.get("torch_dtype", "auto")),
+            attn=_attention(options.get("attn_implementation", "auto"), device),
+        )
         file = directory / "generation_config.json"
         return cls(vlm, read_json(file) if file.exists() else None)
 
@@ -123,6 +131,10 @@ class Model:
         device = pick_device(place.device)
         if (device.type, device.index or 0, place.dtype) != (self.device.type, self.device.index or 0, self.dtype):
             old = self.vlm
+            if old.parts.placement is not None:
+                raise SettingsError(
+                    "a model loaded with device_map='auto' is not moved", "load it with device_map='cuda' and its torch_dtype"
+                )
             old.parts.model.to(device=device, dtype=place.dtype)
             self.vlm = VLM.from_parts(old.parts.model, old.parts.renderer, old.parts.rule, eos=old.parts.eos, limits=old.limits)
         return self
@@ -219,15 +231,24 @@ def _most(options: Mapping[str, Any], saved: Mapping[str, Any], length: int) -> 
     return saved.get("max_new_tokens") or Sampling().max_tokens
 
 
-def _device(device_map: Any) -> Any:
+def _device(device_map: Any) -> tuple[Any, str | None]:
+    """``device_map`` of transformers -> ``device`` and ``device_map`` of VLM."""
     if isinstance(device_map, Mapping):
         if list(device_map) != [""]:
             raise SettingsError("device_map names single layers", "give 'auto', a device, or {'': device}")
         device_map = device_map[""]
-    if isinstance(device_map, int):
-        return torch.device("cuda", device_map)
-    if device_map in (None, "auto"):
-        return None
+    if device_map == "auto":
+        return None, "auto"
     if device_map in ("balanced", "balanced_low_0", "sequential"):
         raise SettingsError(f"device_map={device_map!r} is not supported", "give 'auto', a device, or {'': device}")
-    return device_map
+    return torch.device("cuda", device_map) if isinstance(device_map, int) else device_map, None
+
+
+def _attention(name: str, device: Any) -> str:
+    known = {"auto": "auto", "eager": "eager", "sdpa": "sdpa", "flash_attention_2": "flash", "flash_attention_3": "flash"}
+    if name not in known:
+        raise SettingsError(f"attn_implementation={name!r} is unknown", nearest(str(name), known))
+    if known[name] == "flash" and pick_device(device).type != "cuda":
+        warnings.warn(f"attn_implementation={name} has no effect: it needs a CUDA device", stacklevel=3)
+        return "auto"
+    return known[name]

@@ -143,6 +143,22 @@ def test_a_chat_of_chats_as_in_the_card_of_keye(opened, pictures):
     assert inputs.input_ids.shape[1] < generated.shape[1] <= inputs.input_ids.shape[1] + 256
 
 
+def test_devices_and_attention(folders, opened, pictures):
+    inputs = inputs_of("qwen2_vl", opened["qwen2_vl"][1], [user(picture(pictures[0]), say("What?"))])
+    plain = opened["qwen2_vl"][0].generate(**inputs, max_new_tokens=6, do_sample=False)
+    for options in ({"device_map": "auto"}, {"device_map": {"": "cpu"}}, {"attn_implementation": "eager", "device_map": "cpu"}):
+        model = AutoModel.from_pretrained(folders["qwen2_vl"], torch_dtype="auto", **options)
+        assert torch.equal(model.generate(**inputs.to(model.device), max_new_tokens=6, do_sample=False).cpu(), plain), options
+    kinds = {part.attention_kind for part in model.vlm.parts.model.modules() if hasattr(part, "attention_kind")}
+    assert kinds == {"eager"}
+    spread = AutoModel.from_pretrained(folders["qwen2_vl"], device_map="auto")
+    assert spread.to(spread.device) is spread
+    with pytest.raises(SettingsError, match="device_map='auto' is not moved"):
+        spread.to(torch.float16)
+    with pytest.warns(UserWarning, match="flash_attention_2 has no effect: it needs a CUDA device"):
+        AutoModel.from_pretrained(folders["qwen2_vl"], device_map="cpu", attn_implementation="flash_attention_2")
+
+
 def test_another_dtype_is_another_engine(folders, opened, pictures):
     model = AutoModel.from_pretrained(folders["qwen2_vl"], torch_dtype=torch.float32)
     assert model.to(torch.bfloat16) is model and model.dtype is torch.bfloat16
@@ -337,6 +353,7 @@ def test_what_generate_takes_and_need_not(opened):
         ({"load_in_4bit": True}, "load_in_4bit=True"),
         ({"device_map": "balanced"}, "balanced"),
         ({"device_map": {"lm_head": 0}}, "single layers"),
+        ({"attn_implementation": "flash"}, "'flash' is unknown.*flash_attention_2"),
         ({"torch_dtype": "int3"}, "int3"),
     ],
 )
