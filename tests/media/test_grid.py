@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mirada.errors import MediaUnsupported
-from mirada.media.grid import GridRule, content_key, fit, normalise, patchify
+from mirada.media.grid import GridRule, content_key, denormalise, fit, normalise, patchify
+from mirada.media.rule import QWEN2_VL
 
 TABLES = json.loads((Path(__file__).parents[1] / "golden/keye_vl/resize_and_sampling_tables.json").read_text())
 # Height, width, least and largest area -> size of qwen-vl-utils 0.0.8 (which makes 0 of the last two's short side).
@@ -152,3 +153,15 @@ def test_content_key_depends_on_pixels_shape_and_facts() -> None:
     }
     assert len(keys) == 4 and all(len(key) == 32 for key in keys)
     assert content_key(pixels, (1, 2, 2)) == content_key(pixels.copy(), (1, 2, 2))
+
+
+@pytest.mark.parametrize("rule", [GridRule(), QWEN2_VL.grid], ids=["halves", "clip"])
+def test_every_byte_comes_back_from_its_value(rule):
+    frames = (rule.frames,) if rule.frames > 1 else ()
+    pixels = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(256, *[1] * (3 + len(frames))), (256, 3, *frames, 2, 2))
+    values = normalise(pixels, rule)
+    assert np.array_equal(denormalise(values, rule), pixels)
+    assert np.array_equal(denormalise(values + np.float32(9e-5), rule), pixels)
+    for wrong in (values + np.float32(2e-4), values * np.float32(np.nan), values - 5, values + np.float32(np.inf)):
+        with pytest.raises(MediaUnsupported, match="8 bits"):
+            denormalise(wrong, rule)
