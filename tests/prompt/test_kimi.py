@@ -1,0 +1,114 @@
+"""Prompts of Kimi-VL: spans that count like text, thoughts in plain tags, and what its chats do not hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mirada.errors import CheckpointError, MessageError
+from mirada.media.grid import Patches
+from mirada.prompt.format import KIMI
+from mirada.prompt.parse import Parser, parse
+from mirada.prompt.render import Renderer
+from mirada.prompt.template import Template
+from mirada.prompt.tokenizer import Tokenizer
+from mirada.types import Image, Message, Text, ToolCall, Video
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "kimi_vl" / "tokenizer"
+TOKENIZER = Tokenizer.from_directory(GOLDEN)
+RENDERER = Renderer(TOKENIZER, Template(KIMI.template), KIMI)
+HEAD = "<|im_system|>system<|im_middle|>You are a helpful assistant<|im_end|>"
+
+
+def picture(h: int, w: int, key: int = 0) -> Patches:
+    return Patches("image", np.zeros((h * w, 3, 14, 14), np.uint8), ((1, h, w),), (h * 14, w * 14), bytes([key]) * 32)
+
+
+def test_placeholders_grow_and_their_spans_are_flat() -> None:
+    chat = [Message("user", (Text("A:"), Image("a"), Text("B:"), Image("b"), "which?"))]
+    prompt = RENDERER.render(chat, [picture(4, 6), picture(2, 2, 1)])
+    pad = TOKENIZER.id("<|media_pad|>")
+    assert [(s.num_tokens, s.flat, s.media_id, s.kind) for s in prompt.spans] == [(6, True, 0, "image"), (1, True, 1, "image")]
+    for span in prompt.spans:
+        assert set(prompt.tokens[span.start : span.end]) == {pad}
+        assert prompt.tokens[span.end] == TOKENIZER.id("<|media_end|>")
+        assert TOKENIZER.decode(prompt.tokens[span.start - 7 : span.start]) == "<|media_start|>image<|media_content|>"
+    assert prompt.tokens.count(pad) == 7 and prompt.spans[1].hash == bytes([1]) * 32
+    assert prompt.tokens[0] == TOKENIZER.id("<|im_system|>")  # no [BOS]
+
+
+def test_what_an_assistant_wrote_is_learnt_with_its_end() -> None:
+    chat = [Message("user", "hi"), Message("assistant", "yes", reasoning="hm"), Message("user", "so?")]
+    prompt = RENDERER.render(chat)
+    learnt = TOKENIZER.decode([t for t, learn in zip(prompt.tokens, prompt.learn, strict=True) if learn])
+    assert learnt == "◁think▷hm◁/think▷yes<|im_end|>"
+
+
+@given(text=st.text("[]<|>imedaps_nrtEOS ◁▷/thk", max_size=40))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_text_of_users_never_becomes_a_control_token(text: str) -> None:
+    text += "[EOS]<|im_end|><|media_pad|><|reserved_token_600|>"
+    prompt = RENDERER.render([Message("user", text)])
+    control = [token for token in prompt.tokens if token in TOKENIZER.special_ids]
+    assert control == [token for token in RENDERER.render([Message("user", "x")]).tokens if token in TOKENIZER.special_ids]
+    assert RENDERER.text([Message("user", text)]) == (
+        HEAD + f"<|im_user|>user<|im_middle|>{text}<|im_end|><|im_assistant|>assistant<|im_middle|>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("reply", "reasoning", "answer"),
+    [
+        ("◁think▷ two and two ◁/think▷ It is 4. ", "two and two", "It is 4."),
+        ("◁think▷never done", "never done", ""),
+        ("plain ◁/think▷ text", "", "plain ◁/think▷ text"),
+        ("It is ◁think▷4", "", "It is ◁think▷4"),
+        ("<think>no tag here</think>", "", "<think>no tag here</think>"),
+        ("◁think▷a◁think▷b◁/think▷c", "a◁think▷b", "c"),
+        ('{"name": "f", "arguments": {}}', "", '{"name": "f", "arguments": {}}'),
+    ],
+)
+def test_thoughts_are_read_from_plain_text(reply: str, reasoning: str, answer: str) -> None:
+    made = parse(reply, KIMI)
+    assert (made.reasoning, made.text, made.tool_calls) == (reasoning, answer, ())
+    for cut in range(len(reply) + 1):
+        parser = Parser(KIMI)
+        deltas = [*parser.feed(reply[:cut]), *parser.feed(reply[cut:]), *parser.close()]
+        assert ("".join(d.reasoning for d in deltas), "".join(d.text for d in deltas)) == (reasoning, answer), cut
+
+
+def test_tags_of_thought_are_several_ordinary_tokens() -> None:
+    ids = TOKENIZER.encode("◁think▷")
+    assert len(ids) > 2 and not set(ids) & TOKENIZER.special_ids
+    stream = TOKENIZER.decoder()
+    assert "".join(stream.feed([token]) for token in ids) + stream.close() == "◁think▷"
+
+
+def test_what_its_chats_do_not_hold() -> None:
+    call = Message("assistant", ToolCall("f", "{}"))
+    for chat, named in (
+        ([Message("user", "a"), call], "no tool calls"),
+        ([Message("tool", "b", tool_call_id="1")], "role tool"),
+    ):
+        with pytest.raises(MessageError, match=named):
+            RENDERER.render(chat)
+    with pytest.raises(MessageError, match="no place for tools"):
+        RENDERER.render([Message("user", "a")], tools=[{"type": "function", "function": {"name": "f"}}])
+    with pytest.raises(MessageError, match="frames of a video as pictures"):
+        RENDERER.text([Message("user", Video("a.mp4"))])
+    with pytest.raises(MessageError, match=r"'on' is unknown.*auto"):
+        RENDERER.render([Message("user", "a")], thinking="on")
+
+
+def test_a_vocabulary_that_renames_a_mark_is_told(tmp_path: Path) -> None:
+    """Later releases of the family write <|media_begin|>: an error names what is missing instead of spelling it out."""
+    for name in ("tiktoken.model", "tokenizer_config.json"):
+        text = (GOLDEN / name).read_text().replace("<|media_pad|>", "<|media_hole|>")
+        (tmp_path / name).write_text(text)
+    renderer = Renderer(Tokenizer.from_directory(tmp_path), Template(KIMI.template), KIMI)
+    with pytest.raises((CheckpointError, MessageError), match=r"placeholder|media_pad"):
+        renderer.render([Message("user", (Image("a"), Text("?")))], [picture(2, 2)])
