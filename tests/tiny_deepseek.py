@@ -77,8 +77,8 @@ YARN = {
 def keye_moe_config(model_type: str, ids: dict[str, int], vision: dict[str, Any]) -> dict[str, Any]:
     """config.json of a Keye-VL-671B: low-rank queries, four groups of experts, YaRN. ``vision`` as in the 8B models."""
     text = deepseek_text(
-        max(ids.values()) + 1, q_lora_rank=40, n_routed_experts=8, n_group=4, topk_group=2, n_shared_experts=1, rope_theta=10000,
-        rope_scaling=YARN, routed_scaling_factor=2.5, rms_norm_eps=1e-6, num_nextn_predict_layers=1,
+        max(ids.values()) + 1, q_lora_rank=40, n_routed_experts=8, n_group=4, topk_group=2, n_shared_experts=1,
+        rope_theta=10000, rope_scaling=YARN, routed_scaling_factor=2.5, rms_norm_eps=1e-6, num_nextn_predict_layers=1,
     )  # fmt: skip
     return text | {
         "architectures": ["KeyeVLMoeForConditionalGeneration"], "model_type": model_type, "torch_dtype": "float32",

@@ -28,8 +28,10 @@ QWEN_SIZES = {
 
 def qwen(size: str, **changes) -> dict:
     text, _, _ = QWEN_SIZES[size]
-    vision = {"depth": 32, "embed_dim": 1280, "hidden_size": text["hidden_size"], "in_chans": 3, "mlp_ratio": 4,
-              "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14, "temporal_patch_size": 2}  # fmt: skip
+    vision = {
+        "depth": 32, "embed_dim": 1280, "hidden_size": text["hidden_size"], "in_chans": 3, "mlp_ratio": 4,
+        "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14, "temporal_patch_size": 2,
+    }  # fmt: skip
     return {
         "model_type": "qwen2_vl", "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "torch_dtype": "bfloat16",
         "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "max_position_embeddings": 32768,
