@@ -9,8 +9,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
-DEMO_PICTURE ?= examples/receipt.png
-DEMO_QUESTION ?= What is the total?
+DEMO_PICTURE ?= examples/sign.png
+DEMO_QUESTION ?= What does the sign say?
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
