@@ -38,8 +38,15 @@ class Renderer:
 
     @classmethod
     def from_directory(cls, path: str | Path, form: PromptFormat) -> Renderer:
-        """Tokenizer and template of a checkpoint's folder. Raises CheckpointError."""
-        return cls(Tokenizer.from_directory(path), Template.from_directory(path, form), form)
+        """Tokenizer and template of a checkpoint's folder. Raises CheckpointError, also where the family's own template would
+        write turns that the vocabulary does not know."""
+        tokenizer, template = Tokenizer.from_directory(path), Template.from_directory(path, form)
+        if template.source == form.template and form.turn_end not in tokenizer.control:
+            raise CheckpointError(
+                f"the vocabulary in {path} has no token {form.turn_end!r}, with which {template.origin} ends turns",
+                "put the chat template of the model's release beside its tokenizer (chat_template.jinja)",
+            )
+        return cls(tokenizer, template, form)
 
     def render(
         self,

@@ -105,10 +105,20 @@ def test_what_its_chats_do_not_hold() -> None:
 
 
 def test_a_vocabulary_that_renames_a_mark_is_told(tmp_path: Path) -> None:
-    """Later releases of the family write <|media_begin|>: an error names what is missing instead of spelling it out."""
-    for name in ("tiktoken.model", "tokenizer_config.json"):
-        text = (GOLDEN / name).read_text().replace("<|media_pad|>", "<|media_hole|>")
-        (tmp_path / name).write_text(text)
-    renderer = Renderer(Tokenizer.from_directory(tmp_path), Template(KIMI.template), KIMI)
+    """An error names what is missing, instead of its being spelt out in ordinary tokens."""
+    renderer = Renderer(renamed(tmp_path, "<|media_pad|>"), Template(KIMI.template), KIMI)
     with pytest.raises((CheckpointError, MessageError), match=r"placeholder|media_pad"):
         renderer.render([Message("user", (Image("a"), Text("?")))], [picture(2, 2)])
+
+
+def test_a_template_whose_turns_the_vocabulary_does_not_know_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no token '<\|im_end\|>', with which the family's own template ends turns"):
+        renamed(tmp_path, "<|im_end|>")
+        Renderer.from_directory(tmp_path, KIMI)
+
+
+def renamed(folder: Path, control: str) -> Tokenizer:
+    """The vocabulary with another name for one of its control strings."""
+    for name in ("tiktoken.model", "tokenizer_config.json"):
+        (folder / name).write_text((GOLDEN / name).read_text().replace(control, "<|other|>"))
+    return Tokenizer.from_directory(folder)
