@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).parent
-WHITE, INK = (255, 255, 255), (24, 24, 32)
+WHITE = (255, 255, 255)
 
 
 def sign(text: str, ground: tuple[int, int, int], ink: tuple[int, int, int], size: int = 19) -> Image.Image:
@@ -32,7 +32,7 @@ def shapes() -> Image.Image:
 
 
 def main() -> None:
-    sign("Platform 9", (250, 248, 240), INK).save(HERE / "sign.png")
+    sign("Station 42", (20, 90, 60), WHITE).save(HERE / "sign.png")
     shapes().save(HERE / "shapes.png")
 
 
