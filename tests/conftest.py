@@ -22,6 +22,7 @@ BUDGET = {  # seconds on two idle cores; together about six minutes
     "synth": 15,
     "train": 40,
     "recipes": 30,
+    "assets": 10,
     "cli": 25,
     "compat": 20,
 }
