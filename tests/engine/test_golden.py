@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from parity.golden import Case, cases, load_model_files, load_reference_model
+from parity.kimi import KimiCase
 from parity.qwen2_vl import Qwen2VLCase
 from safetensors.torch import load_file
 from tiny import make_tiny
@@ -14,7 +16,9 @@ from tiny import make_tiny
 from mirada import VLM, Sampling
 from mirada.engine import vision
 from mirada.media.grid import Patches
+from mirada.models.family import FAMILIES
 from mirada.prompt.render import Renderer
+from mirada.types import Prompt
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "keye_vl"
 QWEN2_VL = GOLDEN.parent / "qwen2_vl"
@@ -71,3 +75,26 @@ def test_greedy_ids(reference, monkeypatch):
             handles.append(vlm.submit(prompt, Sampling(max_tokens=len(ids), ignore_eos=True), media=media))
             expected.append(tuple(ids))
     assert [handle.result().tokens for handle in handles] == expected  # all cases in one batch
+
+
+@torch.no_grad()
+def test_greedy_ids_of_kimi(tmp_path_factory, monkeypatch):
+    """Three pictures in one prompt, beside a prompt of text alone: flat positions, a latent cache, experts."""
+    folder = GOLDEN.parent / "kimi_vl"
+    model = load_model_files(folder / "config.json", folder / "model.safetensors")
+    directory = make_tiny(tmp_path_factory.mktemp("kimi_vl"), "kimi_vl")
+    form = FAMILIES["kimi_vl"].prompt_format(model.config)
+    vlm = VLM.from_parts(model, Renderer.from_directory(directory, form))
+    case, text = (KimiCase(model, load_file(folder / name)) for name in ("case.safetensors", "text_only.safetensors"))
+    media, at = [], 0
+    for _, h, w in case.grids:
+        pixels = case.theirs["pixel_values"][at : at + h * w].numpy()
+        media.append(Patches("image", pixels, ((1, h, w),), (0, 0), bytes(32)))
+        at += h * w
+    monkeypatch.setattr(vision, "normalise", lambda pixels, rule: pixels)
+    asked = Prompt(tuple(case.theirs["input_ids"][0].tolist()), case.spans)
+    expected = case.theirs["generated_ids"][0].tolist()
+    sampling = Sampling(max_tokens=len(expected), ignore_eos=True)
+    alone = vlm.submit(Prompt(tuple(text.theirs["input_ids"][0].tolist())), Sampling(max_tokens=1, ignore_eos=True))
+    assert list(vlm.submit(asked, sampling, media=media).result().tokens) == expected
+    assert alone.result().tokens == (int(text.theirs["logits"][0, -1].argmax()),)
