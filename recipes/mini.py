@@ -2,6 +2,7 @@
 
     python recipes/mini.py tokenizer --size cpu --run runs/mini
     python recipes/mini.py train STAGE --size cpu --run runs/mini [--steps N]
+    python recipes/mini.py train hold --run runs/more --start mirada/assets/mini      (an exported checkpoint, further)
     python recipes/mini.py export --size cpu --run runs/mini --out mirada/assets/mini
 
 Stages build on one another: ``letters`` and ``dense`` (vision tower alone, from what the generator knows of every patch;
@@ -33,7 +34,7 @@ from mirada import Image, Message, Text, synth
 from mirada.errors import SettingsError
 from mirada.media.grid import GridRule, Patches, content_key, patchify
 from mirada.models.family import FAMILIES
-from mirada.models.load import build, save_model
+from mirada.models.load import build, load_model, save_model
 from mirada.prompt.render import Renderer
 from mirada.train.batch import Example, TrainBatch, collate
 from mirada.train.loop import TrainSettings, train
@@ -155,9 +156,13 @@ def load_renderer(directory: Path) -> Renderer:
     return Renderer.from_directory(directory, family.prompt_format(config))
 
 
-def run_stage(name: str, size: Size, run: Path, settings: TrainSettings, workers: int, fonts: str, device: str) -> None:
-    """Train one stage from the weights of the one before; leaves ``<stage>.safetensors`` in the run folder."""
+def run_stage(
+    name: str, size: Size, run: Path, settings: TrainSettings, workers: int, fonts: str, device: str, start: Path | None
+) -> None:
+    """Train one stage from the weights of the one before, or of ``start``; leaves ``<stage>.safetensors`` in the run folder."""
     stage, base = STAGES[name], run / "base"
+    if start is not None:
+        adopt_base(start, base)
     config = json.loads((base / "config.json").read_text())
     torch.manual_seed(settings.seed)
     model = build(config)
@@ -165,7 +170,9 @@ def run_stage(name: str, size: Size, run: Path, settings: TrainSettings, workers
     heads = DenseHeads(size.vision_width, DENSE_KINDS)
     before = [run / f"{earlier}.safetensors" for earlier in ORDER[: ORDER.index(name)]]
     done = [path for path in before if path.exists()]
-    if done:
+    if start is not None:
+        model.load_state_dict(load_model(start, widen=True).state_dict())
+    elif done:
         nn.ModuleList([model, heads]).load_state_dict(load_file(done[-1]))
     model.requires_grad_(False)
     for part in stage.parts:
@@ -187,6 +194,17 @@ def run_stage(name: str, size: Size, run: Path, settings: TrainSettings, workers
         unround_rows(model)
     save_file({k: v.cpu().clone() for k, v in nn.ModuleList([model, heads]).state_dict().items()}, run / f"{name}.safetensors")
     print(f"stage {name}: {state.step} steps{' (stopped early)' if state.stopped else ''}")
+
+
+def adopt_base(start: Path, base: Path) -> None:
+    """The files of an exported checkpoint that are not weights, for a run that trains it on in full precision."""
+    base.mkdir(parents=True, exist_ok=True)
+    for file in start.glob("*.json"):
+        if file.name != "card.json":
+            (base / file.name).write_bytes(file.read_bytes())
+    config = json.loads((start / "config.json").read_text())
+    config.pop("quantization_config", None)
+    (base / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def make_base(size: Size, run: Path) -> None:
@@ -238,6 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         default="float32",
         help="bfloat16 is right on a GPU, and four times faster on a CPU that has avx512_bf16 or amx",
     )
+    parser.add_argument("--start", type=Path, help="train on from this exported checkpoint instead of the run's earlier stages")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--fonts", default="debian", help="debian (named packages), debian-any (other versions), builtin (one)")
     args = parser.parse_args(argv)
@@ -254,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = STAGES[args.stage].settings
         steps = args.steps or settings.steps * size.times_steps
         settings = replace(settings, steps=steps, seed=args.seed, precision=args.precision)
-        run_stage(args.stage, size, args.run, settings, args.workers, args.fonts, args.device)
+        run_stage(args.stage, size, args.run, settings, args.workers, args.fonts, args.device, args.start)
 
 
 if __name__ == "__main__":

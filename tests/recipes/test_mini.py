@@ -32,6 +32,8 @@ def test_every_stage_runs_and_the_export_answers(recipe: ModuleType, tmp_path: P
     card = json.loads((tmp_path / "out" / "card.json").read_text())
     assert card["last_stage"] == "hold" and "model.safetensors" in card["sha256"]
     vlm = VLM(tmp_path / "out")
+    (tmp_path / "hold.safetensors").unlink()
+    recipe.main(["train", "hold", *common, "--start", str(tmp_path / "out"), "--seed", "2", "--run", str(tmp_path / "more")])
     drawn = synth.sample("line", 1, 1, split="held", fonts="builtin")
     (output,) = vlm.generate(
         [[recipe.Message("user", (recipe.Image(drawn.image), recipe.Text(drawn.question)))]], Sampling(max_tokens=3)
