@@ -181,7 +181,7 @@ def write_card(out: Path, size: Size, stage: str) -> None:
         "name": "mini",
         "licence": "Apache-2.0",
         "architecture": "Keye-VL-1.5, small",
-        "trained_on": "drawn pictures only (mirada.synth), by recipes/mini_speedrun.sh",
+        "trained_on": "drawn pictures only (mirada.synth), by the stages of recipes/mini.py; docs/LOG.md says which were run",
         "last_stage": stage,
         "vocabulary": size.vocabulary,
         "sha256": files,
