@@ -14,7 +14,7 @@ from mirada.errors import MessageError, MiradaError, SettingsError
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES = ("system", "user", "assistant", "tool")
-Finish = Literal["stop", "length", "tool_calls", "cancelled", "error"]
+Finish = Literal["stop", "length", "repetition", "tool_calls", "cancelled", "error"]
 Thinking = Literal["auto", "on", "off"]
 Grid = tuple[int, int, int]
 """(frames, rows, columns) of patches."""

@@ -1,0 +1,52 @@
+"""What may be set about an engine; bytes are bytes, and ``None`` means off or derived, as each line says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mirada.errors import SettingsError
+
+MB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Bounds of one engine. ``VLM(..., engine=EngineSettings(...))``, or a mapping of these."""
+
+    max_running: int = 16
+    """Sequences that decode together."""
+    max_waiting: int = 4096
+    """Requests in line; one more is refused with a typed error."""
+    step_tokens: int = 1024
+    """Tokens that one step computes at most: every running sequence's next one, then pieces of waiting prompts."""
+    step_patches: int = 4096
+    """Patches that one step encodes at most (a single frame may have more), so that text does not wait behind pictures."""
+    max_length: int | None = None
+    """Most tokens of prompt and answer together; None: the model's context."""
+    cache_bytes: int | None = None
+    """Bytes of keys and values of all sequences together; None: what the device has free."""
+    kv: Literal["auto", "int8"] = "auto"
+    """How keys and values are kept: in the model's type, or as int8 with a scale per head and token."""
+    prefix_cache_bytes: int = 512 * MB
+    encoder_cache_bytes: int = 256 * MB
+    pixel_cache_bytes: int = 128 * MB
+    """What earlier requests leave for later ones: keys and values of prompt beginnings, features, prepared pixels. 0: off."""
+    speculate: int = 0
+    """Tokens that n-gram lookup may propose per step for a greedy request; 0: off."""
+    workers: int | None = None
+    """Processes that prepare large media; 0: none, None: derived from the number of cores."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("max_running", 1), ("max_waiting", 1), ("step_tokens", 1), ("step_patches", 1), ("max_length", 2),
+            ("cache_bytes", 1), ("prefix_cache_bytes", 0), ("encoder_cache_bytes", 0), ("pixel_cache_bytes", 0),
+            ("speculate", 0), ("workers", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise SettingsError(
+                    f"engine setting {name}={value!r} is out of range", f"give a whole number of at least {least}"
+                )
+        if self.kv not in ("auto", "int8"):
+            raise SettingsError(f"engine setting kv={self.kv!r} is unknown", "use 'auto' or 'int8'")
