@@ -1,0 +1,37 @@
+/* What the CPU kernels share. Plain C11, no torch and no Python headers: Python calls them through ctypes.
+ *
+ * A matrix has R rows (outputs) and C columns (inputs); y = x W^T + bias. Activations are always float32.
+ */
+#ifndef MIRADA_CPU_H
+#define MIRADA_CPU_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum mr_format { MR_F32 = 0, MR_BF16 = 1, MR_INT8 = 2, MR_INT4 = 3 };
+
+typedef struct {
+    int32_t format;      /* enum mr_format */
+    int32_t rows, cols;
+    int32_t group;       /* columns that share a scale; 0: the whole row (integers only) */
+    const void *values;  /* integers: in the interleaved form that mr_pack makes; else row-major [R, C] */
+    const void *scales;  /* integers: in the form that mr_pack makes; else NULL */
+    const float *bias;   /* [R] or NULL */
+} mr_matrix;
+
+/* A share of work for one thread: called with part = 0 .. parts - 1, all at once on different threads. */
+typedef void (*mr_task)(void *context, int part, int parts);
+
+/* pool.c: run `task` on `mr_threads()` threads, the caller's included, and return when all are through. */
+int mr_threads(void);
+void mr_set_threads(int threads);
+void mr_parallel(mr_task task, void *context);
+
+/* Bytes of scratch that mr_prepare needs for n rows of x of `cols` columns in front of matrices of `format` and `group`. */
+size_t mr_prepared_bytes(int format, int cols, int group, int n);
+/* Brings x [n, cols] into the form that mr_rows reads (integers: quantised once for all rows of the matrix; else a copy-free view). */
+void mr_prepare(int format, int group, const float *x, int n, int cols, void *prepared);
+/* Rows [begin, end) of y [n, R]; begin is a multiple of 16. No threads of its own: it is called inside a task. */
+void mr_rows(const mr_matrix *w, const void *prepared, int n, int begin, int end, float *y);
+
+#endif
