@@ -26,6 +26,10 @@ typedef void (*mr_task)(void *context, int part, int parts);
 int mr_threads(void);
 void mr_set_threads(int threads);
 void mr_parallel(mr_task task, void *context);
+/* The same on `most` threads at most. */
+void mr_parallel_most(int most, mr_task task, void *context);
+/* Inside a task: wait until every part of it has come here. */
+void mr_barrier(void);
 
 /* Bytes of scratch that mr_prepare needs for n rows of x of `cols` columns in front of matrices of `format` and `group`. */
 size_t mr_prepared_bytes(int format, int cols, int group, int n);
