@@ -13,9 +13,11 @@ enum mr_format { MR_F32 = 0, MR_BF16 = 1, MR_INT8 = 2, MR_INT4 = 3 };
 typedef struct {
     int32_t format;      /* enum mr_format */
     int32_t rows, cols;
-    int32_t group;       /* columns that share a scale; 0: the whole row (integers only) */
+    int32_t group;       /* columns that share a scale, a multiple of 32; 0: the whole row (integers only) */
+    int32_t wide;        /* scales are float32, else float16 (integers only) */
     const void *values;  /* integers: in the interleaved form that mr_pack makes; else row-major [R, C] */
     const void *scales;  /* integers: in the form that mr_pack makes; else NULL */
+    const void *zeros;   /* INT4 with zero points: in the form that mr_pack makes; else NULL (the zero is 8) */
     const float *bias;   /* [R] or NULL */
 } mr_matrix;
 
@@ -37,5 +39,7 @@ size_t mr_prepared_bytes(int format, int cols, int group, int n);
 void mr_prepare(int format, int group, const float *x, int n, int cols, void *prepared);
 /* Rows [begin, end) of y [n, R]; begin is a multiple of 16. No threads of its own: it is called inside a task. */
 void mr_rows(const mr_matrix *w, const void *prepared, int n, int begin, int end, float *y);
+/* All of it, on all threads of the pool: y [n, R]. 0, or 1 if there is no memory for the prepared x. */
+int mr_linear(const mr_matrix *w, const float *x, int n, float *y);
 
 #endif
