@@ -1,11 +1,12 @@
-"""Pictures and videos of many requests through the vision tower together, in passes of bounded size.
+"""Pictures and videos of many requests through the vision tower together, in passes of bounded size, each content once.
 
 N patches, F features, D width of the decoder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mirada.layers.batch import MediaBatch
+from mirada.media.cache import ByteCache
 from mirada.media.grid import GridRule, Patches, normalise
 from mirada.types import Grid
 
@@ -30,29 +32,67 @@ class Piece:
     pixels: np.ndarray
 
 
+class EncoderCache:
+    """Features [F, D] of whole pictures and videos by what they show; least recently used go first. For one thread.
+
+    ``tower`` names the weights of tower and projector, ``settings`` whatever else decides their numbers (type, attention).
+    What it hands out is shared: do not write to it.
+    """
+
+    def __init__(self, max_bytes: int, tower: bytes, *settings: object) -> None:
+        self.entries: ByteCache[Tensor] = ByteCache(max_bytes, lambda features: features.nbytes)
+        self._tower = hashlib.blake2b(repr((tower, *settings)).encode(), digest_size=32).digest()
+
+    def key(self, item: Patches, adapter: bytes = b"") -> bytes:
+        """256 bits over pixels, grids and rule (``item.key``), tower, adapter and settings."""
+        digest = hashlib.blake2b(self._tower, digest_size=32)
+        for part in (item.key, adapter):
+            digest.update(len(part).to_bytes(4, "little"))  # so that one part cannot run into the next
+            digest.update(part)
+        return digest.digest()
+
+    def get(self, item: Patches, adapter: bytes = b"") -> Tensor | None:
+        """Features of ``item``, if they are there. A miss is counted by ``put``: the engine asks at every step."""
+        return self.entries.get(self.key(item, adapter), count_miss=False)
+
+    def put(self, item: Patches, features: Tensor, adapter: bytes = b"") -> None:
+        """Keep ``features``, which had to be encoded. A view is copied, or it would keep alive what it is a view of."""
+        self.entries.misses += 1
+        if self.takes(features.nbytes):
+            whole = features.untyped_storage().nbytes() == features.nbytes
+            self.entries.put(self.key(item, adapter), features if whole else features.clone())
+
+    def takes(self, size: int) -> bool:
+        """Whether features of ``size`` bytes could be kept at all."""
+        return size <= self.entries.max_bytes
+
+
 def encode(model: Any, media: Sequence[Patches], rule: GridRule, device: torch.device, dtype: torch.dtype) -> Tensor | None:
     """Features [F, D] of all media in order; None for no media."""
-    features = [
-        model.encode(
-            MediaBatch(
-                pixels=torch.from_numpy(normalise(np.concatenate([piece.pixels for piece in group]), rule)).to(device, dtype),
-                grids=tuple(piece.grid for piece in group),
-                kinds=tuple(piece.kind for piece in group),  # pyright: ignore[reportArgumentType]
-            )
-        )
-        for group in passes(pieces(model, media), PASS_PATCHES)
-    ]
+    line = pieces(model, media, PASS_PATCHES)
+    features = [run(model, group, rule, device, dtype) for group in passes(line, PASS_PATCHES)]
     return torch.cat(features) if features else None
 
 
-def pieces(model: Any, media: Sequence[Patches]) -> Iterator[Piece]:
-    """The grids in order; one whose frames do not see each other is cut where it would overfill a pass."""
+def run(model: Any, group: Sequence[Piece], rule: GridRule, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Features [F, D] of all pieces in order, by one pass through the tower."""
+    pixels = np.concatenate([piece.pixels for piece in group])
+    batch = MediaBatch(
+        pixels=torch.from_numpy(normalise(pixels, rule)).to(device, dtype),
+        grids=tuple(piece.grid for piece in group),
+        kinds=tuple(piece.kind for piece in group),  # pyright: ignore[reportArgumentType]
+    )
+    return model.encode(batch)
+
+
+def pieces(model: Any, media: Iterable[Patches], most: int) -> Iterator[Piece]:
+    """The grids in order; one whose frames do not see each other is cut where it has more than ``most`` patches."""
     for item in media:
         start = 0
         for t, h, w in item.grids:
             frames = t
             if len(model.segments(((t, h, w),))) == t:
-                frames = max(1, PASS_PATCHES // (h * w))
+                frames = max(1, most // (h * w))
             for first in range(0, t, frames):
                 count = min(frames, t - first)
                 end = start + count * h * w
