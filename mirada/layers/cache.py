@@ -1,7 +1,8 @@
 """Where keys and values of past tokens live, and attention over them.
 
 T new tokens of all sequences end to end; n new tokens of one sequence; S past + new; H query heads; K key-value heads;
-G = H / K; d head width.
+d head width. A *side* is what is kept of a token (keys, values; or latents); a *plane* is a tensor that holds it: one per
+side, or two where it is kept as int8 (values, scales).
 """
 
 from __future__ import annotations
@@ -12,24 +13,58 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from mirada.layers.attention import DEFAULT, KINDS
+from mirada.errors import OutOfMemory, SettingsError
+from mirada.layers.attention import DEFAULT
+from mirada.layers.kv_int8 import SCALE_TYPE, Quantised, quantise
+from mirada.layers.past import attend_one
 from mirada.table import Table
 
 if TYPE_CHECKING:
     from mirada.layers.batch import Batch
 
 BLOCK = 256
-"""Tokens by which a slab grows."""
+"""Tokens by which a slab grows, up to 8 blocks; beyond, by an eighth of the power of two below its length."""
+
+FORMATS = ("auto", "int8")
+"""How keys and values are kept: in the model's type, or as int8 with a scale per head and token."""
+
+CACHES = Table(
+    "cache",
+    {
+        "slab": "mirada.layers.cache:SlabCache",
+        "latent": "mirada.layers.latent_cache:LatentCache",
+        "paged slab": "mirada.layers.paged:PagedCache",
+        "paged latent": "mirada.layers.paged:PagedLatentCache",
+    },
+)
+"""What ``kind`` of a family's ``cache_spec`` may say (without it, ``slab``), and the same in pages."""
 
 
-CACHES = Table("cache", {"slab": "mirada.layers.cache:SlabCache", "latent": "mirada.layers.latent_cache:LatentCache"})
-"""What ``kind`` of a family's ``cache_spec`` may say; without it, ``slab``."""
+def make_cache(
+    spec: Mapping[str, Any],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    layout: str | None = None,
+    kv: str = "auto",
+    budget: int | None = None,
+) -> Cache:
+    """The cache that a family's ``cache_spec`` describes.
 
-
-def make_cache(spec: Mapping[str, Any], dtype: torch.dtype, device: torch.device | str) -> Slabs:
-    """The cache that a family's ``cache_spec`` describes; UnknownName for a ``kind`` that is not in ``CACHES``."""
+    ``layout``: ``slab`` or ``paged``; None: pages on CUDA where a ``budget`` says how many, else slabs. ``kv``: see
+    ``FORMATS``. ``budget``: most bytes that it holds, OutOfMemory beyond; pages need one, of slabs None is no bound.
+    Raises UnknownName for a ``kind`` that is not in ``CACHES``, SettingsError for the other settings.
+    """
     settings = dict(spec)
-    return CACHES[settings.pop("kind", "slab")](**settings, dtype=dtype, device=device)
+    kind = settings.pop("kind", "slab")
+    if layout is None:
+        layout = "paged" if torch.device(device).type == "cuda" and budget is not None else "slab"
+    if layout not in ("slab", "paged"):
+        raise SettingsError(f"cache layout {layout!r} is unknown", "use 'slab' or 'paged'")
+    if kv not in FORMATS:
+        raise SettingsError(f"cache format kv={kv!r} is unknown", f"use one of {', '.join(FORMATS)}")
+    name = kind if layout == "slab" or kind not in CACHES else f"paged {kind}"
+    return CACHES[name](**settings, dtype=dtype, device=device, kv=kv, budget=budget)
 
 
 class KVCache(Protocol):
@@ -43,95 +78,274 @@ class KVCache(Protocol):
         ...
 
 
-class Slabs:
-    """Contiguous slabs [heads, capacity, width], one per sequence, layer and side, grown in blocks of ``BLOCK`` tokens.
+class Store(Protocol):
+    """Whole blocks of ``block`` tokens that outlive the sequence that computed them, ``bytes_per_block`` each."""
 
-    ``sides`` gives (heads, width) of each. Where a sequence stands is said by the batch (``past``, ``lengths``), not
-    remembered here, so writing again from an earlier position simply overwrites. Slabs grow layer by layer: the copy needs
-    room for one layer of one sequence.
+    block: int
+    bytes_per_block: int
+
+    def keep(self, slot: int, first: int, count: int) -> list[int]:
+        """Keep ``count`` blocks of ``slot`` from its block ``first`` on, all of them written; a handle for each."""
+        ...
+
+    def reuse(self, slot: int, handles: Sequence[int]) -> None:
+        """Let the blocks behind ``handles`` be the beginning of ``slot``, which holds nothing yet."""
+        ...
+
+    def drop(self, handle: int) -> None:
+        """Let go of a block."""
+        ...
+
+
+class Cache:
+    """What slabs and pages share: sides and planes, devices, and bytes, which never exceed ``budget``.
+
+    Where a sequence stands is said by the batch (``past``, ``lengths``), not remembered here, so writing again from an
+    earlier position simply overwrites.
     """
 
     def __init__(
-        self, num_layers: int, sides: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device | str
+        self,
+        num_layers: int,
+        sides: tuple[tuple[int, int], ...],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        kv: str = "auto",
+        budget: int | None = None,
+        parts: tuple[int, ...] = (),
     ) -> None:
+        """``sides``: (heads, width) of each. ``parts``: widths of a row with an int8 scale each (none: the whole row)."""
         self.num_layers = num_layers
         self.sides = sides
         self.dtype = dtype
         self.device = torch.device(device)
         self.devices = (self.device,) * num_layers
         """Of each layer."""
-        self._slabs: dict[int, list[tuple[Tensor, ...] | None]] = {}
+        self.kv = kv
+        self.budget = budget
+        self.bytes_held = 0
+        """Bytes that open slots hold now."""
+        self._parts = parts
+        self.planes = tuple(plane for side in sides for plane in self._planes_of(*side))
+        """(heads, width, type) of what is held of a token and layer."""
+
+    def _planes_of(self, heads: int, width: int) -> tuple[tuple[int, int, torch.dtype], ...]:
+        if self.kv == "auto":
+            return ((heads, width, self.dtype),)
+        return (heads, width, torch.int8), (heads, len(self._parts) or 1, SCALE_TYPE)
 
     def spread(self, devices: Sequence[torch.device]) -> None:
-        """Keep each layer's slabs on a device of its own. Raises ValueError unless there is one per layer and no sequence."""
-        if len(devices) != self.num_layers or self._slabs:
-            raise ValueError(f"{len(devices)} devices for {self.num_layers} layers and {len(self._slabs)} open slots")
+        """Keep each layer on a device of its own. Raises ValueError unless there is one per layer and no sequence."""
+        if len(devices) != self.num_layers or self.num_open:
+            raise ValueError(f"{len(devices)} devices for {self.num_layers} layers and {self.num_open} open slots")
         self.devices = tuple(devices)
+
+    @property
+    def num_open(self) -> int:
+        """Slots that are in use."""
+        raise NotImplementedError
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token of one sequence takes over all layers."""
-        return self.num_layers * sum(heads * width for heads, width in self.sides) * self.dtype.itemsize
+        return self.num_layers * self.bytes_per_row
 
     @property
-    def bytes_held(self) -> int:
-        """Bytes of all slabs that are allocated now."""
-        sides = (side for slabs in self._slabs.values() for held in slabs if held is not None for side in held)
-        return sum(side.numel() * side.element_size() for side in sides)
+    def bytes_per_row(self) -> int:
+        """Bytes that one token takes in one layer."""
+        return sum(heads * width * dtype.itemsize for heads, width, dtype in self.planes)
+
+    @property
+    def bytes_free(self) -> int | None:
+        """Bytes that may yet be held; None without a budget."""
+        return None if self.budget is None else self.budget - self.bytes_held
+
+    def capacity(self, tokens: int) -> int:
+        """Tokens that there is room for once ``tokens`` are written."""
+        raise NotImplementedError
 
     def bytes_for(self, tokens: int) -> int:
-        """Bytes that a sequence of ``tokens`` tokens holds, whole blocks counted."""
-        return -(-tokens // BLOCK) * BLOCK * self.bytes_per_token
+        """Bytes that a sequence of ``tokens`` tokens holds, exactly, however it came to that length."""
+        return self.capacity(tokens) * self.bytes_per_token
+
+    def growth_bytes(self, slot: int, tokens: int) -> int:
+        """Bytes that will be held more once ``slot`` has ``tokens`` tokens: exact, 0 where they fit into what it has."""
+        raise NotImplementedError
 
     def allocate(self, slot: int) -> None:
         """Open ``slot`` for a new sequence. Raises ValueError if it is in use."""
+        raise NotImplementedError
+
+    def grow(self, slot: int, tokens: int) -> None:
+        """Make room for ``tokens`` tokens before they are computed. Raises OutOfMemory, and has then changed nothing."""
+        raise NotImplementedError
+
+    def free(self, slot: int) -> None:
+        """Give back all memory of ``slot``."""
+        raise NotImplementedError
+
+    def write(self, layer: int, slot: int, past: int, *new: Tensor) -> tuple[Any, ...]:
+        """Store each side's ``new`` [n, heads, width] after ``past`` tokens; all so far [heads, past + n, width] of each,
+        as a tensor or ``Quantised``."""
+        raise NotImplementedError
+
+    def store(self, most: int, block: int) -> Store:
+        """Where blocks of about ``block`` tokens outlive their sequence, ``most`` bytes of them."""
+        raise NotImplementedError
+
+    def _take(self, size: int) -> None:
+        """Count ``size`` more bytes as held; OutOfMemory beyond the budget."""
+        if self.budget is not None and self.bytes_held + size > self.budget:
+            raise OutOfMemory(
+                f"the cache of keys and values needs {size:,} bytes more, and {self.budget - self.bytes_held:,} of its"
+                f" {self.budget:,} are free",
+                "raise the engine setting cache_bytes, or shorten the prompt or max_tokens",
+                needed=size,
+                available=self.budget - self.bytes_held,
+                unit="bytes",
+            )
+        self.bytes_held += size
+
+    def _stored(self, new: Sequence[Tensor]) -> list[Tensor]:
+        """Sides [n, heads, width] as their planes."""
+        if self.kv == "auto":
+            return list(new)
+        return [plane for side in new for plane in quantise(side, self._parts or side.shape[-1:])]
+
+    def _sides(self, planes: Sequence[Tensor]) -> tuple[Any, ...]:
+        """Planes [.., S, width] as sides that attention reads."""
+        if self.kv == "auto":
+            return tuple(planes)
+        pairs = zip(planes[::2], planes[1::2], strict=True)
+        return tuple(Quantised(values, scales, self._parts or values.shape[-1:]) for values, scales in pairs)
+
+
+class Slabs(Cache):
+    """Contiguous slabs [heads, capacity, width], one per sequence, layer and plane.
+
+    A slab that is too short is copied into a longer one. Up to 8 blocks it grows by a block, then by at most an eighth of its
+    length, so that a sequence of N tokens copies at most 9 N of them, fewer than one decode step in ten reads, and never
+    holds more than an eighth too much. Layers grow one by one: the copy needs room for one layer of one sequence beside.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._slabs: dict[int, list[tuple[Tensor, ...] | None]] = {}
+
+    @property
+    def num_open(self) -> int:
+        return len(self._slabs)
+
+    def capacity(self, tokens: int) -> int:
+        unit = max(BLOCK, (1 << max(tokens, 1).bit_length() - 1) // 8)
+        return -(-tokens // unit) * unit
+
+    def growth_bytes(self, slot: int, tokens: int) -> int:
+        wanted = self.capacity(tokens)
+        rows = sum(wanted - room for held in self._slabs[slot] if (room := _room_of(held)) < tokens)
+        return rows * self.bytes_per_row
+
+    def allocate(self, slot: int) -> None:
         if slot in self._slabs:
             raise ValueError(f"cache slot {slot} is in use")
         self._slabs[slot] = [None] * self.num_layers
 
+    def grow(self, slot: int, tokens: int) -> None:
+        # All or nothing: what the last layer would lack is refused before the first one grows.
+        size = self.growth_bytes(slot, tokens)
+        self._take(size)
+        self.bytes_held -= size
+        for layer in range(self.num_layers):
+            self._room(layer, slot, tokens)
+
     def free(self, slot: int) -> None:
-        """Give back all memory of ``slot``."""
-        del self._slabs[slot]
+        rows = sum(map(_room_of, self._slabs.pop(slot)))
+        self.bytes_held -= rows * self.bytes_per_row
 
-    def write(self, layer: int, slot: int, past: int, *new: Tensor) -> tuple[Tensor, ...]:
-        """Store each side's ``new`` [n, heads, width] after ``past`` tokens; all so far [heads, past + n, width], as views."""
-        total = past + new[0].shape[0]
-        held = self._room(layer, slot, past, total)
-        for side, fresh in zip(held, new, strict=True):
-            side[:, past:total] = fresh.transpose(0, 1)
-        return tuple(side[:, :total] for side in held)
+    def write(self, layer: int, slot: int, past: int, *new: Tensor) -> tuple[Any, ...]:
+        total = past + len(new[0])
+        planes = self._room(layer, slot, total, past)
+        for plane, fresh in zip(planes, self._stored(new), strict=True):
+            plane[:, past:total] = fresh.transpose(0, 1)
+        return self._sides([plane[:, :total] for plane in planes])
 
-    def _room(self, layer: int, slot: int, past: int, total: int) -> tuple[Tensor, ...]:
+    def store(self, most: int, block: int) -> Store:
+        return CopyStore(self, most, block)
+
+    def planes_of(self, slot: int, layer: int) -> tuple[Tensor, ...]:
+        """The planes [heads, capacity, width] of a layer of ``slot``, which has been written to."""
         held = self._slabs[slot][layer]
-        if held is not None and held[0].shape[1] >= total:
+        assert held is not None
+        return held
+
+    def _room(self, layer: int, slot: int, total: int, past: int | None = None) -> tuple[Tensor, ...]:
+        """Planes with room for ``total`` tokens, of which the first ``past`` (None: all that there are) hold something."""
+        held = self._slabs[slot][layer]
+        before = _room_of(held)
+        if held is not None and before >= total:
             return held
-        capacity = -(-total // BLOCK) * BLOCK
-        grown = tuple(
-            torch.empty((heads, capacity, width), dtype=self.dtype, device=self.devices[layer]) for heads, width in self.sides
-        )
+        wanted = self.capacity(total)
+        self._take((wanted - before) * self.bytes_per_row)
+        device = self.devices[layer]
+        grown = tuple(torch.empty((heads, wanted, width), dtype=dtype, device=device) for heads, width, dtype in self.planes)
         if held is not None:
-            for side, old in zip(grown, held, strict=True):
-                side[:, :past] = old[:, :past]
+            used = before if past is None else min(past, before)
+            for plane, old in zip(grown, held, strict=True):
+                plane[:, :used] = old[:, :used]
         self._slabs[slot][layer] = grown
         return grown
 
 
-class SlabCache(Slabs):
-    """Keys and values in slabs [K, capacity, d]."""
+def _room_of(held: tuple[Tensor, ...] | None) -> int:
+    return 0 if held is None else held[0].shape[1]
 
-    def __init__(
-        self,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(num_layers, ((num_kv_heads, head_dim),) * 2, dtype, device)
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float, kind: str = DEFAULT) -> Tensor:
+class CopyStore:
+    """Copies of blocks, for slabs. One arena [blocks, layers, heads, block, width] per plane, on the CPU.
+
+    It is asked of the system once and used again, so that memory cannot fragment; what was never written takes no room.
+    """
+
+    def __init__(self, cache: Slabs, most: int, block: int) -> None:
+        self.block = block
+        self.bytes_per_block = block * cache.bytes_per_token
+        self._cache = cache
+        self._free = list(range(most // self.bytes_per_block))[::-1]
+        self._total = len(self._free)
+        self._arena: list[Tensor] = []
+
+    def keep(self, slot: int, first: int, count: int) -> list[int]:
+        if not self._arena:
+            self._open()
+        handles = [self._free.pop() for _ in range(count)]
+        index, tokens = torch.tensor(handles), slice(first * self.block, (first + count) * self.block)
+        for layer in range(self._cache.num_layers):
+            for arena, plane in zip(self._arena, self._cache.planes_of(slot, layer), strict=True):
+                arena[index, layer] = plane[:, tokens].unflatten(1, (count, self.block)).transpose(0, 1).to(arena.device)
+        return handles
+
+    def reuse(self, slot: int, handles: Sequence[int]) -> None:
+        total = len(handles) * self.block
+        self._cache.grow(slot, total)
+        index = torch.tensor(list(handles))
+        for layer in range(self._cache.num_layers):
+            for arena, plane in zip(self._arena, self._cache.planes_of(slot, layer), strict=True):
+                plane[:, :total].unflatten(1, (len(handles), self.block)).copy_(arena[index, layer].transpose(0, 1))
+
+    def drop(self, handle: int) -> None:
+        self._free.append(handle)
+
+    def _open(self) -> None:
+        shape = (self._total, self._cache.num_layers)
+        self._arena = [torch.empty((*shape, h, self.block, w), dtype=dtype) for h, w, dtype in self._cache.planes]
+
+
+class Attends:
+    """``KVCache.attend`` by ``write``, for keys and values."""
+
+    def attend(
+        self: Any, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float, kind: str = DEFAULT
+    ) -> Tensor:
         """See KVCache. Each sequence is attended by itself, so its result cannot depend on its batch mates."""
         out: list[Tensor] = []
         start = 0
@@ -143,20 +357,19 @@ class SlabCache(Slabs):
         return out[0] if len(out) == 1 else torch.cat(out)
 
 
-def attend_one(q: Tensor, keys: Tensor, values: Tensor, scale: float, kind: str = DEFAULT) -> Tensor:
-    """Causal attention of the last n tokens of one sequence: q [n, H, d], keys and values [K, S, d] -> [n, H, d].
+class SlabCache(Attends, Slabs):
+    """Keys and values in slabs [K, capacity, d]."""
 
-    The heads that share a key-value head become query rows when they are few (decode: every key is then read once), and
-    a batch of G otherwise; keys and values are never copied per head.
-    """
-    n, num_heads, width = q.shape
-    num_kv_heads, total = keys.shape[0], keys.shape[1]
-    group = num_heads // num_kv_heads
-    q = q.to(keys.dtype)
-    if n == 1:
-        rows = q.view(1, num_kv_heads, group, width)
-        return KINDS[kind](rows, keys[None], values[None], False, scale).view(1, num_heads, width)
-    by_group = q.view(n, num_kv_heads, group, width).permute(2, 1, 0, 3)
-    shape = (group, num_kv_heads, total, width)
-    out = KINDS[kind](by_group, keys.expand(shape), values.expand(shape), True, scale)
-    return out.permute(2, 1, 0, 3).reshape(n, num_heads, width)
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        kv: str = "auto",
+        budget: int | None = None,
+    ) -> None:
+        super().__init__(num_layers, ((num_kv_heads, head_dim),) * 2, dtype, device, kv, budget)
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim

@@ -5,21 +5,40 @@ T new tokens of all sequences end to end; S past + new tokens of one sequence; W
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mirada.layers.cache import Slabs
+from mirada.layers.kv_int8 import Quantised
 
 if TYPE_CHECKING:
     from mirada.layers.batch import Batch
 
+Rows = Tensor | Quantised
+"""Latents of one sequence [S, W]."""
 
-class LatentCache(Slabs):
+
+class Extends:
+    """``extend`` by ``write``, for latents."""
+
+    def extend(self: Any, layer: int, rows: Tensor, batch: Batch) -> list[Rows]:
+        """Keep the new ``rows`` [T, W]; of each sequence all rows so far [S, W], as views where the layout allows."""
+        made: list[Rows] = []
+        start = 0
+        for length, past, slot in zip(batch.lengths, batch.past, batch.slots, strict=True):
+            (side,) = self.write(layer, slot, past, rows[start : start + length, None])
+            made.append(Quantised(side.values[0], side.scales[0], side.parts) if isinstance(side, Quantised) else side[0])
+            start += length
+        return made
+
+
+class LatentCache(Extends, Slabs):
     """One row of W = ``latent_dim`` + ``rope_dim`` values per token and layer, whatever the number of heads.
 
-    A row is the normalised latent, then the rotated key that all heads share (DeepSeek-V2, arXiv 2405.04434, 2.1).
+    A row is the normalised latent, then the rotated key that all heads share (DeepSeek-V2, arXiv 2405.04434, 2.1). As int8
+    each of the two has a scale: their magnitudes have nothing in common.
     """
 
     def __init__(
@@ -29,16 +48,9 @@ class LatentCache(Slabs):
         rope_dim: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        kv: str = "auto",
+        budget: int | None = None,
     ) -> None:
-        super().__init__(num_layers, ((1, latent_dim + rope_dim),), dtype, device)
+        super().__init__(num_layers, ((1, latent_dim + rope_dim),), dtype, device, kv, budget, (latent_dim, rope_dim))
         self.latent_dim = latent_dim
         self.rope_dim = rope_dim
-
-    def extend(self, layer: int, rows: Tensor, batch: Batch) -> list[Tensor]:
-        """Keep the new ``rows`` [T, W]; of each sequence all rows so far [S, W], as views."""
-        made: list[Tensor] = []
-        start = 0
-        for length, past, slot in zip(batch.lengths, batch.past, batch.slots, strict=True):
-            made.append(self.write(layer, slot, past, rows[start : start + length, None])[0][0])
-            start += length
-        return made
