@@ -5,6 +5,7 @@ Shapes and units are said beside each field. Media stay references (``Image.sour
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -185,17 +186,31 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    """Divides (or, below zero, multiplies) the logits of tokens that prompt or answer hold; 1 is off."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of every token that the answer holds."""
+    frequency_penalty: float = 0.0
+    """Taken off the logit of a token once for each time that the answer holds it."""
+    logit_bias: Mapping[int, float] | None = None
+    """Added to the logits of these token ids."""
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     """How many alternatives to report per token (0: the chosen token alone)."""
     ignore_eos: bool = False
+    max_repeats: int | None = 16
+    """Times k that the answer may end with one piece of at most 256 tokens said over and over, once these copies fill 32 k
+    tokens; then it finishes with ``repetition`` (``engine.loops``)."""
+    thinking_budget: int | None = None
+    """Most tokens of reasoning; then its closing tag is written for the model, and the answer follows."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         self._check_kinds()
         object.__setattr__(self, "stop", tuple(self.stop))
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         for name, ok, allowed in (
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature <= 100, "between 0 and 100"),
@@ -203,8 +218,13 @@ class Sampling:
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1], or None for off"),
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1], or None for off"),
             ("repetition_penalty", 0 < self.repetition_penalty <= 10, "in (0, 10]; 1 is off"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2; 0 is off"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2; 0 is off"),
+            ("logit_bias", _is_bias(self.logit_bias), "a mapping of token ids to finite numbers, or None for off"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 100, "between 0 and 100, or None for off"),
             ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"),
+            ("max_repeats", self.max_repeats is None or self.max_repeats >= 2, "at least 2, or None for off"),
+            ("thinking_budget", self.thinking_budget is None or self.thinking_budget >= 0, "at least 0, or None for off"),
         ):
             if not ok:
                 raise SettingsError(f"sampling setting {name}={getattr(self, name)!r} is out of range", f"it must be {allowed}")
@@ -217,16 +237,29 @@ class Sampling:
             ("top_p", Real, "a number or None"),
             ("min_p", Real, "a number or None"),
             ("repetition_penalty", Real, "a number"),
+            ("presence_penalty", Real, "a number"),
+            ("frequency_penalty", Real, "a number"),
+            ("logit_bias", Mapping, "a mapping of token ids to numbers, or None"),
             ("seed", Integral, "a whole number or None"),
             ("stop", Sequence, "a string or a sequence of strings"),
             ("logprobs", Integral, "a whole number or None"),
             ("ignore_eos", bool, "True or False"),
+            ("max_repeats", Integral, "a whole number or None"),
+            ("thinking_budget", Integral, "a whole number or None"),
         ):
             value = getattr(self, name)
             if value is None and said.endswith("None"):
                 continue
             if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
                 raise SettingsError(f"sampling setting {name}={value!r} is a {type(value).__name__}", f"give {said}")
+
+
+def _is_bias(given: Mapping[int, float] | None) -> bool:
+    return all(
+        isinstance(token, int) and not isinstance(token, bool) and token >= 0
+        and isinstance(bias, Real) and not isinstance(bias, bool) and math.isfinite(bias)
+        for token, bias in (given or {}).items()
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +277,8 @@ class Usage:
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    """Those of the completion between the tags of reasoning."""
     image_tokens: int = 0
     video_tokens: int = 0
     num_frames: int = 0
