@@ -231,6 +231,7 @@ class Slabs(Cache):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._slabs: dict[int, list[tuple[Tensor, ...] | None]] = {}
+        self._tables: dict[int, Tensor] = {}
 
     @property
     def num_open(self) -> int:
@@ -249,6 +250,7 @@ class Slabs(Cache):
         if slot in self._slabs:
             raise ValueError(f"cache slot {slot} is in use")
         self._slabs[slot] = [None] * self.num_layers
+        self._tables[slot] = torch.zeros(self.num_layers, len(self.planes) + 1, dtype=torch.int64)
 
     def grow(self, slot: int, tokens: int) -> None:
         # All or nothing: what the last layer would lack is refused before the first one grows.
@@ -260,6 +262,7 @@ class Slabs(Cache):
 
     def free(self, slot: int) -> None:
         rows = sum(map(_room_of, self._slabs.pop(slot)))
+        del self._tables[slot]
         self.bytes_held -= rows * self.bytes_per_row
 
     def write(self, layer: int, slot: int, past: int, *new: Tensor) -> tuple[Any, ...]:
@@ -278,6 +281,10 @@ class Slabs(Cache):
         assert held is not None
         return held
 
+    def table(self, slot: int) -> Tensor:
+        """int64 [layers, planes + 1], on the host: where each plane of ``slot`` begins in memory, and its room in tokens."""
+        return self._tables[slot]
+
     def _room(self, layer: int, slot: int, total: int, past: int | None = None) -> tuple[Tensor, ...]:
         """Planes with room for ``total`` tokens, of which the first ``past`` (None: all that there are) hold something."""
         held = self._slabs[slot][layer]
@@ -293,6 +300,7 @@ class Slabs(Cache):
             for plane, old in zip(grown, held, strict=True):
                 plane[:, :used] = old[:, :used]
         self._slabs[slot][layer] = grown
+        self._tables[slot][layer] = torch.tensor([*(plane.data_ptr() for plane in grown), wanted])
         return grown
 
 
