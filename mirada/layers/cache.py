@@ -285,6 +285,10 @@ class Slabs(Cache):
         """int64 [layers, planes + 1], on the host: where each plane of ``slot`` begins in memory, and its room in tokens."""
         return self._tables[slot]
 
+    def room(self, slot: int) -> int:
+        """Tokens that every layer of ``slot`` has room for: they grow in order, so the last one says it."""
+        return _room_of(self._slabs[slot][-1])
+
     def _room(self, layer: int, slot: int, total: int, past: int | None = None) -> tuple[Tensor, ...]:
         """Planes with room for ``total`` tokens, of which the first ``past`` (None: all that there are) hold something."""
         held = self._slabs[slot][layer]
