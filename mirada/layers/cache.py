@@ -352,24 +352,7 @@ class CopyStore:
         self._arena = [torch.empty((*shape, h, self.block, w), dtype=dtype) for h, w, dtype in self._cache.planes]
 
 
-class Attends:
-    """``KVCache.attend`` by ``write``, for keys and values."""
-
-    def attend(
-        self: Any, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float, kind: str = DEFAULT
-    ) -> Tensor:
-        """See KVCache. Each sequence is attended by itself, so its result cannot depend on its batch mates."""
-        out: list[Tensor] = []
-        start = 0
-        for length, past, slot in zip(batch.lengths, batch.past, batch.slots, strict=True):
-            new = slice(start, start + length)
-            keys, values = self.write(layer, slot, past, k[new], v[new])
-            out.append(attend_one(q[new], keys, values, scale, kind))
-            start += length
-        return out[0] if len(out) == 1 else torch.cat(out)
-
-
-class SlabCache(Attends, Slabs):
+class SlabCache(Slabs):
     """Keys and values in slabs [K, capacity, d]."""
 
     def __init__(
@@ -385,3 +368,12 @@ class SlabCache(Attends, Slabs):
         super().__init__(num_layers, ((num_kv_heads, head_dim),) * 2, dtype, device, kv, budget)
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float, kind: str = DEFAULT) -> Tensor:
+        """See KVCache. Each sequence is attended by itself, so its result cannot depend on its batch mates."""
+        out: list[Tensor] = []
+        parts = (x.split(batch.lengths) for x in (q, k, v))
+        for rows, k_new, v_new, past, slot in zip(*parts, batch.past, batch.slots, strict=True):
+            keys, values = self.write(layer, slot, past, k_new, v_new)
+            out.append(attend_one(rows, keys, values, scale, kind))
+        return out[0] if len(out) == 1 else torch.cat(out)

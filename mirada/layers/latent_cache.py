@@ -26,11 +26,9 @@ class Extends:
     def extend(self: Any, layer: int, rows: Tensor, batch: Batch) -> list[Rows]:
         """Keep the new ``rows`` [T, W]; of each sequence all rows so far [S, W], as views where the layout allows."""
         made: list[Rows] = []
-        start = 0
-        for length, past, slot in zip(batch.lengths, batch.past, batch.slots, strict=True):
-            (side,) = self.write(layer, slot, past, rows[start : start + length, None])
+        for new, past, slot in zip(rows[:, None].split(batch.lengths), batch.past, batch.slots, strict=True):
+            (side,) = self.write(layer, slot, past, new)
             made.append(Quantised(side.values[0], side.scales[0], side.parts) if isinstance(side, Quantised) else side[0])
-            start += length
         return made
 
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from mirada.layers.attention import DEFAULT, attend_packed
 from mirada.layers.batch import Batch
-from mirada.layers.cache import attend_one
-from mirada.layers.latent_cache import LatentCache
+from mirada.layers.kv_int8 import Quantised
+from mirada.layers.latent_cache import LatentCache, Rows
 from mirada.layers.linear import Linear
 from mirada.layers.norm import RMSNorm
+from mirada.layers.past import TILE, Read, attend_one, attend_pieces, in_pieces, merge, tiles, written_piece
 from mirada.layers.rope import Rotation, pairs_to_halves, rotate
 
 LATENT_EPS = 1e-6
@@ -111,16 +112,31 @@ class MLA(nn.Module):
         s = self.sizes
         return (total - n) * s.kv_rank * (s.nope + s.value) > n * total * (2 * s.kv_rank - s.nope - s.value)
 
-    def attend_expanded(self, q: Tensor, rows: Tensor) -> Tensor:
-        """The last n tokens of one sequence: q [n, H, nope + rope], rows [S, W] -> [n, H, value]."""
-        k, v = (side.transpose(0, 1) for side in self.expand(rows.to(q.dtype)))
-        return attend_one(q, k, self._as_wide(v), self.scale, self.attention_kind)[..., : self.sizes.value]
+    def attend_expanded(self, q: Tensor, rows: Rows) -> Tensor:
+        """The last n tokens of one sequence: q [n, H, nope + rope], rows [S, W] -> [n, H, value].
 
-    def attend_absorbed(self, q: Tensor, rows: Tensor) -> Tensor:
+        Keys and values of a long past are made and forgotten a tile at a time: of 128K tokens they would take gigabytes.
+        """
+        total, s = len(rows), self.sizes
+        if total > len(q) and (in_pieces(self.attention_kind, q.device) or isinstance(rows, Quantised)):
+            tile = max(1, 4 * TILE // (s.heads * s.key))
+            made = attend_pieces(q, self._reader(rows, q.dtype), total - len(q), tile, self.scale, self.attention_kind)
+        else:
+            made = attend_one(q, *self._reader(rows, q.dtype)(0, total), self.scale, self.attention_kind)
+        return made[..., : s.value]
+
+    def _reader(self, rows: Rows, dtype: torch.dtype) -> Read:
+        def read(start: int, stop: int) -> tuple[Tensor, Tensor]:
+            k, v = (side.transpose(0, 1) for side in self.expand(rows[start:stop].to(dtype)))
+            return k, self._as_wide(v)
+
+        return read
+
+    def attend_absorbed(self, q: Tensor, rows: Rows) -> Tensor:
         """As ``attend_expanded``."""
         return self._leave(attend_latents(self._enter(q), rows, self.sizes.kv_rank, self.scale))
 
-    def _attend(self, q: Tensor, so_far: list[Tensor], lengths: tuple[int, ...]) -> Tensor:
+    def _attend(self, q: Tensor, so_far: list[Rows], lengths: tuple[int, ...]) -> Tensor:
         """Each sequence in the form that suits it; which one depends on nothing but that sequence."""
         parts, kinds = q.split(lengths), [self.absorbs(n, len(rows)) for n, rows in zip(lengths, so_far, strict=True)]
         if not all(kinds) or len(parts) == 1:
@@ -152,7 +168,7 @@ class MLA(nn.Module):
         return F.pad(v, (0, self.sizes.key - self.sizes.value))
 
 
-def attend_latents(q: Tensor, rows: Tensor, rank: int, scale: float) -> Tensor:
+def attend_latents(q: Tensor, rows: Rows, rank: int, scale: float) -> Tensor:
     """Causal attention of the last n tokens: q [n, H, W], rows [S, W] as keys, their first ``rank`` channels as values
     -> [n, H, rank]. At most ``SCORES`` scores are held at once (or those of one token)."""
     n, heads, _ = q.shape
@@ -160,7 +176,9 @@ def attend_latents(q: Tensor, rows: Tensor, rank: int, scale: float) -> Tensor:
     pieces: list[Tensor] = []
     for part in q.split(step):
         n -= len(part)
-        pieces.append(_attend_latents(part, rows[: len(rows) - n], rank, scale))
+        seen = rows[: len(rows) - n]
+        of = _attend_int8 if isinstance(seen, Quantised) else _attend_latents
+        pieces.append(of(part, seen, rank, scale))  # pyright: ignore[reportArgumentType]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
@@ -171,3 +189,17 @@ def _attend_latents(q: Tensor, rows: Tensor, rank: int, scale: float) -> Tensor:
         later = torch.ones(n, len(rows), dtype=torch.bool, device=q.device).triu(len(rows) - n + 1)
         scores = scores.masked_fill(later[:, None], float("-inf"))
     return (scores.softmax(-1).to(rows.dtype).flatten(0, 1) @ rows[:, :rank]).view(n, heads, rank).to(q.dtype)
+
+
+def _attend_int8(q: Tensor, rows: Quantised, rank: int, scale: float) -> Tensor:
+    """As ``_attend_latents``; at most a tile of the rows is floats at a time."""
+    n, heads, width = q.shape
+    past, tile = len(rows) - n, max(1, TILE // width)
+    flat = q.float().flatten(0, 1)[None]
+    new = rows[past:].to(torch.float32)
+    later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1).repeat_interleave(heads, 0)
+    out = written_piece(flat, new[None], new[None, :, :rank], later, scale)
+    for start, stop in tiles(past, tile):
+        some = rows[start:stop].to(torch.float32)[None]
+        out = merge(out, written_piece(flat, some, some[..., :rank], None, scale))
+    return out[0].view(n, heads, rank).to(q.dtype)

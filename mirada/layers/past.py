@@ -88,15 +88,15 @@ def _piece(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, fused: b
     """q [B, H, L, d], k and v [B, H, S, d] (causal: L == S) -> results [B, H, L, d], log of the sums of exponentials."""
     if fused:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    return written_piece(q, k, v, causal, scale)
+    later = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1) if causal else None
+    return written_piece(q, k, v, later, scale)
 
 
-def written_piece(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """As ``_piece``, as it is written: all scores at once, softmax in float32."""
+def written_piece(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """As ``_piece``, as it is written: all scores at once, softmax in float32; none of a row looks where ``hidden`` [L, S]."""
     scores = (q @ k.transpose(-1, -2)).float() * scale
-    if causal:
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(later, float("-inf"))
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, float("-inf"))
     sums = scores.logsumexp(-1)
     return (scores - sums[..., None]).exp().to(v.dtype) @ v, sums
 

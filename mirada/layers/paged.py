@@ -1,0 +1,258 @@
+"""Keys and values in pages of one pool, found by block tables: the layout of GPUs.
+
+B sequences; T new tokens of all; S past + new tokens of one; K key-value heads; d head width; page tokens of a page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mirada.errors import OutOfMemory, SettingsError
+from mirada.layers.attention import DEFAULT
+from mirada.layers.cache import Cache, Store
+from mirada.layers.latent_cache import Extends
+from mirada.layers.past import attend_one
+
+if TYPE_CHECKING:
+    from mirada.layers.batch import Batch
+
+PAGE = 32
+"""Tokens of a page; also the least that a prefix shares."""
+
+
+DECODE: dict[str, Callable[..., Tensor]] = {}
+"""By type of device, what attends one new token of each of B sequences: (q [B, H, d], k_pages, v_pages [pages, page, K, d],
+block_tables int32 [B, M], lengths int32 [B], scale) -> [B, H, d]. A module of ``layers.kernels`` enters itself here; without
+one the pages are gathered."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """Where the tokens of one batch lie, made once for all layers."""
+
+    batch: Batch
+    rows: Tensor
+    """int64 [T]: page * PAGE + offset of each new token."""
+    block_tables: Tensor
+    """int32 [B, most pages of a sequence]; behind a sequence's own, zeros."""
+    lengths: Tensor
+    """int32 [B]: past + new tokens."""
+
+
+class Pages(Cache):
+    """One pool of pages [pages, page, heads, width] per layer and plane; a page id means the same page in every layer.
+
+    The pool is made at once, as many pages as ``budget`` has room for: growth copies nothing, and addresses never change (a
+    CUDA graph may hold them). A page is held by any number of slots, and kept by a ``Store``; one that neither needs is free.
+    What is kept alone is taken back (``reclaim``) when no other page is free.
+    """
+
+    def __init__(self, *args: Any, page: int = PAGE, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.budget is None or self.budget < page * self.bytes_per_token:
+            raise SettingsError(
+                f"pages of {page * self.bytes_per_token:,} bytes need a budget of at least one, and it is {self.budget}",
+                "give cache_bytes, or layout='slab'",
+            )
+        self.page = page
+        self.num_pages = self.budget // (page * self.bytes_per_token)
+        self.budget = self.num_pages * page * self.bytes_per_token
+        self.reclaim: Callable[[int], int] | None = None
+        """Called with a number of pages that a slot lacks: drops so many kept ones, and says how many there were."""
+        self._free = list(range(self.num_pages))[::-1]
+        self._holders = [0] * self.num_pages
+        self._kept = [0] * self.num_pages
+        self._tables: dict[int, list[int]] = {}
+        self._pools: list[tuple[Tensor, ...]] = []
+        self._last: Tables | None = None
+
+    @property
+    def num_open(self) -> int:
+        return len(self._tables)
+
+    @property
+    def bytes_per_page(self) -> int:
+        return self.page * self.bytes_per_token
+
+    def pools(self, layer: int) -> tuple[Tensor, ...]:
+        """The planes [pages, page, heads, width] of a layer."""
+        if not self._pools:
+            self._pools = [
+                tuple(torch.empty((self.num_pages, self.page, h, w), dtype=t, device=device) for h, w, t in self.planes)
+                for device in self.devices
+            ]
+        return self._pools[layer]
+
+    def capacity(self, tokens: int) -> int:
+        return -(-tokens // self.page) * self.page
+
+    def growth_bytes(self, slot: int, tokens: int) -> int:
+        return max(0, -(-tokens // self.page) - len(self._tables[slot])) * self.bytes_per_page
+
+    def allocate(self, slot: int) -> None:
+        if slot in self._tables:
+            raise ValueError(f"cache slot {slot} is in use")
+        self._tables[slot] = []
+
+    def grow(self, slot: int, tokens: int) -> None:
+        size = self.growth_bytes(slot, tokens)
+        if not size:
+            return
+        count = size // self.bytes_per_page
+        if count > len(self._free) and self.reclaim is not None and self.bytes_held + size <= (self.budget or 0):
+            while count > len(self._free) and self.reclaim(count - len(self._free)):
+                pass  # a block may be dropped whose page a sequence holds: that frees none
+        self._take(size)
+        if count > len(self._free):
+            self.bytes_held -= size
+            raise OutOfMemory(
+                f"the cache lacks {count - len(self._free)} of {count} pages: blocks that are kept take the others",
+                "lower the engine setting prefix_cache_bytes", needed=count, available=len(self._free), unit="pages",
+            )  # fmt: skip
+        for _ in range(count):
+            page = self._free.pop()
+            self._holders[page] = 1
+            self._tables[slot].append(page)
+
+    def free(self, slot: int) -> None:
+        self._last = None
+        for page in self._tables.pop(slot):
+            self._holders[page] -= 1
+            if not self._holders[page]:
+                self.bytes_held -= self.bytes_per_page
+                self._settle(page)
+
+    def write(self, layer: int, slot: int, past: int, *new: Tensor) -> tuple[Any, ...]:
+        total = past + len(new[0])
+        self.grow(slot, total)
+        self.put(layer, torch.tensor(self._rows(slot, past, total), device=self.devices[layer]), *new)
+        return self.gather(layer, slot, total)
+
+    def put(self, layer: int, rows: Tensor, *new: Tensor) -> None:
+        """Each side's ``new`` [T, heads, width] to the places ``rows`` [T] of the pool."""
+        for pool, fresh in zip(self.pools(layer), self._stored(new), strict=True):
+            pool.flatten(0, 1).index_copy_(0, rows.to(pool.device), fresh.to(pool.dtype))
+
+    def gather(self, layer: int, slot: int, total: int) -> tuple[Any, ...]:
+        """The first ``total`` tokens of a slot as sides [heads, total, width]: a copy, where no kernel reads pages."""
+        pages = torch.tensor(self._tables[slot][: -(-total // self.page)], device=self.devices[layer])
+        return self._sides([pool[pages].flatten(0, 1)[:total].transpose(0, 1) for pool in self.pools(layer)])
+
+    def tables(self, batch: Batch) -> Tables:
+        """The places of ``batch``, with room made for its new tokens."""
+        if self._last is None or self._last.batch is not batch:
+            totals = [past + n for past, n in zip(batch.past, batch.lengths, strict=True)]
+            rows: list[int] = []
+            for slot, past, total in zip(batch.slots, batch.past, totals, strict=True):
+                self.grow(slot, total)
+                rows += self._rows(slot, past, total)
+            most = -(-max(totals) // self.page)
+            padded = [(self._tables[slot] + [0] * most)[:most] for slot in batch.slots]
+            self._last = Tables(
+                batch,
+                torch.tensor(rows, device=self.device),
+                torch.tensor(padded, dtype=torch.int32, device=self.device),
+                torch.tensor(totals, dtype=torch.int32, device=self.device),
+            )
+        return self._last
+
+    def store(self, most: int, block: int) -> Store:
+        return SharedStore(self, most)
+
+    def _rows(self, slot: int, past: int, total: int) -> list[int]:
+        table, page = self._tables[slot], self.page
+        touched = table[past // page : -(-total // page)]
+        if shared := [p for p in touched if self._holders[p] > 1 or self._kept[p]]:
+            raise ValueError(f"slot {slot} would write tokens {past} to {total} into the shared pages {shared}")
+        return [table[at // page] * page + at % page for at in range(past, total)]
+
+    def _settle(self, page: int) -> None:
+        if not self._holders[page] and not self._kept[page]:
+            self._free.append(page)
+
+
+class SharedStore:
+    """Pages that are kept where they lie: nothing is copied, and a slot that begins with them holds the very same."""
+
+    def __init__(self, cache: Pages, most: int) -> None:
+        self.block = cache.page
+        self.bytes_per_block = cache.bytes_per_page
+        self._cache = cache
+
+    def keep(self, slot: int, first: int, count: int) -> list[int]:
+        pages = self._cache._tables[slot][first : first + count]
+        for page in pages:
+            self._cache._kept[page] += 1
+        return pages
+
+    def reuse(self, slot: int, handles: Sequence[int]) -> None:
+        cache = self._cache
+        if cache._tables[slot]:
+            raise ValueError(f"cache slot {slot} holds tokens already")
+        for page in handles:
+            if not cache._holders[page]:
+                cache._take(cache.bytes_per_page)
+            cache._holders[page] += 1
+            cache._tables[slot].append(page)
+
+    def drop(self, handle: int) -> None:
+        self._cache._kept[handle] -= 1
+        self._cache._settle(handle)
+
+
+class PagedCache(Pages):
+    """Keys and values in pages [page, K, d]."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        kv: str = "auto",
+        budget: int | None = None,
+        page: int = PAGE,
+    ) -> None:
+        super().__init__(num_layers, ((num_kv_heads, head_dim),) * 2, dtype, device, kv, budget, page=page)
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float, kind: str = DEFAULT) -> Tensor:
+        """See KVCache. All new tokens are written at once; a step of decoding is one call of a kernel where there is one."""
+        tables = self.tables(batch)
+        self.put(layer, tables.rows, k, v)
+        kernel = DECODE.get(q.device.type) if self.kv == "auto" and max(batch.lengths) == 1 else None
+        if kernel is not None:
+            return kernel(q, *self.pools(layer), tables.block_tables, tables.lengths, scale)
+        parts, totals = q.split(batch.lengths), map(sum, zip(batch.past, batch.lengths, strict=True))
+        out: list[Tensor] = []
+        for part, slot, total in zip(parts, batch.slots, totals, strict=True):
+            keys, values = self.gather(layer, slot, total)
+            out.append(attend_one(part, keys, values, scale, kind))
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+
+class PagedLatentCache(Extends, Pages):
+    """Latents in pages [page, 1, W]; see ``LatentCache``."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        latent_dim: int,
+        rope_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        kv: str = "auto",
+        budget: int | None = None,
+        page: int = PAGE,
+    ) -> None:
+        sides, parts = ((1, latent_dim + rope_dim),), (latent_dim, rope_dim)
+        super().__init__(num_layers, sides, dtype, device, kv, budget, parts, page=page)
+        self.latent_dim = latent_dim
+        self.rope_dim = rope_dim
