@@ -34,6 +34,11 @@ def env(name: str, default: str | None = None) -> str | None:
     return os.environ.get(name, default)
 
 
+def child_env(**changes: str) -> dict[str, str]:
+    """The environment of this process with ``changes``, for a process that it starts."""
+    return {**os.environ, **changes}
+
+
 def parse(cls: type[T], mapping: Mapping[str, Any], where: str = "settings") -> T:
     """Build the dataclass ``cls`` from ``mapping``, checking keys and types all the way down.
 

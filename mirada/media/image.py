@@ -6,6 +6,7 @@ ICC profiles are ignored, as the references do. Files with several frames give t
 from __future__ import annotations
 
 import io
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -87,6 +88,17 @@ def decode(data: bytes, limits: FetchLimits, alpha: Alpha = "white", name: str =
         raise
     except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
         raise MediaDecodeError(f"{name} is broken ({_say(error)})", "open and save it again, or fetch it again") from error
+
+
+def header_pixels(data: bytes) -> int:
+    """Width times height by the header of a file's bytes, read without decoding; 0 where it does not say (``decode`` will)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its size decode warns
+            with pil.open(io.BytesIO(data), formats=_formats()) as image:
+                return image.width * image.height
+    except Exception:
+        return 0
 
 
 @cache

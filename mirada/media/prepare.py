@@ -6,21 +6,30 @@ one picture override it), then the image processor's, whose bounds (``rule.grid`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image as pil
 
-from mirada.errors import MediaError, MediaTooLarge, MediaUnsupported, SettingsError
+from mirada.errors import MediaError, MediaTooLarge, MediaUnsupported, RequestFailed, SettingsError
 from mirada.media.cache import PixelCache, source_key
 from mirada.media.fetch import FetchLimits, fetch, locate, show
 from mirada.media.grid import GridRule, Patches, content_key, fit
-from mirada.media.image import Picture, decode, open_image, resize
+from mirada.media.image import Picture, decode, header_pixels, open_image, resize
 from mirada.media.rule import MediaRule, check_bounds
+from mirada.media.times import Times
 from mirada.types import Image, Video
+
+if TYPE_CHECKING:
+    from mirada.media.pool import Cancel, Job, Pool
+
+LARGE_PIXELS = 1 << 21
+"""Pictures of at least so many pixels (by their header) are prepared by a process; smaller ones are done sooner than sent."""
 
 _Sizes = tuple[tuple[int, int], ...]
 """(height, width) after each resize, in order; the last after the border, where the rule gives one."""
@@ -30,8 +39,7 @@ def prepare(
     part: Image | Video, rule: MediaRule, limits: FetchLimits | None = None, *, cache: PixelCache | None = None
 ) -> Patches:
     """Fetch, decode, resize and cut one picture or video. Raises MediaError, or SettingsError for its settings."""
-    limits = limits or FetchLimits()
-    return _prepare_loaded(_load(part, rule, limits), rule, limits, cache)
+    return prepare_many([part], rule, limits, cache=cache)[0]
 
 
 def prepare_many(
@@ -41,33 +49,46 @@ def prepare_many(
     total_pixels: int | None = None,
     *,
     cache: PixelCache | None = None,
+    pool: Pool | None = None,
+    cancel: Cancel | None = None,
+    times: Times | None = None,
 ) -> list[Patches]:
     """Prepare all of one chat, in order; errors say which one.
 
     ``total_pixels`` bounds the resized area of all pictures together (videos have a budget of their own). When it is
     exceeded the largest pictures shrink to one common area, the others stay, and ``notes`` of each that shrank say so; nothing
     is dropped. Raises MediaTooLarge if the budget does not hold them at their least sizes.
+
+    ``pool`` takes over what is large, several at a time; ``cancel`` ends that. ``times`` takes the seconds of ``fetch``,
+    ``decode_media`` and ``prepare`` (resize and cut). Also raises RequestFailed: a worker died, or ``cancel``.
     """
-    limits = limits or FetchLimits()
-    if total_pixels is None:
-        return [_named(prepare, i, parts, rule, limits, cache=cache) for i in range(len(parts))]
-    if isinstance(total_pixels, bool) or not isinstance(total_pixels, int) or total_pixels < 1:
+    times = Times() if times is None else times
+    means = _Means(rule, limits or FetchLimits(), cache if cache is not None and cache.max_bytes else None, pool, cancel, times)
+    if total_pixels is not None and (isinstance(total_pixels, bool) or not isinstance(total_pixels, int) or total_pixels < 1):
         raise SettingsError(f"total_pixels={total_pixels!r} is not a positive whole number", "give an area in pixels, or None")
+    tasks = [_Task(part, means, keep=total_pixels is not None) for part in parts]
+    made = _all(tasks)
     # Fetched once (compressed bytes are small); only what must shrink is decoded a second time.
-    items = [_named(_load, i, parts, rule, limits) for i in range(len(parts))]
-    made = [_named(_prepare_loaded, i, items, rule, limits, cache) for i in range(len(parts))]
-    pictures = {i: item for i, item in enumerate(items) if isinstance(item, _Loaded)}
+    pictures = {i: task.item for i, task in enumerate(tasks) if isinstance(task.item, _Loaded)}
     area = {i: _area(made[i], rule.grid) for i in pictures}
-    if sum(area.values()) <= total_pixels:
+    if total_pixels is None or sum(area.values()) <= total_pixels:
         return made
     plans = {i: _Plan(item.part, rule, made[i].size) for i, item in pictures.items()}
     cap = _common_cap(plans, total_pixels, max(area.values()))
-    for i, item in pictures.items():
-        if plans[i].area(cap) < area[i]:
-            small = _prepare_image(item, rule, limits, cache, cap)
-            note = f"shrunk from {area[i]:,} to {_area(small, rule.grid):,} pixels to share total_pixels={total_pixels:,}"
-            made[i] = replace(small, notes=(*small.notes, note))
+    shrinking = [i for i in pictures if plans[i].area(cap) < area[i]]
+    for i, small in zip(shrinking, _all([tasks[i].capped(cap) for i in shrinking]), strict=True):
+        note = f"shrunk from {area[i]:,} to {_area(small, rule.grid):,} pixels to share total_pixels={total_pixels:,}"
+        made[i] = replace(small, notes=(*small.notes, note))
     return made
+
+
+def prepare_here(
+    part: Image | Video, rule: MediaRule, limits: FetchLimits, cap: int | None, name: str, times: Times
+) -> Patches:
+    """What a worker does: ``part`` with bytes or a checked path as its source, and nothing kept."""
+    if isinstance(part, Image):
+        return _cut(_Loaded(replace(part, source=None), part.source, name), rule, limits, cap, times)
+    return _film(part, rule, limits, times)
 
 
 def resize_first(part: Image, rule: MediaRule, limits: FetchLimits | None = None) -> pil.Image:
@@ -78,7 +99,7 @@ def resize_first(part: Image, rule: MediaRule, limits: FetchLimits | None = None
     if rule.first is None:
         raise SettingsError("this media rule has no first stage", "use prepare")
     limits = limits or FetchLimits()
-    item = _load(part, rule, limits)
+    item = _load(part, rule, limits, Times())
     if not isinstance(item, _Loaded):
         raise MediaUnsupported("a Video is not a picture", "give an Image")
     picture = item.open(limits, rule)
@@ -179,21 +200,25 @@ def _bounds(part: Image, low: int, high: int) -> tuple[int, int]:
     return new_low, new_high
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Loaded:
     """A picture whose source was fetched: bytes, a PIL image or an array; ``name`` is what messages call it."""
 
     part: Image
     source: bytes | pil.Image | np.ndarray
     name: str
+    picture: Picture | None = None
+    """Where it was opened already."""
 
     def open(self, limits: FetchLimits, rule: MediaRule) -> Picture:
+        if self.picture is not None:
+            return self.picture
         if isinstance(self.source, bytes):
             return decode(self.source, limits, rule.alpha, self.name)
         return open_image(self.source, limits, rule.alpha)
 
 
-def _load(part: Image | Video, rule: MediaRule, limits: FetchLimits) -> _Loaded | Video:
+def _load(part: Image | Video, rule: MediaRule, limits: FetchLimits, times: Times) -> _Loaded | Video:
     if not isinstance(part, Image | Video):
         raise MediaUnsupported(f"a {type(part).__name__} is neither picture nor video", "wrap it in Image(...) or Video(...)")
     check_item(part, rule.grid)
@@ -203,32 +228,180 @@ def _load(part: Image | Video, rule: MediaRule, limits: FetchLimits) -> _Loaded 
                 "this model takes pictures, no videos", "give frames of the video as pictures: Image(frame), Image(frame), ..."
             )
         return part
-    source = part.source if isinstance(part.source, pil.Image | np.ndarray) else fetch(part.source, limits)
+    source = part.source
+    if not isinstance(source, pil.Image | np.ndarray):
+        with times.stage("fetch"):
+            source = fetch(source, limits)
     return _Loaded(replace(part, source=None), source, show(part.source))
 
 
-def _prepare_loaded(item: _Loaded | Video, rule: MediaRule, limits: FetchLimits, cache: PixelCache | None) -> Patches:
-    prepare_one = _prepare_video if isinstance(item, Video) else _prepare_image
-    return prepare_one(item, rule, limits, cache)  # type: ignore[arg-type]
+@dataclass(frozen=True, slots=True)
+class _Means:
+    """With what the media of one chat are prepared."""
+
+    rule: MediaRule
+    limits: FetchLimits
+    cache: PixelCache | None
+    pool: Pool | None
+    cancel: Cancel | None
+    times: Times
 
 
-def _prepare_image(
-    item: _Loaded, rule: MediaRule, limits: FetchLimits, cache: PixelCache | None, cap: int | None = None
-) -> Patches:
-    if cache is None:
-        return _cut(item.open(limits, rule), item.part, rule, cap)
-    # What was given decoded saves only its resize; its key is the pixels that the resize starts from.
-    picture = None if isinstance(item.source, bytes) else item.open(limits, rule)
-    content = item.source if isinstance(item.source, bytes) else picture.rgb.tobytes()  # type: ignore[union-attr]
-    key = source_key(content, "image", item.part, rule, limits.pixels, cap, picture and (picture.size, picture.notes))
-    if (found := cache.get(key)) is not None:
-        return found
-    patches = _cut(picture or item.open(limits, rule), item.part, rule, cap)
-    cache.put(key, patches)
-    return patches
+class _Task:
+    """One picture or video: ``start`` (fetch, look into the cache, prepare or hand to the pool), then ``finish``."""
+
+    def __init__(self, part: Image | Video, means: _Means, keep: bool = False, cap: int | None = None) -> None:
+        self.part, self.means, self.cap = part, means, cap
+        self.item: _Loaded | Video | None = None
+        self.made: Patches | None = None
+        self._keep = keep
+        self._key: bytes | None = None
+        self._job: Job | None = None
+        self._file: Path | None = None
+        self._stamp: object = None
+        self._other: threading.Event | None = None
+        """Somebody else prepares the same."""
+
+    def capped(self, cap: int) -> _Task:
+        """The same picture, which is not fetched again, in at most ``cap`` pixels."""
+        made = _Task(self.part, self.means, cap=cap)
+        made.item = self.item
+        return made
+
+    @property
+    def waits(self) -> bool:
+        return self._other is not None
+
+    def start(self) -> None:
+        means = self.means
+        if means.cancel is not None:
+            means.cancel.check()
+        if self.item is None:
+            self.item = _load(self.part, means.rule, means.limits, means.times)
+        if isinstance(self.item, Video):
+            self._start_video(self.item)
+        else:
+            self._start_image(self.item)
+
+    def finish(self) -> Patches:
+        while self._other is not None:  # what somebody else prepares, or, should that fail, this one after all
+            self._other.wait()
+            self._other = None
+            self.start()
+        if self._job is not None:
+            self.made = self._job.result()
+            for name, seconds in self._job.times.items():
+                self.means.times.add(name, seconds)
+            self._done()
+        assert self.made is not None
+        if not self._keep:
+            self.item = None
+        return self.made
+
+    def abandon(self) -> None:
+        """Leave nothing behind; harmless for what is finished."""
+        if self._job is not None:
+            self._job.cancel()
+        self._release()
+
+    def _start_image(self, item: _Loaded) -> None:
+        means = self.means
+        if means.cache is not None:
+            # What was given decoded saves only its resize; its key is the pixels that the resize starts from.
+            facts = None
+            if not isinstance(item.source, bytes):
+                with means.times.stage("decode_media"):
+                    item.picture = item.open(means.limits, means.rule)
+                facts = item.picture.size, item.picture.notes
+            content = item.source if isinstance(item.source, bytes) else item.picture.rgb.tobytes()  # type: ignore[union-attr]
+            if self._known(source_key(content, "image", item.part, means.rule, means.limits.pixels, self.cap, facts)):
+                return
+        if means.pool is not None and isinstance(item.source, bytes) and header_pixels(item.source) >= LARGE_PIXELS:
+            self._send(item.part, item.source, item.name)
+        if self._job is None:
+            self.made = _cut(item, means.rule, means.limits, self.cap, means.times)
+            self._done()
+
+    def _start_video(self, part: Video) -> None:
+        means = self.means
+        content = None
+        if isinstance(part.source, str | bytes | os.PathLike):
+            with means.times.stage("fetch"):
+                content = locate(part.source, means.limits, max_bytes=means.limits.video_bytes)
+        if content is not None and means.cache is not None:
+            with means.times.stage("fetch"):
+                if isinstance(content, Path):
+                    self._file, self._stamp = content, _stamp(content)
+                key = source_key(content, "video", replace(part, source=None), means.rule, means.limits)
+            if self._known(key):
+                return
+        if content is not None and means.pool is not None:
+            from mirada.media.sample import check_settings
+
+            check_settings(part)
+            self._send(part, content, f"the video {show(part.source)}")
+        if self._job is None:
+            source = part.source if content is None else content
+            self.made = _film(replace(part, source=source), means.rule, means.limits, means.times)
+            self._done()
+
+    def _known(self, key: bytes) -> bool:
+        """Whether nothing is to be done: it is there, or somebody is at it. Else it is this task's to prepare."""
+        cache = self.means.cache
+        assert cache is not None
+        if self._key is None and (event := cache.claim(key)) is not None:
+            self._other = event
+            return True
+        self._key = key
+        if (found := cache.get(key)) is None:
+            return False
+        self.made = found
+        self._release()
+        return True
+
+    def _send(self, part: Image | Video, content: bytes | Path, name: str) -> None:
+        means = self.means
+        assert means.pool is not None
+        self._job = means.pool.submit(part, content, means.rule, means.limits, self.cap, name)
+        if self._job is not None and means.cancel is not None:
+            means.cancel.add(self._job)
+
+    def _done(self) -> None:
+        cache = self.means.cache
+        if self._key is not None and cache is not None and self.made is not None:
+            # A file that changed while it was read may have given pixels that are not of the content in the key.
+            if self._file is None or self._stamp == _stamp(self._file):
+                cache.put(self._key, self.made)
+            self._release()
+
+    def _release(self) -> None:
+        if self._key is not None and self.means.cache is not None:
+            self.means.cache.release(self._key)
+            self._key = None
 
 
-def _cut(picture: Picture, part: Image, rule: MediaRule, cap: int | None) -> Patches:
+def _all(tasks: Sequence[_Task]) -> list[Patches]:
+    """Start all, then finish them: what is this chat's own first, so that two chats never wait for one another."""
+    try:
+        for i, task in enumerate(tasks):
+            _named(task.start, i, len(tasks))
+        for i, task in sorted(enumerate(tasks), key=lambda pair: pair[1].waits):
+            _named(task.finish, i, len(tasks))
+    except BaseException:
+        for task in tasks:
+            task.abandon()
+        raise
+    return [task.made for task in tasks if task.made is not None]
+
+
+def _cut(item: _Loaded, rule: MediaRule, limits: FetchLimits, cap: int | None, times: Times) -> Patches:
+    with times.stage("decode_media"):
+        picture = item.open(limits, rule)
+    with times.stage("prepare"):
+        return _patches(picture, item.part, rule, cap)
+
+
+def _patches(picture: Picture, part: Image, rule: MediaRule, cap: int | None) -> Patches:
     sizes = _sizes(picture, part, rule, cap)
     resized = picture.rgb
     bordered = rule.grid.border != "stretch"
@@ -240,6 +413,21 @@ def _cut(picture: Picture, part: Image, rule: MediaRule, cap: int | None) -> Pat
     grids = ((1, high // rule.grid.patch, wide // rule.grid.patch),)
     key = content_key(pixels, "image", grids, rule.grid)
     return Patches("image", pixels, grids, picture.size, key, notes=(*picture.notes, *_Plan(part, rule, picture.size).notes()))
+
+
+def _film(part: Video, rule: MediaRule, limits: FetchLimits, times: Times) -> Patches:
+    from mirada.media.video import prepare_video  # PyAV takes long to load, and pictures do not need it
+
+    return prepare_video(part, rule, limits, times=times)
+
+
+def _stamp(path: Path) -> object:
+    """Changes when a file does."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return object()  # equal to nothing
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 def _sizes(picture: Picture, part: Image, rule: MediaRule, cap: int | None) -> _Sizes:
@@ -271,25 +459,11 @@ def _area(patches: Patches, grid: GridRule) -> int:
     return len(patches.pixels) * grid.patch**2
 
 
-def _named(step, index: int, parts: Sequence[Any], *rest, **more):
+def _named(step: Callable[[], Any], index: int, count: int) -> Any:
     """Run ``step`` on one of several parts; its error says which."""
     try:
-        return step(parts[index], *rest, **more)
-    except (MediaError, SettingsError) as error:
-        if len(parts) == 1:
+        return step()
+    except (MediaError, SettingsError, RequestFailed) as error:
+        if count == 1:
             raise
-        raise type(error)(f"picture or video {index + 1} of {len(parts)}: {error.problem}", error.fix) from error
-
-
-def _prepare_video(part: Video, rule: MediaRule, limits: FetchLimits, cache: PixelCache | None) -> Patches:
-    from mirada.media.video import prepare_video  # PyAV takes long to load, and pictures do not need it
-
-    if cache is None or not isinstance(part.source, str | bytes | Path):
-        return prepare_video(part, rule, limits)
-    content = locate(part.source, limits, max_bytes=limits.video_bytes)
-    key = source_key(content, "video", replace(part, source=None), rule, limits)
-    if (found := cache.get(key)) is not None:
-        return found
-    patches = prepare_video(replace(part, source=content), rule, limits)
-    cache.put(key, patches)
-    return patches
+        raise type(error)(f"picture or video {index + 1} of {count}: {error.problem}", error.fix) from error

@@ -25,24 +25,38 @@ from mirada.media.grid import GridRule, Patches, content_key, fit
 from mirada.media.rule import MediaRule
 from mirada.media.sample import Choice, check_settings, choose
 from mirada.media.slowfast import Typist, frame_sizes
+from mirada.media.times import Times
 from mirada.types import Grid, Video
 
 
-def prepare_video(part: Video, rule: MediaRule, limits: FetchLimits | None = None, clean: VideoClean | None = None) -> Patches:
+def prepare_video(
+    part: Video,
+    rule: MediaRule,
+    limits: FetchLimits | None = None,
+    clean: VideoClean | None = None,
+    times: Times | None = None,
+) -> Patches:
     """Fetch, sample, decode, resize and cut one video. ``timestamps`` are seconds since its first frame.
 
-    ``clean`` removes or improves frames after they were sampled. Raises a MediaError, or SettingsError for settings that are
+    ``clean`` removes or improves frames after they were sampled. ``times`` takes the seconds of opening and decoding
+    (``decode_media``) and of all the rest (``prepare``). Raises a MediaError, or SettingsError for settings that are
     out of range or contradict one another.
     """
-    limits = limits or FetchLimits()
-    reader = _reader(part, rule, limits)
+    limits, times = limits or FetchLimits(), Times() if times is None else times
+    with times.stage("prepare"):
+        return _prepare(part, rule, limits, clean, times)
+
+
+def _prepare(part: Video, rule: MediaRule, limits: FetchLimits, clean: VideoClean | None, times: Times) -> Patches:
+    with times.stage("decode_media"):
+        reader = _reader(part, rule, limits)
     with closing(reader):
         asked = clean.within(part, reader) if clean else part
         choice = reader.choose(asked) if isinstance(reader, FrameList) else choose(reader.timeline, asked, rule)
         _check_length(reader, choice, limits)
         choice, read = kept(reader, choice, clean)
         cut = _slow_fast if rule.video == "slowfast" else _uniform
-        made = cut(reader, choice, read, part, rule)
+        made = cut(reader, choice, lambda indices: times.each("decode_media", read(indices)), part, rule)
     over = _over_budget(made, part, rule)
     return replace(made, notes=(*reader.notes, *choice.notes, *over))
 
