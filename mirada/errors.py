@@ -14,7 +14,8 @@ MiradaError
 │       └── MediaUnsupported         a form (type, shape, scheme) that is not handled
 ├── CapacityError                    it is well formed but does not fit
 │   ├── ContextOverflow              prompt (plus answer) longer than the model's context
-│   └── OutOfMemory                  memory does not suffice
+│   ├── OutOfMemory                  memory does not suffice
+│   └── QueueFull                    as many requests wait as may
 ├── CheckpointError                  files of a model are missing, broken or do not match their config
 │   ├── ConfigError                  config.json (or a sibling) has a key or value that is not understood
 │   ├── TensorError                  a tensor is missing, unexpected or misshapen
@@ -22,6 +23,7 @@ MiradaError
 │       ├── HubNotFound              it has no such model or revision, or nothing is cached while offline
 │       └── HubRefused               the token is wrong, or the model is gated or private
 ├── NotAvailable                     an optional dependency, device or later capability is absent
+├── ReplyTimeout (TimeoutError)      a reply was not there in the time that its reader gave; the request goes on
 └── RequestFailed                    a request that was accepted died (cancelled, worker lost)
 
 Each carries ``problem`` (what is wrong, naming the thing) and ``fix`` (what to change); ``str()`` shows both.
@@ -106,6 +108,10 @@ class OutOfMemory(CapacityError):
     """Memory does not suffice (unit: bytes)."""
 
 
+class QueueFull(CapacityError):
+    """As many requests wait as may (unit: requests)."""
+
+
 class CheckpointError(MiradaError):
     """Files of a model are missing, broken or do not match their config."""
 
@@ -132,6 +138,10 @@ class HubRefused(HubError):
 
 class NotAvailable(MiradaError):
     """An optional dependency, device or capability is absent; ``fix`` says how to get it."""
+
+
+class ReplyTimeout(MiradaError, TimeoutError):
+    """A reply was not there in the time that its reader gave; the request goes on."""
 
 
 class RequestFailed(MiradaError):

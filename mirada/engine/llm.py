@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +15,10 @@ from mirada.engine.handle import EngineHandle
 from mirada.engine.load import Parts, assemble, load
 from mirada.engine.request import Requests
 from mirada.engine.runner import Runner
-from mirada.engine.scheduler import MAX_RUNNING, Scheduler
 from mirada.engine.sequence import Sequence
+from mirada.engine.settings import EngineSettings
+from mirada.engine.step import Engine
+from mirada.engine.thread import EngineThread
 from mirada.errors import MessageError, MiradaError, SettingsError
 from mirada.layers.cache import make_cache
 from mirada.media.fetch import FetchLimits
@@ -30,6 +34,10 @@ SamplingLike = Sampling | Mapping[str, Any] | None
 """Settings of one request; a mapping is checked key by key."""
 
 
+EngineSettingsLike = EngineSettings | Mapping[str, Any] | None
+"""Bounds of the engine; a mapping is checked key by key."""
+
+
 class VLM:
     """A vision-language model, ready to answer. Implements ``types.Client``; safe to use from several threads.
 
@@ -40,6 +48,8 @@ class VLM:
     GPU only), eager (as it is written; slow), auto (sdpa).
     ``min_pixels`` / ``max_pixels`` bound the resized area of every picture. ``widen``: matrices of a quantised checkpoint take
     ``dtype`` on load (faster, larger) instead of staying packed. ``limits`` say what may be fetched, and from where.
+    ``engine``: bounds of the engine, see ``EngineSettings``. Its thread ends with ``close()``, at the end of a ``with`` block,
+    or when neither this object nor a handle of it is left.
     Raises CheckpointError, NotAvailable, SettingsError or OutOfMemory.
     """
 
@@ -56,8 +66,10 @@ class VLM:
         widen: bool = False,
         hub: HubOptions | Mapping[str, Any] | None = None,
         limits: FetchLimits | None = None,
+        engine: EngineSettingsLike = None,
     ) -> None:
-        self._set_up(load(model, device, dtype, min_pixels, max_pixels, widen, hub, device_map, attn), limits)
+        settings = _engine_settings(engine)
+        self._set_up(load(model, device, dtype, min_pixels, max_pixels, widen, hub, device_map, attn), limits, settings)
 
     @classmethod
     def from_parts(
@@ -68,21 +80,37 @@ class VLM:
         *,
         eos: Iterable[int] = (),
         limits: FetchLimits | None = None,
+        engine: EngineSettingsLike = None,
     ) -> VLM:
         """An engine around a model in memory (it is not copied: what is trained answers with its weights of the moment)."""
         made = cls.__new__(cls)
-        made._set_up(assemble(model, renderer, rule, eos), limits)
+        made._set_up(assemble(model, renderer, rule, eos), limits, _engine_settings(engine))
         return made
 
-    def _set_up(self, parts: Parts, limits: FetchLimits | None) -> None:
+    def _set_up(self, parts: Parts, limits: FetchLimits | None, settings: EngineSettings) -> None:
         weight = next(parts.model.parameters())
-        cache = make_cache(parts.cache_spec, weight.dtype, weight.device)
+        cache = make_cache(parts.cache_spec, weight.dtype, weight.device, kv=settings.kv, budget=settings.cache_bytes)
         if parts.placement is not None:
             cache.spread(parts.placement.layers)
-        self.parts = parts
+        self.parts = _bounded(parts, settings.max_length)
         self.limits = limits or FetchLimits()
-        self._requests = Requests(parts, self.limits)
-        self._scheduler = Scheduler(Runner(parts.model, cache, parts.rule.grid, parts.eos))
+        self._requests = Requests(self.parts, self.limits)
+        self._engine = EngineThread(Engine(Runner(parts.model, cache, parts.eos), parts.rule.grid, settings))
+
+    def close(self) -> None:
+        """End the engine's thread and all requests, which fail with RequestFailed. Nothing can be asked any more."""
+        self._engine.close()
+
+    def __enter__(self) -> VLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def stats(self) -> dict[str, int]:
+        """Counts of the engine: requests running and waiting, bytes of keys and values held, and, since it was made, steps,
+        tokens computed and generated, patches encoded, preemptions, hits and misses of its caches."""
+        return self._engine.stats()
 
     @property
     def recommended_sampling(self) -> Sampling | None:
@@ -140,12 +168,13 @@ class VLM:
         chats = list(chats)
         settings = self._settings(sampling, len(chats))
         handles: list[EngineHandle] = []
+        # Pixels wait in memory until they are encoded, so only as many requests as can run are prepared.
+        room = threading.Semaphore(self._engine.engine.settings.max_running)
         try:
             for chat, one in zip(chats, settings, strict=True):
-                # Pixels wait in memory until they are encoded, so only as many requests as can run are prepared.
-                while sum(not handle.done for handle in handles) >= MAX_RUNNING:
-                    self._scheduler.advance()
+                room.acquire()
                 handles.append(self.submit(chat, one, thinking=thinking, tools=tools))
+                handles[-1].when_done(room.release)
             return [handle.result() for handle in handles]
         finally:
             for handle in handles:
@@ -164,9 +193,9 @@ class VLM:
         try:
             sequence = self._requests.make(chat, _sampling(sampling), thinking, media, tools)
         except MiradaError as error:
-            return EngineHandle(self._scheduler, Sequence.failed(error))
-        self._scheduler.submit(sequence)
-        return EngineHandle(self._scheduler, sequence)
+            return EngineHandle(Sequence.failed(error))
+        self._engine.submit(sequence)
+        return EngineHandle(sequence, self._engine)
 
     @staticmethod
     def _settings(sampling: Any, count: int) -> list[SamplingLike]:
@@ -186,3 +215,18 @@ def _sampling(given: SamplingLike) -> Sampling:
     if isinstance(values.get("stop"), str):
         values["stop"] = (values["stop"],)
     return config.parse(Sampling, values, "sampling")
+
+
+def _engine_settings(given: EngineSettingsLike) -> EngineSettings:
+    return given if isinstance(given, EngineSettings) else config.parse(EngineSettings, given or {}, "engine settings")
+
+
+def _bounded(parts: Parts, most: int | None) -> Parts:
+    """``parts`` whose context holds at most ``most`` tokens."""
+    if most is None:
+        return parts
+    if most > parts.context:
+        raise SettingsError(
+            f"engine setting max_length={most} is more than the model's context of {parts.context}", "lower it, or leave it out"
+        )
+    return replace(parts, context=most)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from mirada.engine.sequence import Sequence
+from mirada.engine.settings import EngineSettings
 from mirada.errors import OutOfMemory
+from mirada.layers.cache import Cache
 
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
@@ -34,6 +40,57 @@ def require(needed: int, free: int, what: str, fix: str) -> None:
             available=max(free, 0),
             unit="bytes",
         )
+
+
+class Budget:
+    """Bytes that the keys and values of all sequences may take, beside what a step needs in passing."""
+
+    def __init__(self, model: Any, cache: Cache, settings: EngineSettings) -> None:
+        self.config, self.cache, self.settings = model.config, cache, settings
+        weight = next(model.parameters())
+        self._main, self._size = weight.device, weight.dtype.itemsize
+
+    def total(self, sequences: Iterable[Sequence]) -> int:
+        """Bytes of cache that ``sequences`` may hold together now. What they hold already lies on the devices of the layers,
+        and the device that is tightest decides."""
+        free, most = self.free(sequences), self.settings.cache_bytes
+        return free if most is None else min(free, most)
+
+    def free(self, sequences: Iterable[Sequence]) -> int:
+        """The same as far as the devices alone decide."""
+        layers = Counter(self.cache.devices)
+        layers.setdefault(self._main, 0)
+        num_layers, held, passing = self.cache.num_layers, self.cache.bytes_held, self.passing(sequences)
+        found = []
+        for device, own in layers.items():
+            left = available(device) - (passing if device == self._main else 0)
+            if own:
+                found.append(left * num_layers // own + held)
+            elif left < 0:
+                found.append(left)
+        return min(found)
+
+    def alone(self, sequence: Sequence) -> int:
+        """Bytes of cache that ``sequence`` takes at its longest."""
+        return self.cache.bytes_for(len(sequence.prompt.tokens) + sequence.limit)
+
+    def passing(self, sequences: Iterable[Sequence]) -> int:
+        """Bytes that the widest step of ``sequences`` needs besides the cache (an estimate)."""
+        tokens = rows = patches = pixels = largest = 0
+        for sequence in sequences:
+            tokens += sequence.left
+            rows += 1
+            for item in sequence.media:
+                patches += len(item.pixels)
+                pixels = max(pixels, item.pixels[0].size)
+                largest = max(largest, *(h * w for _, h, w in item.grids))
+        tokens = min(tokens, max(rows, self.settings.step_tokens))
+        patches = min(patches, max(largest, self.settings.step_patches))
+        vision, text = self.config.vision, self.config.text
+        # Per token: residual, normed, q, k, v, mixed and the two halves of the gated MLP with their product.
+        wide = 4 * text.hidden_size + 3 * text.num_attention_heads * text.head_dim + 3 * text.intermediate_size
+        tall = 8 * vision.hidden_size + 2 * vision.intermediate_size
+        return tokens * wide * self._size + rows * 3 * 4 * text.vocab_size + patches * (8 * pixels + tall * self._size)
 
 
 def say(size: int) -> str:

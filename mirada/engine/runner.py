@@ -1,148 +1,137 @@
-"""Drives the model: encode, prefill, decode, sample. Knows sequences and tensors, no text and no waiting lines.
+"""Drives the model: one packed forward over chunks of sequences, and the choice of tokens. Knows sequences and tensors, no
+text and no waiting lines.
 
-T tokens, F features, D width, V vocabulary, B sequences.
+T tokens, F features, D width, V vocabulary, R rows whose logits are wanted.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mirada.engine import memory, sample, vision
+from mirada.engine import sample
+from mirada.engine.sample import Chooser, Picked
 from mirada.engine.sequence import Sequence
-from mirada.errors import RequestFailed
+from mirada.errors import MiradaError
 from mirada.layers.batch import Batch
-from mirada.layers.cache import Slabs
-from mirada.media.grid import GridRule
+from mirada.layers.cache import Cache
+from mirada.types import Logprob
 
-PREFILL_TOKENS = 8192
-"""Tokens that one prefill takes together at most, unless a single prompt is longer."""
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next ``count`` tokens of a sequence (those of its draft included), computed in one step."""
+
+    sequence: Sequence
+    count: int
+
+    @property
+    def end(self) -> int:
+        return self.sequence.computed + self.count
+
+    @property
+    def rows(self) -> int:
+        """Rows whose logits are wanted: none in the middle of a prompt, one at its end, and one more per token of a draft."""
+        return max(0, self.end - self.sequence.num_tokens + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a chunk gave: no token, one, or several where a draft was right; reports where log-probabilities are wanted; or
+    why it could not choose."""
+
+    tokens: Seq[int] = ()
+    reports: Seq[Logprob | None] = ()
+    error: MiradaError | None = None
 
 
 class Runner:
     """One model on one device, with its cache."""
 
-    def __init__(self, model: Any, cache: Slabs, rule: GridRule, eos: Iterable[int]) -> None:
+    def __init__(self, model: Any, cache: Cache, eos: Iterable[int]) -> None:
         self.model = model
         self.cache = cache
-        self.rule = rule
         self.eos = frozenset(eos)
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
 
-    def free(self, lasting: int) -> int:
-        """Bytes that requests may take now, of which ``lasting`` will be cache: that lies on the devices of its layers."""
-        held = Counter(self.cache.devices)
-        held.setdefault(self.device, 0)
-        return min(
-            memory.available(device) + lasting * (self.cache.num_layers - layers) // self.cache.num_layers
-            for device, layers in held.items()
-        )
+    def run(self, chunks: Seq[Chunk]) -> list[Choice]:
+        """Compute the chunks by one forward, and choose the tokens that follow. Changes nothing but the cache, where it
+        overwrites, so it may be done again."""
+        batch, features = self._batch(chunks)
+        hidden = self.model.forward(batch, features, self.cache)
+        wanted = [chunk for chunk in chunks if chunk.rows]
+        if not wanted:
+            return [Choice()] * len(chunks)
+        made = iter(self._sample(wanted, self.model.logits(self._rows(chunks, hidden))))
+        return [next(made) if chunk.rows else Choice() for chunk in chunks]
 
-    def prefill(self, sequences: Seq[Sequence]) -> None:
-        """Encode media, fill the cache with the prompts, and generate the first token of each."""
-        began = time.perf_counter()
-        media = [patches for sequence in sequences for patches in sequence.media]
-        features = vision.encode(self.model, media, self.rule, self.device, self.dtype)
-        encoded = time.perf_counter()
-        hidden = self.model.forward(self._prompts(sequences), features, self.cache)
-        last = np.cumsum([len(s.prompt.tokens) for s in sequences]) - 1
-        logits = self.model.logits(hidden[torch.from_numpy(last).to(self.device)])
-        for sequence in sequences:
-            if sequence.media:
-                sequence.spent("encode", encoded - began)
-            sequence.media, sequence.positions = (), None
-        self._extend(sequences, logits, "prefill", encoded)
-
-    def decode(self, sequences: Seq[Sequence]) -> None:
-        """One more token for each sequence."""
-        began = time.perf_counter()
-        hidden = self.model.forward(self._steps(sequences), None, self.cache)
-        self._extend(sequences, self.model.logits(hidden), "decode", began)
-
-    def _prompts(self, sequences: Seq[Sequence]) -> Batch:
-        tokens, places, rows, start = [], [], [], 0
-        for sequence in sequences:
-            tokens.extend(sequence.prompt.tokens)
-            places.append(sequence.positions)
-            rows.extend(np.arange(span.start, span.end) + start for span in sequence.prompt.spans)
-            start = len(tokens)
+    def _batch(self, chunks: Seq[Chunk]) -> tuple[Batch, Tensor | None]:
+        tokens: list[int] = []
+        places, rows, features = [], [], []
+        for chunk in chunks:
+            sequence, start = chunk.sequence, chunk.sequence.computed
+            if sequence.features is not None:
+                at, found = sequence.features.take(start, chunk.end)
+                rows.append(at + (len(tokens) - start))
+                features += found
+            tokens += sequence.ids(start, chunk.end)
+            places.append(sequence.places(start, chunk.end))
         return Batch(
             tokens=torch.tensor(tokens, dtype=torch.int64, device=self.device),
             positions=torch.from_numpy(np.concatenate(places, 1)).to(self.device),
-            lengths=tuple(len(s.prompt.tokens) for s in sequences),
-            past=(0,) * len(sequences),
-            slots=tuple(s.slot for s in sequences),
-            feature_rows=torch.from_numpy(np.concatenate(rows)).to(self.device) if rows else None,
-        )
+            lengths=tuple(chunk.count for chunk in chunks),
+            past=tuple(chunk.sequence.computed for chunk in chunks),
+            slots=tuple(chunk.sequence.slot for chunk in chunks),
+            feature_rows=torch.from_numpy(np.concatenate(rows)).to(self.device) if features else None,
+        ), torch.cat(features) if features else None
 
-    def _steps(self, sequences: Seq[Sequence]) -> Batch:
-        last = torch.tensor([(s.tokens[-1], s.position) for s in sequences], dtype=torch.int64, device=self.device)
-        return Batch(
-            tokens=last[:, 0],
-            positions=last[:, 1].expand(3, -1),
-            lengths=(1,) * len(sequences),
-            past=tuple(s.past for s in sequences),
-            slots=tuple(s.slot for s in sequences),
-        )
+    def _rows(self, chunks: Seq[Chunk], hidden: Tensor) -> Tensor:
+        """Hidden values [R, D] of the rows whose logits are wanted."""
+        if all(chunk.rows == chunk.count for chunk in chunks):
+            return hidden
+        ends = np.cumsum([chunk.count for chunk in chunks])
+        wanted = [np.arange(end - chunk.rows, end) for chunk, end in zip(chunks, ends, strict=True)]
+        return hidden[torch.from_numpy(np.concatenate(wanted)).to(self.device)]
 
-    def _extend(self, sequences: Seq[Sequence], logits: Tensor, stage: str, began: float) -> None:
-        """Choose a token per row of ``logits`` [B, V] and hand it to its sequence."""
-        tokens, reports = self._choose(sequences, logits)
-        seconds = time.perf_counter() - began
-        for sequence, token, report in zip(sequences, tokens, reports, strict=True):
-            sequence.spent(stage, seconds)
-            sequence.append(token, report, token in self.eos and not sequence.sampling.ignore_eos)
-            if sequence.seen is not None:
-                sequence.seen[token] = True
+    def _sample(self, chunks: Seq[Chunk], logits: Tensor) -> list[Choice]:
+        """Tokens from ``logits`` [R, V], of which each chunk has its rows, at least one; those of a draft are the likeliest."""
+        choosers = [chunk.sequence.chooser if chunk.rows == 1 else None for chunk in chunks for _ in range(chunk.rows)]
+        picked = self._pick([chunk.sequence for chunk in chunks for _ in range(chunk.rows)], logits, choosers)
+        made, start = [], 0
+        for chunk in chunks:
+            end = start + chunk.rows
+            error = next((picked.errors[row] for row in range(start, end) if row in picked.errors), None)
+            tokens = picked.tokens[start:end]
+            if chunk.rows > 1:
+                tokens = accepted(chunk.sequence.draft, tokens)
+            made.append(Choice(tokens, picked.reports[start : start + len(tokens)], error))
+            start = end
+        return made
 
-    def _choose(self, sequences: Seq[Sequence], logits: Tensor) -> tuple[list[int], list[Any]]:
-        best, greedy = logits.max(-1)
-        if not all(map(math.isfinite, best.tolist())):
-            raise RequestFailed(
-                f"the model gave no finite logits in {str(self.dtype).removeprefix('torch.')}",
-                "check the weights, or use dtype='float32'",
-            )
-        steered = logits
-        if any(s.seen is not None for s in sequences):
-            steered = self._penalised(sequences, logits)
-        if steered is not logits or any(s.sampling.temperature > 0 for s in sequences):
-            tokens = sample.choose(steered, [_choice(s) for s in sequences])
-        else:
-            tokens = greedy.tolist()
-        return tokens, self._reports(sequences, logits, tokens)
+    def _pick(self, sequences: Seq[Sequence], logits: Tensor, choosers: Seq[Chooser | None]) -> Picked:
+        """A token per row; ``sequences`` says whose the rows are."""
+        return sample.pick(logits, choosers)
 
-    def _penalised(self, sequences: Seq[Sequence], logits: Tensor) -> Tensor:
-        blank = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        seen = torch.stack([blank if s.seen is None else s.seen for s in sequences])
-        penalty = torch.tensor([s.sampling.repetition_penalty for s in sequences], device=logits.device)
-        return sample.penalise(logits, seen, penalty)
+    def begin(self, sequence: Sequence) -> None:
+        """Prepare how it chooses its tokens; what it has chosen by is kept when it is preempted."""
+        if sequence.chooser is None:
+            sequence.chooser = Chooser(sequence.sampling, sequence.prompt.tokens, sequence.guide)
 
-    def _reports(self, sequences: Seq[Sequence], logits: Tensor, tokens: list[int]) -> list[Any]:
-        rows = [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]
-        reports: list[Any] = [None] * len(sequences)
-        if rows:
-            wanted = [sequences[row].sampling.logprobs or 0 for row in rows]
-            for row, made in zip(rows, sample.logprobs(logits[rows], [tokens[r] for r in rows], wanted), strict=True):
-                reports[row] = made
-        return reports
-
-    def note_seen(self, sequence: Sequence) -> None:
-        """Prepare the repetition penalty, which counts the tokens of prompt and answer."""
-        if sequence.sampling.repetition_penalty != 1.0:
-            sequence.seen = torch.zeros(self.model.config.text.vocab_size, dtype=torch.bool, device=self.device)
-            sequence.seen[torch.tensor(sequence.prompt.tokens, device=self.device)] = True
+    def is_end(self, sequence: Sequence, token: int) -> bool:
+        return token in self.eos and not sequence.sampling.ignore_eos
 
 
-def _choice(sequence: Sequence) -> sample.Choice:
-    s = sequence.sampling
-    # One draw a step, whatever its batch mates do: a seeded reply depends on nothing else.
-    return sample.Choice(s.temperature, s.top_k, s.top_p, s.min_p, sequence.random.random() if s.temperature > 0 else 0.0)
+def accepted(draft: Seq[int], likely: Seq[int]) -> list[int]:
+    """The most likely tokens after the last one and after each of ``draft`` (one more), as far as the draft was right: all
+    that greedy decoding would have chosen step by step (Leviathan et al. 2022, arXiv 2211.17192, at temperature 0)."""
+    right = 0
+    while right < len(draft) and draft[right] == likely[right]:
+        right += 1
+    return list(likely[: right + 1])

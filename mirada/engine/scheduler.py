@@ -1,182 +1,181 @@
-"""Who runs when: admits waiting requests while memory lasts, and moves all running ones forward a step at a time.
+"""Who runs when: the waiting line, admission by bytes, preemption, and what each step computes. Knows no model.
 
-There is no thread of its own: whoever waits for a reply drives the engine, for everybody. One step is done by one thread;
-the others sleep until it has news.
+First come, first served: requests are admitted in order, and when memory is out the one that was admitted last gives way and
+goes back to the head of the line. So the oldest always moves on, and every request's turn comes.
 """
 
 from __future__ import annotations
 
-import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Seq
-from typing import Any
+from collections.abc import Callable
+from typing import Protocol
 
-import torch
-
-from mirada.engine import memory, runner
-from mirada.engine.runner import Runner
+from mirada.engine import memory
+from mirada.engine.memory import Budget
+from mirada.engine.runner import Chunk
 from mirada.engine.sequence import Sequence
-from mirada.errors import MiradaError, OutOfMemory, RequestFailed
+from mirada.engine.settings import EngineSettings
+from mirada.errors import OutOfMemory
+from mirada.layers.cache import Cache
 
-MAX_RUNNING = 16
-"""Sequences that decode together."""
-KNOBS = "shorten the prompt, lower max_tokens or max_pixels (or fps for a video), or load the model in a quantised mode"
+ROOM_TO_GROW = 64
+"""Tokens beyond its prompt that a request must have room for when it is admitted, so that it is not preempted at once."""
+KNOBS = (
+    "shorten the prompt, lower max_tokens or max_pixels (or fps for a video), raise the engine's cache_bytes if it is set,"
+    " or load the model in a quantised mode"
+)
+
+
+class PrefixCache(Protocol):
+    """Keys and values of the beginnings of earlier requests."""
+
+    def match(self, sequence: Sequence) -> tuple[int, Callable[[int], None]]:
+        """How many of its first tokens are there (fewer than it has), and what copies them into a slot of the cache."""
+        ...
+
+    def offer(self, sequence: Sequence) -> None:
+        """``sequence`` leaves its slot, which holds its first ``computed`` tokens; keep of them what is worth it."""
+        ...
 
 
 class Scheduler:
-    """Owns the sequences of one runner. Every method may be called from any thread."""
+    """Owns the line, the running sequences and the slots of the cache. For one thread."""
 
-    def __init__(self, runner: Runner, max_running: int = MAX_RUNNING) -> None:
-        self._runner = runner
-        self._max_running = max_running
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
-        self._slots = list(range(max_running))
-        self._changed = threading.Condition()
-        self._busy = False
+    def __init__(self, cache: Cache, budget: Budget, settings: EngineSettings, prefix: PrefixCache | None = None) -> None:
+        self.cache, self.budget, self.settings, self.prefix = cache, budget, settings, prefix
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        """The longest running first."""
+        # A step has at least one token for each.
+        self.slots = list(range(min(settings.max_running, settings.step_tokens)))
+        self.preemptions = 0
+        self._fits = 0
+        """Bytes of cache that there was room for when it was last looked at."""
 
-    def submit(self, sequence: Sequence) -> None:
-        """Put a request in line. Its memory is checked when its turn comes."""
-        with self._changed:
-            self._waiting.append(sequence)
+    def reap(self) -> None:
+        """Let go of all that has ended or was cancelled."""
+        for sequence in (*self.running, *self.waiting):
+            if sequence.cancelled and not sequence.done:
+                sequence.cancel()
+        for sequence in [s for s in self.running if s.done]:
+            self.leave(sequence)
+        if any(s.done for s in self.waiting):
+            self.waiting = deque(s for s in self.waiting if not s.done)
 
-    def advance(self) -> None:
-        """Return after one step, made by this thread or, if another one is in the middle of a step, by that one."""
-        with self._changed:
-            if self._busy:
-                self._changed.wait()
-                return
-            self._busy = True
-        try:
-            with torch.inference_mode():
-                self._step()
-        finally:
-            self._rest()
-
-    def cancel(self, sequence: Sequence) -> None:
-        """End a request early, unless it has ended. Never waits: a step under way ends it when it is through."""
-        if sequence.done:
-            return
-        sequence.cancelled = True
-        with self._changed:
-            if self._busy:
-                return
-            self._busy = True
-        try:
-            self._reap()
-        finally:
-            self._rest()
-
-    def _rest(self) -> None:
-        with self._changed:
-            self._busy = False
-            self._changed.notify_all()
-
-    def _step(self) -> None:
-        self._reap()
-        fresh = self._admit()
-        if fresh:
-            for group in _groups(fresh, runner.PREFILL_TOKENS):
-                self._guarded(self._runner.prefill, group)
-        elif self._running:
-            self._guarded(self._runner.decode, self._running)
-        self._reap()
-
-    def _admit(self) -> list[Sequence]:
-        """Waiting requests, in order, that there is room for now; one that could not run even alone fails."""
+    def admit(self) -> list[Sequence]:
+        """Give slots to waiting requests, in order, while there is room; one that could not run even alone fails."""
         fresh: list[Sequence] = []
-        while self._waiting and len(self._running) < self._max_running:
-            sequence = self._waiting[0]
-            lasting, passing = footprint(self._runner, sequence)
-            promised = sum(s.bytes_reserved for s in self._running) - self._runner.cache.bytes_held
-            free = self._runner.free(promised + lasting) - promised - sum(footprint(self._runner, s)[1] for s in fresh)
-            try:
-                memory.require(lasting + passing, free, _describe(sequence), KNOBS)
-            except OutOfMemory as error:
-                if self._running:
-                    break  # room comes back when another one ends
-                self._waiting.popleft().fail(error)
+        while self.waiting and self.slots:
+            sequence = self.waiting[0]
+            error = self._impossible(sequence)
+            if error is not None:
+                self.waiting.popleft().fail(error)
                 continue
-            self._waiting.popleft()
-            sequence.bytes_reserved = lasting
-            sequence.slot = self._slots.pop()
-            self._runner.cache.allocate(sequence.slot)
-            self._runner.note_seen(sequence)
-            self._running.append(sequence)
+            left = sequence.limit - len(sequence.tokens)
+            asked = self.cache.bytes_for(sequence.num_tokens + min(left, ROOM_TO_GROW))
+            if self.running and self._needed() + asked > self.budget.total((*self.running, sequence)):
+                break
+            self.waiting.popleft()
+            self._enter(sequence)
             fresh.append(sequence)
         return fresh
 
-    def _guarded(self, work: Callable[[Seq[Sequence]], None], group: Seq[Sequence]) -> None:
-        """Do ``work`` on ``group``; if it fails for one of several, the others go on without it."""
+    def _impossible(self, sequence: Sequence) -> OutOfMemory | None:
+        """The error of a request that will not fit even when all others have ended."""
+        needed, most = self.budget.alone(sequence), self.settings.cache_bytes
         try:
-            work(group)
-            return
-        except BaseException as error:
-            failure = _typed(error, group)
-            if failure is None:
-                fix = "this is a defect, please report it" if isinstance(error, Exception) else "send it again"
-                for sequence in group:
-                    sequence.fail(RequestFailed(f"the engine was stopped by {error!r}", fix))
-                raise
-        if len(group) == 1:
-            group[0].fail(failure)
-            return
-        for sequence in group:
-            self._guarded(work, [sequence])
+            if most is not None:
+                memory.require(needed, most, f"the cache of {describe(sequence)}", KNOBS)
+            if not self.running:  # else nobody knows yet what will be free then
+                passing = self.budget.passing((sequence,))
+                memory.require(needed + passing, self.budget.free((sequence,)) + passing, describe(sequence), KNOBS)
+        except OutOfMemory as error:
+            return error
+        return None
 
-    def _reap(self) -> None:
-        """Let go of all that has ended or was cancelled."""
-        for sequence in [s for s in (*self._running, *self._waiting) if s.cancelled and not s.done]:
-            sequence.cancel()
-        with self._changed:  # another thread may be putting one in line
-            self._waiting = deque(s for s in self._waiting if not s.done)
-        for sequence in [s for s in self._running if s.done]:
-            self._running.remove(sequence)
-            self._runner.cache.free(sequence.slot)
-            self._slots.append(sequence.slot)
+    def _enter(self, sequence: Sequence) -> None:
+        sequence.slot = self.slots.pop()
+        self.cache.allocate(sequence.slot)
+        self.running.append(sequence)
+        sequence.spent("queue", time.perf_counter() - sequence.queued)
+        if self.prefix is not None:
+            sequence.computed, restore = self.prefix.match(sequence)
+            restore(sequence.slot)
+
+    def leave(self, sequence: Sequence) -> None:
+        """Take its slot from a sequence, and offer what is there to later ones."""
+        self.running.remove(sequence)
+        try:
+            if self.prefix is not None and sequence.error is None:
+                self.prefix.offer(sequence)
+        finally:
+            self.cache.free(sequence.slot)
+            self.slots.append(sequence.slot)
+            sequence.slot, sequence.computed, sequence.features, sequence.draft = -1, 0, None, []
+
+    def make_room(self) -> None:
+        """Preempt the youngest until the others can compute all their tokens. What it has generated is kept, and computed
+        again as if it were prompt when it is admitted anew. Drafts go first: nothing is lost with them."""
+        needed = self._needed()
+        if needed > self._fits:  # memory is asked for again whenever a sequence grows by a block
+            needed = self._shrink(needed, self.budget.total(self.running))
+        self._fits = needed
+
+    def _shrink(self, needed: int, total: int) -> int:
+        for sequence in reversed(self.running):
+            if needed > total and sequence.draft:
+                sequence.draft = []
+                needed = self._needed()
+        while needed > total and len(self.running) > 1:
+            self._preempt(self.running[-1])
+            needed = self._needed()
+        if needed > total:
+            self._give_up(self.running[0], needed, total)
+        return self._needed()
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.leave(sequence)
+        self.preemptions += 1
+        sequence.preemptions += 1
+        sequence.queued = time.perf_counter()
+        self.waiting.appendleft(sequence)
+
+    def _give_up(self, sequence: Sequence, needed: int, total: int) -> None:
+        """It is alone and memory that was free when it was admitted has gone."""
+        what = describe(sequence)
+        sequence.fail(
+            OutOfMemory(
+                f"memory ran out in the middle of {what}: its cache needs {memory.say(needed)}, and"
+                f" {memory.say(max(total, 0))} is available",
+                KNOBS, needed=needed, available=max(total, 0), unit="bytes",
+            )
+        )  # fmt: skip
+        self.leave(sequence)
+
+    def _needed(self) -> int:
+        """Bytes of cache that the running sequences take once all their tokens are computed."""
+        cache = self.cache
+        return cache.bytes_held + sum(cache.growth_bytes(s.slot, s.num_tokens + len(s.draft)) for s in self.running)
+
+    def plan(self, ready: Callable[[Sequence], int | None]) -> list[Chunk]:
+        """What to compute now, within ``step_tokens``: the next token of all that decode, then prompts in order, each as far
+        as ``ready`` (the first token that waits for pictures; None: none does) lets it."""
+        decoding = [s for s in self.running if s.left == 1 and ready(s) is None]
+        chunks = [Chunk(s, 1 + len(s.draft)) for s in decoding]
+        room = self.settings.step_tokens - sum(chunk.count for chunk in chunks)
+        for sequence in self.running:
+            if sequence in decoding:
+                continue
+            end = ready(sequence)
+            count = min(room, (sequence.num_tokens if end is None else end) - sequence.computed)
+            if count > 0:
+                chunks.append(Chunk(sequence, count))
+                room -= count
+        return chunks
 
 
-def footprint(runner: Runner, sequence: Sequence) -> tuple[int, int]:
-    """Bytes that a request takes: for as long as it runs (its cache), and while it is encoded and prefilled (an estimate)."""
-    text, vision = runner.model.config.text, runner.model.config.vision
-    size, num_tokens = runner.dtype.itemsize, len(sequence.prompt.tokens)
-    lasting = runner.cache.bytes_for(num_tokens + sequence.limit)
-    # Per token: residual, normed, q, k, v, mixed and the two halves of the gated MLP with their product.
-    wide = 4 * text.hidden_size + 3 * text.num_attention_heads * text.head_dim + 3 * text.intermediate_size
-    passing = num_tokens * wide * size + 3 * 4 * text.vocab_size
-    if sequence.media:
-        num_patches = sum(len(patches.pixels) for patches in sequence.media)
-        pixels = sum(patches.pixels.size for patches in sequence.media)
-        features = sum(span.num_tokens for span in sequence.prompt.spans) * text.hidden_size * size
-        passing += 8 * pixels + num_patches * size * (8 * vision.hidden_size + 2 * vision.intermediate_size) + features
-    return lasting, passing
-
-
-def _describe(sequence: Sequence) -> str:
+def describe(sequence: Sequence) -> str:
     visual = sum(span.num_tokens for span in sequence.prompt.spans)
     seen = f", {visual} of them visual," if visual else ""
     return f"a request of {len(sequence.prompt.tokens)} prompt tokens{seen} and up to {sequence.limit} new ones"
-
-
-def _typed(error: BaseException, group: Seq[Sequence]) -> MiradaError | None:
-    """The error that a caller should see, or None for one that nobody foresaw."""
-    if isinstance(error, MiradaError):
-        return error
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return OutOfMemory(f"memory ran out in the middle of {_describe(group[0])}", KNOBS, unit="bytes")
-    return None
-
-
-def _groups(sequences: list[Sequence], most: int) -> Iterator[list[Sequence]]:
-    """Runs of sequences of at most ``most`` prompt tokens together."""
-    group: list[Any] = []
-    size = 0
-    for sequence in sequences:
-        if group and size + len(sequence.prompt.tokens) > most:
-            yield group
-            group, size = [], 0
-        group.append(sequence)
-        size += len(sequence.prompt.tokens)
-    if group:
-        yield group

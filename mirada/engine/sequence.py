@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -112,38 +111,68 @@ class Reply:
         return pieces
 
 
+Listener = Callable[[bool], None]
+"""Called in the engine's thread when a sequence has news; the flag says that they were the last."""
+
+
 @dataclass(eq=False)
 class Sequence:
-    """A request under way: the one thing in the engine that lives long and changes."""
+    """A request under way: the one thing in the engine that lives long and changes.
+
+    The engine's thread alone changes it, but for ``cancelled`` and ``listeners``. Where it stands is one number:
+    ``computed`` of its tokens (prompt and answer) have keys and values in the cache. All but one computed means that it
+    decodes; fewer, that it is prefilled, or recomputed after it was preempted.
+    """
 
     prompt: Prompt
     sampling: Sampling
     reply: Reply | None
     media: tuple[Patches, ...] = ()
-    """Prepared pixels; let go once they are encoded."""
+    """Prepared pixels; kept to the end, for they are encoded again if the sequence is preempted."""
     positions: np.ndarray | None = None
-    """int64 [3, prompt tokens]; let go after prefill."""
+    """int [3, prompt tokens]; None for text alone, which counts up. Kept as int32."""
     first_position: int = 0
     """Position of the first generated token, on all three axes; media take up fewer positions than tokens, so this is
     the request's own and not the length of its prompt."""
     usage: Usage = field(default_factory=Usage)
+    adapter: str = ""
+    """Which adapter's weights answer; none: the model's own."""
+    salt: str = ""
+    """Only requests with the same one share what is kept of their beginnings (tenants who must not learn of each other)."""
     limit: int = 0
     """Most tokens to generate: what was asked, or what the context leaves."""
     slot: int = -1
-    bytes_reserved: int = 0
+    """Of the cache, while it runs."""
+    computed: int = 0
+    """Tokens whose keys and values are in the cache."""
+    draft: list[int] = field(default_factory=list)
+    """Tokens proposed to follow the last one; they are checked by the next step and then forgotten."""
+    features: Any = None
+    """What of its media is encoded and not yet computed (``engine.features``), while it runs."""
+    preemptions: int = 0
     tokens: list[int] = field(default_factory=list)
     deltas: list[Delta] = field(default_factory=list)
-    seen: Any = None
-    """bool [V]: tokens of prompt and answer, where a repetition penalty asks for it."""
+    chooser: Any = None
+    """How it chooses its tokens, and what it remembers for that (``engine.sample.Chooser``)."""
+    guide: Any = None
+    """What its tokens must obey (``engine.guide.Guide``)."""
+    adapter: str = ""
+    salt: str = ""
+    """Of the keys under which caches keep what it computes: other adapters and salts never share."""
     finish: Finish | None = None
     error: MiradaError | None = None
     cancelled: bool = False
+    """Somebody wants it ended; the next step does so."""
+    listeners: list[Listener] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     born: float = field(default_factory=time.perf_counter)
+    queued: float = 0.0
+    """When it was last put in line."""
     done: bool = False
 
     def __post_init__(self) -> None:
-        self.random = random.Random(self.sampling.seed)
+        if self.positions is not None:
+            self.positions = self.positions.astype(np.int32) if self.prompt.spans else None
 
     @classmethod
     def failed(cls, error: MiradaError) -> Sequence:
@@ -153,14 +182,31 @@ class Sequence:
         return made
 
     @property
-    def past(self) -> int:
-        """Tokens in the cache: all but the last one generated."""
-        return len(self.prompt.tokens) + len(self.tokens) - 1
+    def num_tokens(self) -> int:
+        """Tokens of prompt and answer so far."""
+        return len(self.prompt.tokens) + len(self.tokens)
 
     @property
-    def position(self) -> int:
-        """Position of the last generated token."""
-        return self.first_position + len(self.tokens) - 1
+    def left(self) -> int:
+        """Tokens to compute before the next one can be chosen: 1 while it decodes."""
+        return self.num_tokens - self.computed
+
+    def ids(self, start: int, end: int) -> list[int]:
+        """Tokens ``start`` to ``end`` of prompt, answer and draft, end to end."""
+        size = len(self.prompt.tokens)
+        if start >= size:
+            rest = self.tokens if end <= self.num_tokens else self.tokens + self.draft
+            return rest[start - size : end - size]
+        head = list(self.prompt.tokens[start:end])
+        return head if end <= size else head + self.ids(size, end)
+
+    def places(self, start: int, end: int) -> np.ndarray:
+        """int64 [3, end - start]: positions of these tokens."""
+        size = len(self.prompt.tokens)
+        if self.positions is None:
+            return np.broadcast_to(np.arange(start, end), (3, end - start))
+        after = np.arange(max(start, size), max(end, size)) + (self.first_position - size)
+        return np.concatenate((self.positions[:, start:end], np.broadcast_to(after, (3, len(after)))), 1)
 
     def spent(self, stage: str, seconds: float) -> None:
         self.metrics[stage] = self.metrics.get(stage, 0.0) + seconds
@@ -194,14 +240,21 @@ class Sequence:
         self.error = error
         self._publish(Delta(finish="error"))
 
+    def listen(self, listener: Listener) -> None:
+        """Have ``listener`` called at every delta from now on; at once if there is none to come. Any thread may."""
+        self.listeners.append(listener)
+        if self.done:
+            listener(True)
+
     def _publish(self, delta: Delta) -> None:
         self.deltas.append(delta)
-        if delta.finish is None:
-            return
-        self.finish = delta.finish
-        self.metrics["total"] = time.perf_counter() - self.born
-        self.media, self.positions, self.seen = (), None, None
-        self.done = True  # last: whoever sees it may read all the rest
+        if delta.finish is not None:
+            self.finish = delta.finish
+            self.metrics["total"] = time.perf_counter() - self.born
+            self.media, self.positions, self.chooser, self.features = (), None, None, None
+            self.done = True  # last: whoever sees it may read all the rest
+        for listener in tuple(self.listeners):
+            listener(self.done)
 
     def output(self) -> Output:
         """The whole reply: the fold of the deltas, with what was used."""

@@ -1,0 +1,185 @@
+"""The engine: all requests of one model, moved forward a step at a time. ``engine.thread`` gives it a thread."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import torch
+
+from mirada.engine.features import Encoder, FeatureCache, Unit
+from mirada.engine.memory import Budget
+from mirada.engine.runner import Choice, Chunk, Runner
+from mirada.engine.scheduler import KNOBS, PrefixCache, Scheduler, describe
+from mirada.engine.sequence import Sequence
+from mirada.engine.settings import EngineSettings
+from mirada.errors import MiradaError, OutOfMemory, RequestFailed
+from mirada.media.grid import GridRule
+
+AHEAD = 2
+"""Steps by which encoding may run ahead of the tokens that need it."""
+SPECULATE_RUNNING = 4
+"""Drafts are checked only while at most so many sequences run: where more rows cost next to nothing."""
+
+
+class Engine:
+    """Owns the sequences, the cache and the model. For one thread."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        rule: GridRule,
+        settings: EngineSettings,
+        prefix: PrefixCache | None = None,
+        features: FeatureCache | None = None,
+    ) -> None:
+        self.runner, self.settings = runner, settings
+        self.scheduler = Scheduler(runner.cache, Budget(runner.model, runner.cache, settings), settings, prefix)
+        self.encoder = Encoder(runner.model, rule, runner.device, runner.dtype, settings.step_patches, features)
+        self.num_steps = self.num_computed = self.num_generated = self.num_proposed = self.num_accepted = 0
+
+    @property
+    def idle(self) -> bool:
+        return not self.scheduler.waiting and not self.scheduler.running
+
+    def step(self) -> None:
+        """Move every request forward: end, begin, choose what to do, encode, compute, choose tokens, tell."""
+        scheduler = self.scheduler
+        scheduler.reap()
+        for sequence in scheduler.admit():
+            self._alone(self._open, sequence)
+        self._propose()
+        scheduler.make_room()
+        units = self.encoder.choose(scheduler.running, AHEAD * self.settings.step_tokens)
+        self._each(self._encode, units)
+        chunks = scheduler.plan(_waits)
+        for chunk, choice in self._each(self._compute, chunks):
+            self._alone(lambda s, chunk=chunk, choice=choice: self._publish(chunk, choice), chunk.sequence)
+        scheduler.reap()
+        self.num_steps += 1
+
+    def _open(self, sequence: Sequence) -> None:
+        sequence.features = self.encoder.open(sequence)
+        self.runner.begin(sequence)
+
+    def _propose(self) -> None:
+        """Drafts for those whose reply a draft cannot change."""
+        running = self.scheduler.running
+        if not self.settings.speculate or len(running) > SPECULATE_RUNNING:
+            return
+        from mirada.engine.ngram import propose
+
+        for sequence in running:
+            most = min(self.settings.speculate, sequence.limit - len(sequence.tokens) - 1)
+            if sequence.left == 1 and most > 0 and sequence.chooser.plain:
+                sequence.draft = list(propose(sequence.ids(0, sequence.num_tokens), most))[:most]
+
+    def _encode(self, units: Seq[tuple[Sequence, Unit]]) -> list[tuple[tuple[Sequence, Unit], None]]:
+        began = time.perf_counter()
+        self.encoder.run(list(units))
+        for sequence in {sequence for sequence, _ in units}:
+            sequence.spent("encode", time.perf_counter() - began)
+        return [(unit, None) for unit in units]
+
+    def _compute(self, chunks: Seq[Chunk]) -> list[tuple[Chunk, Choice]]:
+        began = time.perf_counter()
+        choices = self.runner.run(chunks)
+        seconds = time.perf_counter() - began
+        for chunk in chunks:
+            chunk.sequence.spent("decode" if chunk.sequence.left == 1 else "prefill", seconds)
+        return list(zip(chunks, choices, strict=True))
+
+    def _publish(self, chunk: Chunk, choice: Choice) -> None:
+        """Take note of what was computed, and hand the new tokens on."""
+        sequence, tokens = chunk.sequence, choice.tokens
+        self.num_computed += chunk.count
+        self.num_proposed += len(sequence.draft)
+        self.num_accepted += max(0, len(tokens) - 1)
+        sequence.computed += chunk.count - len(sequence.draft) + max(0, len(tokens) - 1)
+        sequence.draft = []
+        if choice.error is not None:
+            raise choice.error
+        if sequence.features is not None:
+            sequence.features.skip(sequence.computed)
+        for token, report in zip(tokens, choice.reports, strict=True):
+            sequence.chooser.note(token)
+            sequence.append(token, report, self.runner.is_end(sequence, token))
+            self.num_generated += 1
+            if sequence.done:
+                return
+
+    def _alone(self, work: Callable[[Sequence], None], sequence: Sequence) -> None:
+        """Do ``work`` for one sequence; if it fails, that one fails."""
+        try:
+            work(sequence)
+        except BaseException as error:
+            if not sequence.done:
+                sequence.fail(_typed(error, sequence))
+
+    def _each(self, work: Callable[[Seq[Any]], list[tuple[Any, Any]]], items: Seq[Any]) -> list[tuple[Any, Any]]:
+        """``work`` on all ``items`` (units or chunks) at once; if it fails for several, on those of one sequence at a time,
+        so that only those whose own work fails end. Of items that were not done, nothing is returned."""
+        if not items:
+            return []
+        owners = {_owner(item): None for item in items}
+        try:
+            return work(items)
+        except BaseException as error:
+            if len(owners) == 1:
+                sequence = _owner(items[0])
+                if not sequence.done:
+                    sequence.fail(_typed(error, sequence))
+                return []
+        return [done for owner in owners for done in self._each(work, [item for item in items if _owner(item) is owner])]
+
+    def close(self, error: MiradaError) -> None:
+        """End all requests with ``error``."""
+        for sequence in (*self.scheduler.running, *self.scheduler.waiting):
+            if not sequence.done:
+                sequence.fail(error)
+        self.scheduler.reap()
+
+    def fail(self, error: BaseException) -> None:
+        """A defect in the engine itself: what runs and what is first in line ends, and the rest goes on."""
+        for sequence in (*self.scheduler.running, *list(self.scheduler.waiting)[:1]):
+            if not sequence.done:
+                sequence.fail(_typed(error, sequence))
+        self.scheduler.reap()
+
+    def stats(self) -> dict[str, int]:
+        """Counts, of now and since the start. Any thread may ask."""
+        return {
+            "running": len(self.scheduler.running),
+            "waiting": len(self.scheduler.waiting),
+            "kv_bytes": self.runner.cache.bytes_held,
+            "steps": self.num_steps,
+            "computed_tokens": self.num_computed,
+            "generated_tokens": self.num_generated,
+            "encoded_patches": self.encoder.num_patches,
+            "preemptions": self.scheduler.preemptions,
+            "proposed_tokens": self.num_proposed,
+            "accepted_tokens": self.num_accepted,
+        }
+
+
+def _owner(item: Any) -> Sequence:
+    return item.sequence if isinstance(item, Chunk) else item[0]
+
+
+def _waits(sequence: Sequence) -> int | None:
+    """The first token that must wait for features."""
+    return None if sequence.features is None else sequence.features.waits
+
+
+def _typed(error: BaseException, sequence: Sequence) -> MiradaError:
+    """The error that a caller sees."""
+    if isinstance(error, MiradaError):
+        return error.with_traceback(None)  # frames would keep tensors alive for as long as the reply
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return OutOfMemory(f"memory ran out in the middle of {describe(sequence)}", KNOBS, unit="bytes")
+    made = RequestFailed(f"the engine was stopped by {error!r}", "this is a defect, please report it")
+    made.add_note("".join(traceback.format_exception(error)))
+    return made

@@ -1,0 +1,166 @@
+"""The one thread that owns an engine, and what other threads may ask of it: to take a request, and to stop."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+import weakref
+from collections import deque
+
+import torch
+
+from mirada.engine.sequence import Sequence
+from mirada.engine.step import Engine
+from mirada.errors import MiradaError, NotAvailable, QueueFull, RequestFailed
+
+PATIENCE = 30.0
+"""Seconds that a step under way may take to end when the interpreter exits."""
+
+
+class EngineThread:
+    """Gives ``engine`` a thread, begun by the first request. It lives until ``close``, or until this object and all handles
+    that hold it are gone; it never keeps the interpreter alive. Every method may be called from any thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._line = _Line(engine, engine.settings.max_waiting)
+        weakref.finalize(self, self._line.stop).atexit = False
+
+    def submit(self, sequence: Sequence) -> None:
+        """Put a request in line; it fails with a typed error if that cannot be."""
+        self._line.submit(sequence)
+
+    def wait_idle(self, timeout: float | None = None) -> bool:
+        """Wait until no request is left; False if that takes longer than ``timeout`` seconds."""
+        return self._line.wait_idle(timeout)
+
+    def close(self) -> None:
+        """End all requests with RequestFailed, and the thread. Waits for the step under way."""
+        self._line.stop()
+        self._line.join(None)
+
+    def stats(self) -> dict[str, int]:
+        """See ``Engine.stats``."""
+        return self.engine.stats() | {"waiting": self._line.num_waiting}
+
+
+class _Line:
+    """What the thread shares with others. It refers to no ``EngineThread``, so that one can be collected."""
+
+    def __init__(self, engine: Engine, most: int) -> None:
+        self.engine, self.most = engine, most
+        self._pid = os.getpid()
+        self._fresh: deque[Sequence] = deque()
+        lock = threading.RLock()
+        self._news, self._resting = threading.Condition(lock), threading.Condition(lock)
+        self._thread: threading.Thread | None = None
+        self._busy = self._stopped = False
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._fresh) + len(self.engine.scheduler.waiting)
+
+    def submit(self, sequence: Sequence) -> None:
+        if self._forked():  # the lock may have been copied while it was held
+            sequence.fail(
+                NotAvailable(
+                    "this engine has its thread in the process that this one was forked from",
+                    "open the model in the process that uses it, or start processes with 'spawn'",
+                )
+            )
+            return
+        with self._news:
+            error = self._refusal()
+            if error is None:
+                sequence.queued = time.perf_counter()
+                self._fresh.append(sequence)
+                self._start()
+                self._news.notify()
+        if error is not None:
+            sequence.fail(error)
+
+    def _refusal(self) -> MiradaError | None:
+        if self._stopped:
+            return RequestFailed("the engine is closed", "open the model again")
+        if self.num_waiting >= self.most:
+            return QueueFull(
+                f"{self.num_waiting} requests are waiting",
+                "send it again later, or raise the engine's max_waiting",
+                needed=self.num_waiting + 1,
+                available=self.most,
+                unit="requests",
+            )
+        return None
+
+    def _forked(self) -> bool:
+        """Whether this process has a copy of the state, and the thread stayed behind."""
+        return self._thread is not None and os.getpid() != self._pid
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._pid = os.getpid()
+            self._thread = threading.Thread(target=self._run, name="mirada-engine", daemon=True)
+            self._thread.start()
+            _RUNNING.add(self)
+
+    def stop(self) -> None:
+        """Have the thread end after the step under way. It may be called by the garbage collector, so it takes no lock that
+        its own thread could hold half-way: the condition's is one that may be taken again."""
+        self._stopped = True
+        if self._thread is not None and not self._forked():
+            with self._news:
+                self._news.notify_all()
+
+    def join(self, timeout: float | None) -> None:
+        if self._thread is not None and not self._forked() and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    def wait_idle(self, timeout: float | None) -> bool:
+        if self._thread is None or self._forked():
+            return True
+        with self._news:
+            return self._resting.wait_for(lambda: not self._busy and not self._fresh, timeout)
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while self._take():
+                try:
+                    self.engine.step()
+                except BaseException as error:  # there is nobody above to tell; the requests are told
+                    self.engine.fail(error)
+        self._end()
+
+    def _take(self) -> bool:
+        """Wait for something to do and move new requests into the engine's line; False when the thread is to end."""
+        with self._news:
+            while not self._stopped and not self._fresh and self.engine.idle:
+                self._busy = False
+                self._resting.notify_all()
+                self._news.wait()
+            self._busy = True
+            while self._fresh:
+                self.engine.scheduler.waiting.append(self._fresh.popleft())
+            return not self._stopped
+
+    def _end(self) -> None:
+        self.engine.close(RequestFailed("the engine was closed", "open the model again"))
+        with self._news:
+            self._busy = False
+            self._resting.notify_all()
+
+
+_RUNNING: weakref.WeakSet[_Line] = weakref.WeakSet()
+
+
+def _stop_all() -> None:
+    """Threads that are inside torch while the interpreter is taken down crash it."""
+    lines = list(_RUNNING)
+    for line in lines:
+        line.stop()
+    for line in lines:
+        line.join(PATIENCE)
+
+
+atexit.register(_stop_all)
