@@ -1,0 +1,54 @@
+/* A decode step on a CPU: what Python hands over. Structures mirror those of layers/step.py.
+ *
+ * n new tokens of all sequences end to end; D width; H query heads, K key-value heads, G = H / K; d head width; I inner width of
+ * the MLP; V vocabulary.
+ */
+#ifndef MIRADA_STEP_H
+#define MIRADA_STEP_H
+
+#include "cpu.h"
+
+enum mr_kv { MR_KV_F32 = 0, MR_KV_BF16 = 1, MR_KV_INT8 = 2 };
+
+typedef struct {
+    mr_matrix qkv, out, gate_up, down; /* [(H + 2K) d, D], [D, H d], [2I, D] (gate's rows first), [D, I] */
+    const float *norm1, *norm2;        /* [D] */
+    const float *q_norm, *k_norm;      /* [d], or NULL: heads are not normalised */
+} mr_layer;
+
+typedef struct {
+    int32_t layers, width, heads, kv_heads, head_width, inner;
+    float eps, head_eps, scale; /* of the norms of width D, of those of heads, of the scores */
+    const mr_layer *layer;      /* [layers] */
+    const float *norm;          /* [D] */
+    const float *frequency;     /* [d / 2] */
+    const int32_t *axis;        /* [d / 2]: which row of the positions turns a channel */
+    mr_matrix head;             /* [V, D]; no rows: there is none */
+} mr_decoder;
+
+typedef struct {
+    int32_t sequences, rows;        /* rows: n, the sum of lengths */
+    const int32_t *lengths, *past;  /* [sequences]: new tokens, tokens that the slabs hold already */
+    /* Per sequence [layers, 3] numbers: the addresses of keys and of values [K, room, d], and room, at least past + length;
+     * int8: [layers, 5], where behind either address stands that of its float32 scales [K, room]. */
+    const int64_t *const *slabs;
+    int32_t kv;                     /* enum mr_kv */
+    int32_t threads;                /* at most so many work */
+    const int64_t *positions;       /* [3, n] */
+    int64_t position_strides[2];
+    const float *x;                 /* [n, D] embeddings */
+    float *hidden;                  /* [n, D] after the final norm */
+    float *logits;                  /* [n, V], or NULL */
+    void *scratch;                  /* mr_step_bytes, aligned to 64 */
+} mr_call;
+
+/* Bytes of scratch that a call needs; of the call only sequences, rows, lengths, past and threads are read. */
+size_t mr_step_bytes(const mr_decoder *decoder, const mr_call *call);
+
+/* All layers, the final norm and, where wanted, the head. Writes the new keys and values into the slabs.
+ *
+ * A row's result depends on nothing but its own sequence: not on its batch mates, on how many tokens of the sequence come
+ * at once, or on the number of threads, as long as mr_rows computes each row by itself. */
+void mr_step(const mr_decoder *decoder, const mr_call *call);
+
+#endif
