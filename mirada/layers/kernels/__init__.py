@@ -1,0 +1,1 @@
+"""Kernels in C (and what calls them) for what torch does not do well."""

@@ -1,0 +1,162 @@
+"""Matrices in the form that the compiled CPU kernels read, and products with them.
+
+R rows (outputs), C columns (inputs), G groups of columns that share a scale. What the integers mean is said in gemm.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mirada.errors import NotAvailable, OutOfMemory, TensorError
+from mirada.layers.kernels import library as compiled
+
+__all__ = ["BLOCK", "Format", "Matrix", "kernels", "product"]
+
+BLOCK = 32
+"""Columns of activations that are rounded together; a group is a multiple of it."""
+
+
+class Format(IntEnum):
+    """``enum mr_format`` of cpu.h."""
+
+    F32 = 0
+    BF16 = 1
+    INT8 = 2
+    INT4 = 3
+
+
+_FLOATS = {torch.float32: Format.F32, torch.bfloat16: Format.BF16}
+
+
+def kernels() -> ctypes.CDLL:
+    """The library. NotAvailable if there is none; ``library.status`` says it without raising."""
+    found = compiled.library()
+    if found is None:
+        status = compiled.status()
+        raise NotAvailable(f"the compiled CPU kernels are not there: {status.why}", status.fix)
+    threads = torch.get_num_threads()
+    if found.mr_threads() != threads:
+        found.mr_set_threads(threads)
+    return found
+
+
+@dataclass
+class Matrix:
+    """[R, C] on the CPU. Floats lie row by row; integers in panels, with float16 (``wide``: float32) scales.
+
+    ``values``, ``scales`` and ``zeros`` of integers are bytes. They may lie in a mapped file: nothing writes to them but
+    ``fill`` and ``pack``.
+    """
+
+    format: Format
+    rows: int
+    columns: int
+    group: int
+    """Columns of a group; 0: all (integers only)."""
+    values: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    bias: Tensor | None = None
+    """float32 [R]."""
+    wide: bool = False
+
+    def __post_init__(self) -> None:
+        self._struct: compiled.Matrix | None = None
+
+    @classmethod
+    def empty(cls, format: Format, rows: int, columns: int, group: int, *, wide: bool = False, zeros: bool = False) -> Matrix:
+        """Integers that ``fill`` or ``pack`` will set. TensorError for a group that is no multiple of 32."""
+        if group % BLOCK or group < 0:
+            raise TensorError(f"groups of {group} columns", f"the CPU kernels take multiples of {BLOCK}, or 0 for whole rows")
+        sizes = (ctypes.c_size_t * 3)()
+        kernels().mr_packed_bytes(format, rows, columns, group, wide, sizes)
+        made = [torch.zeros(size, dtype=torch.uint8) for size in sizes[: 3 if zeros else 2]]
+        return cls(format, rows, columns, group, made[0], made[1], made[2] if zeros else None, wide=wide)
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None = None) -> Matrix:
+        """A view of float32 or bfloat16 [R, C] that lies row by row."""
+        if not weight.is_contiguous():
+            raise TensorError("a weight does not lie row by row", "call contiguous() on it")
+        return cls(_FLOATS[weight.dtype], *weight.shape, 0, weight.detach(), bias=None if bias is None else bias.detach())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.columns
+
+    @property
+    def nbytes(self) -> int:
+        held = (self.values, self.scales, self.zeros)
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
+
+    @property
+    def struct(self) -> compiled.Matrix:
+        """``mr_matrix``; valid as long as this object lives and its tensors stay."""
+        if self._struct is None:
+            held = (self.values, self.scales, self.zeros, self.bias)
+            pointers = (None if t is None else t.data_ptr() for t in held)
+            self._struct = compiled.Matrix(self.format, self.rows, self.columns, self.group, self.wide, *pointers)
+        return self._struct
+
+    def fill(self, begin: int, rows: Tensor) -> None:
+        """Rows [begin, ..) from floats [n, C]: stored as they are (F32, BF16), or rounded to integers.
+
+        TensorError for values that are not finite."""
+        if self.format in (Format.F32, Format.BF16):
+            self.values[begin : begin + len(rows)].copy_(rows)
+            return
+        rows = rows if rows.dtype == torch.bfloat16 else rows.float()
+        rows = rows.contiguous()
+        failed = kernels().mr_fill(self.struct, begin, len(rows), rows.dtype == torch.bfloat16, rows.data_ptr())
+        if failed == 2:
+            raise OutOfMemory("no memory to round a matrix", "use a smaller model")
+        if failed:
+            raise TensorError("a weight holds values that are not finite or beyond 500000", "download the file again")
+
+    def pack(self, begin: int, values: Tensor, scales: Tensor, zeros: Tensor | None = None) -> None:
+        """Rows [begin, ..) from canonical integers: uint8 [n, C] or [n, ceil(C/2)], scales [n, G], zeros uint8 [n, G]."""
+        values, scales = values.contiguous(), scales.float().contiguous()
+        given = None if zeros is None else zeros.contiguous()
+        kernels().mr_pack(self.struct, begin, len(values), values.data_ptr(), scales.data_ptr(), _address(given))
+
+    def unpack(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Canonical values, float32 scales and zeros, as ``pack`` takes them."""
+        groups = -(-self.columns // self.group) if self.group else 1
+        width = -(-self.columns // 2) if self.format == Format.INT4 else self.columns
+        values, scales = torch.empty(self.rows, width, dtype=torch.uint8), torch.empty(self.rows, groups)
+        zeros = None if self.zeros is None else torch.empty(self.rows, groups, dtype=torch.uint8)
+        kernels().mr_unpack(self.struct, 0, self.rows, values.data_ptr(), scales.data_ptr(), _address(zeros))
+        return values, scales, zeros
+
+    def widen(self, begin: int = 0, end: int | None = None) -> Tensor:
+        """Rows [begin, end) as float32."""
+        count = (self.rows if end is None else min(end, self.rows)) - begin
+        made = torch.empty(count, self.columns)
+        kernels().mr_widen(self.struct, begin, count, made.data_ptr())
+        return made
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def product(matrix: Matrix, x: Tensor) -> Tensor:
+    """float32 x [.., C] -> [.., R], without gradients. Each row of x has the same result whatever the other rows are."""
+    return product_of(kernels(), matrix.struct, x, matrix.rows)
+
+
+def product_of(library: ctypes.CDLL, struct: Any, x: Tensor, rows: int) -> Tensor:
+    """As ``product``."""
+    flat = x.reshape(-1, x.shape[-1])
+    if not flat.is_contiguous():
+        flat = flat.contiguous()
+    out = torch.empty(len(flat), rows)
+    if library.mr_linear(struct, flat.data_ptr(), len(flat), out.data_ptr()):
+        raise OutOfMemory(f"no memory to round {len(flat)} x {x.shape[-1]} activations", "send smaller batches")
+    return out.view(*x.shape[:-1], rows)
