@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,16 +146,12 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 def product(matrix: Matrix, x: Tensor) -> Tensor:
-    """float32 x [.., C] -> [.., R], without gradients. Each row of x has the same result whatever the other rows are."""
-    return product_of(kernels(), matrix.struct, x, matrix.rows)
+    """float32 x [.., C] -> [.., R], without gradients. Each row of x has the same result whatever the other rows are.
 
-
-def product_of(library: ctypes.CDLL, struct: Any, x: Tensor, rows: int) -> Tensor:
-    """As ``product``."""
-    flat = x.reshape(-1, x.shape[-1])
-    if not flat.is_contiguous():
-        flat = flat.contiguous()
-    out = torch.empty(len(flat), rows)
-    if library.mr_linear(struct, flat.data_ptr(), len(flat), out.data_ptr()):
+    Threads are torch's. OutOfMemory if x cannot be rounded."""
+    library = kernels()
+    flat = x.reshape(-1, matrix.columns).contiguous()
+    out = torch.empty(len(flat), matrix.rows)
+    if library.mr_linear(matrix.struct, flat.data_ptr(), len(flat), out.data_ptr()):
         raise OutOfMemory(f"no memory to round {len(flat)} x {x.shape[-1]} activations", "send smaller batches")
-    return out.view(*x.shape[:-1], rows)
+    return out.view(*x.shape[:-1], matrix.rows)
