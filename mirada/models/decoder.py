@@ -17,6 +17,7 @@ from mirada.keys import Keys
 from mirada.layers.attention import DEFAULT, attend_packed
 from mirada.layers.batch import Batch
 from mirada.layers.cache import KVCache
+from mirada.layers.linear import Linear
 from mirada.layers.mlp import GatedMLP
 from mirada.layers.norm import RMSNorm, norm_heads
 from mirada.layers.rope import Rotation, mrope_angles, rotate, rotation
@@ -65,8 +66,8 @@ class DecoderAttention(nn.Module):
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.scale, self.qk_norm = config.head_dim**-0.5, config.qk_norm
         rows = (self.heads + 2 * self.kv_heads) * config.head_dim
-        self.qkv = nn.Linear(config.hidden_size, rows, bias=config.qkv_bias)
-        self.out = nn.Linear(self.heads * config.head_dim, config.hidden_size, bias=False)
+        self.qkv = Linear(config.hidden_size, rows, bias=config.qkv_bias)
+        self.out = Linear(self.heads * config.head_dim, config.hidden_size)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirada.errors import MessageError
 from mirada.layers.batch import Batch, MediaBatch
+from mirada.layers.linear import Linear
 from mirada.models.vit import grid_segments
 from mirada.types import Grid
 
@@ -41,7 +41,7 @@ class VisionLanguageModel(nn.Module):
         self.visual: Any = visual
         self.projector: Any = projector
         self.decoder: Any = decoder
-        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size)
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -60,7 +60,8 @@ class VisionLanguageModel(nn.Module):
 
     def embed(self, batch: Batch, features: Tensor | None = None) -> Tensor:
         """[T, D]: token embeddings, with features written over their placeholders."""
-        x = self.decoder.embed(batch.tokens)
+        # The table may be kept as it is stored where the rest computes in float32.
+        x = self.decoder.embed(batch.tokens).to(self.decoder.norm.weight.dtype)
         rows = 0 if batch.feature_rows is None else len(batch.feature_rows)
         given = 0 if features is None else len(features)
         if rows != given:
@@ -78,7 +79,7 @@ class VisionLanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[.., D] -> float32 [.., V]."""
-        return F.linear(hidden, self.lm_head.weight).float()
+        return self.lm_head(hidden).float()
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
