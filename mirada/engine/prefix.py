@@ -1,0 +1,291 @@
+"""What earlier requests computed of their beginnings: blocks of keys and values, found by what they were computed from.
+
+A key is a 256-bit hash over the key of the block before and all that decides a block's keys and values: tokens, positions,
+the content of every visual token in it, and, at the root, weights, adapter, format and salt. Equal keys mean equal blocks, so
+nothing is ever compared or guessed. For the engine's thread alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from mirada.engine.sequence import Sequence
+from mirada.layers.cache import Cache
+from mirada.types import Span
+
+BLOCK = 32
+"""Tokens of a block."""
+HASH = 32
+"""Bytes of a content key; a span with any other number of them has none, and its sequence is not kept from there on."""
+
+
+@dataclass(eq=False)
+class Block:
+    """One block in the cache. It is dropped only after all that follow it."""
+
+    key: bytes
+    parent: bytes
+    handle: int
+    used: int = 0
+    """When, in uses of the cache."""
+    followers: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixStats:
+    """What a prefix cache has done and holds."""
+
+    hits: int
+    """Requests of which at least one block was there."""
+    misses: int
+    tokens_reused: int
+    evictions: int
+    blocks: int
+    bytes_held: int
+    max_bytes: int
+
+
+@dataclass(eq=False)
+class Chain:
+    """Keys of the whole blocks of one sequence; its prompt is read once, for its positions are let go when it ends."""
+
+    root: bytes
+    size: int
+    keys: list[bytes] = field(default_factory=list)
+    whole: bool = True
+    """False: a visual token without a content key was met, and no block from there on has a key."""
+    _places: np.ndarray | None = None
+
+    def reach(self, sequence: Sequence, end: int) -> None:
+        """Make the keys of all whole blocks before token ``end``."""
+        while self.whole and (len(self.keys) + 1) * self.size <= end:
+            start = len(self.keys) * self.size
+            tokens = np.asarray(sequence.ids(start, start + self.size), np.int64)
+            seen = visual(sequence, start, start + self.size)
+            if seen is None:
+                self.whole = False
+                return
+            parent = self.keys[-1] if self.keys else self.root
+            self.keys.append(block_key(parent, tokens, self._positions(sequence, start), seen))
+
+    def _positions(self, sequence: Sequence, start: int) -> np.ndarray:
+        """int64 [3, size] of the block at ``start``."""
+        prompt = len(sequence.prompt.tokens)
+        if self._places is None:
+            self._places = np.asarray(sequence.places(0, prompt), np.int64)
+        head = self._places[:, start : start + self.size]
+        after = np.arange(max(start, prompt), start + self.size) + (sequence.first_position - prompt)
+        return np.concatenate((head, np.broadcast_to(after, (3, len(after)))), 1)
+
+
+def block_key(parent: bytes, tokens: np.ndarray, positions: np.ndarray, visual: bytes) -> bytes:
+    """The key of a block after the one with key ``parent``: int64 tokens [N] and positions [3, N], ``visual`` content."""
+    digest = hashlib.blake2b(parent, digest_size=HASH)  # all parts but the last are of fixed size
+    digest.update(np.ascontiguousarray(tokens, np.int64).data)
+    digest.update(np.ascontiguousarray(positions, np.int64).data)
+    digest.update(visual)
+    return digest.digest()
+
+
+def visual(sequence: Sequence, start: int, end: int) -> bytes | None:
+    """Which visual tokens lie among tokens ``start`` to ``end``: content key, kind and offset of each run; None where one
+    has no content key of its own."""
+    made = b""
+    for span in sequence.prompt.spans:
+        first, last = max(span.start, start), min(span.end, end)
+        if first < last:
+            if not _is_keyed(span, sequence):
+                return None
+            made += span.hash + struct.pack(
+                "<?4q", span.kind == "video", first - start, last - start, first - span.start, span.frame
+            )
+    return made
+
+
+def _is_keyed(span: Span, sequence: Sequence) -> bool:
+    """Whether its key is that of the media that came with the prompt: one rendered for other media must not be found."""
+    if len(span.hash) != HASH:
+        return False
+    if not 0 <= span.media_id < len(sequence.media):
+        return not sequence.media
+    key = sequence.media[span.media_id].key
+    return span.hash in (key, hashlib.blake2b(key + span.frame.to_bytes(4, "little"), digest_size=HASH).digest())
+
+
+class PrefixCache:
+    """At most ``max_bytes`` of blocks of ``cache``; the least recently used goes first, but none before those that follow it.
+
+    ``weights`` says which weights the model has now (``Weights``); when they change all blocks are dropped.
+    """
+
+    def __init__(self, cache: Cache, max_bytes: int, weights: Callable[[], bytes], block: int = BLOCK) -> None:
+        self.max_bytes = max_bytes
+        self.hits = self.misses = self.tokens_reused = self.evictions = 0
+        self._store = cache.store(max_bytes, block)
+        self._most = max_bytes // self._store.bytes_per_block
+        self._format = repr((cache.kv, str(cache.dtype), cache.sides, self._store.block))
+        self._read_weights = weights
+        self._weights = weights()
+        self._blocks: dict[bytes, Block] = {}
+        self._leaves: list[tuple[int, bytes]] = []
+        """A heap of (used, key); entries that no longer hold are skipped."""
+        self._clock = 0
+        self._chains: WeakKeyDictionary[Sequence, Chain] = WeakKeyDictionary()
+        if hasattr(cache, "reclaim"):
+            setattr(cache, "reclaim", self.reclaim)  # noqa: B010  (pages alone have it)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def bytes_held(self) -> int:
+        return len(self._blocks) * self._store.bytes_per_block
+
+    @property
+    def stats(self) -> PrefixStats:
+        return PrefixStats(
+            self.hits, self.misses, self.tokens_reused, self.evictions, len(self), self.bytes_held, self.max_bytes
+        )
+
+    def match(self, sequence: Sequence) -> tuple[int, Callable[[int], None]]:
+        """How many of its first tokens are there (at least one fewer than it has), and what copies them into a slot."""
+        chain = self._chain(sequence)
+        found: list[Block] = []
+        for key in chain.keys[: (sequence.num_tokens - 1) // self._store.block]:
+            if key not in self._blocks:
+                break
+            found.append(self._blocks[key])
+        self._touch(found)
+        count = len(found) * self._store.block
+        self.hits += bool(found)
+        self.misses += not found
+        self.tokens_reused += count
+        handles = [block.handle for block in found]
+        return count, lambda slot: self._store.reuse(slot, handles) if handles else None
+
+    def offer(self, sequence: Sequence) -> None:
+        """Keep what is new of the whole blocks among the first ``computed`` tokens of ``sequence``, which has its slot."""
+        chain = self._chains.get(sequence)
+        if chain is None or chain.root != self._root(sequence):
+            return  # the weights have changed since it began: its blocks are of neither
+        chain.reach(sequence, sequence.computed)
+        keys = chain.keys[: sequence.computed // self._store.block]
+        known = next((i for i, key in enumerate(keys) if key not in self._blocks), len(keys))
+        wanted = min(len(keys) - known, self._most - known)
+        self._evict(len(self) + wanted - self._most, frozenset(keys))
+        count = max(0, min(wanted, self._most - len(self)))
+        if count:
+            handles = self._store.keep(sequence.slot, known, count)
+            self._insert(keys[known : known + count], keys[known - 1] if known else chain.root, handles)
+        self._touch([self._blocks[key] for key in keys[: known + count]])
+
+    def clear(self) -> None:
+        """Drop everything."""
+        for block in self._blocks.values():
+            self._store.drop(block.handle)
+        self._blocks.clear()
+        self._leaves.clear()
+
+    def reclaim(self, count: int) -> int:
+        """Drop ``count`` blocks, if there are so many, whose pages a sequence needs; how many there were."""
+        before = len(self)
+        self._evict(count, frozenset())
+        return before - len(self)
+
+    def _chain(self, sequence: Sequence) -> Chain:
+        root, chain = self._root(sequence), self._chains.get(sequence)
+        if chain is None or chain.root != root:
+            chain = self._chains[sequence] = Chain(root, self._store.block)
+        chain.reach(sequence, sequence.num_tokens)
+        return chain
+
+    def _root(self, sequence: Sequence) -> bytes:
+        weights = self._read_weights()
+        if weights != self._weights:
+            self.clear()
+            self._weights = weights
+        return root_key(weights, sequence.adapter, self._format, sequence.salt)
+
+    def _insert(self, keys: Iterable[bytes], parent: bytes, handles: Iterable[int]) -> None:
+        for key, handle in zip(keys, handles, strict=True):
+            self._blocks[key] = Block(key, parent, handle)
+            if parent in self._blocks:
+                self._blocks[parent].followers += 1
+            parent = key
+
+    def _touch(self, blocks: list[Block]) -> None:
+        """They are used now; a block never looks older than one that follows it."""
+        self._clock += 1
+        for block in blocks:
+            block.used = self._clock
+        if blocks and not blocks[-1].followers:
+            self._push(blocks[-1])
+
+    def _push(self, leaf: Block) -> None:
+        heapq.heappush(self._leaves, (leaf.used, leaf.key))
+        if len(self._leaves) > 2 * len(self._blocks) + 64:
+            self._leaves = [(block.used, key) for key, block in self._blocks.items() if not block.followers]
+            heapq.heapify(self._leaves)
+
+    def _evict(self, count: int, spared: frozenset[bytes]) -> None:
+        """Drop ``count`` blocks, the oldest first, none of ``spared``; fewer if there are no more."""
+        kept: list[Block] = []
+        while count > 0 and self._leaves:
+            used, key = heapq.heappop(self._leaves)
+            block = self._blocks.get(key)
+            if block is None or block.followers or block.used != used:
+                continue
+            if key in spared:
+                kept.append(block)
+                continue
+            self._drop(block)
+            count -= 1
+        for block in kept:
+            self._push(block)
+
+    def _drop(self, block: Block) -> None:
+        del self._blocks[block.key]
+        self._store.drop(block.handle)
+        self.evictions += 1
+        if (parent := self._blocks.get(block.parent)) is not None:
+            parent.followers -= 1
+            if not parent.followers:
+                self._push(parent)
+
+
+def root_key(weights: bytes, adapter: str, form: str, salt: str) -> bytes:
+    """What stands before a first block: blocks of other weights, adapters, formats or salts are never found."""
+    digest = hashlib.blake2b(digest_size=HASH)
+    for part in (weights, adapter.encode(), form.encode(), salt.encode()):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.digest()
+
+
+class Weights:
+    """Says which weights a model has now: 256 bits over where its tensors lie and how often torch has written to them.
+
+    It sees optimizer steps, ``load_state_dict``, ``copy_`` and tensors put in another's place. It cannot see what is written
+    past torch's counters (``parameter.data.add_()``, numpy views, other processes): say ``changed`` then.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._said = 0
+
+    def changed(self) -> None:
+        """The weights are others now, whatever it looks like."""
+        self._said += 1
+
+    def __call__(self) -> bytes:
+        facts: list[object] = [self._said]
+        for tensors in (self._model.parameters(), self._model.buffers()):
+            facts += [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
+        return hashlib.blake2b(repr(facts).encode(), digest_size=HASH).digest()
