@@ -310,6 +310,8 @@ class Output:
     error: MiradaError | None = None
     raw: str = ""
     """The generated text before it was parsed into reasoning, answer and tool calls."""
+    notes: tuple[str, ...] = ()
+    """What was done to the media on the caller's behalf: turned upright, clamped, shrunk, corrected."""
 
 
 class Handle(Protocol):

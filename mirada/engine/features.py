@@ -23,11 +23,11 @@ from mirada.media.grid import GridRule, Patches
 class FeatureCache(Protocol):
     """Features of whole pictures and videos that earlier requests left."""
 
-    def get(self, item: Patches) -> Tensor | None:
-        """[n, D] of ``item``, if they are there."""
+    def get(self, item: Patches, adapter: str = "") -> Tensor | None:
+        """[n, D] of ``item`` by the tower with ``adapter``, if they are there."""
         ...
 
-    def put(self, item: Patches, features: Tensor) -> None: ...
+    def put(self, item: Patches, features: Tensor, adapter: str = "") -> None: ...
 
     def takes(self, size: int) -> bool:
         """Whether features of ``size`` bytes could be kept at all."""
@@ -106,7 +106,7 @@ class Encoder:
         """What to encode in this step: in order of the sequences, as much as fits, and no farther than ``ahead`` tokens
         before it is needed. What the cache has costs nothing and is taken at once."""
         chosen: list[tuple[Sequence, Unit]] = []
-        leaders: dict[bytes, tuple[Sequence, int]] = {}
+        leaders: dict[tuple[bytes, str], tuple[Sequence, int]] = {}
         room = self.most
         for sequence in sequences:
             features = sequence.features
@@ -123,12 +123,12 @@ class Encoder:
                 room -= size
         return chosen
 
-    def _follows(self, sequence: Sequence, unit: Unit, leaders: dict[bytes, tuple[Sequence, int]]) -> bool:
+    def _follows(self, sequence: Sequence, unit: Unit, leaders: dict[tuple[bytes, str], tuple[Sequence, int]]) -> bool:
         """Whether another is at work on the same item, so that the cache will have it."""
         if not self._kept(sequence, unit):
             return False
         this = (sequence, unit.item)
-        return leaders.setdefault(sequence.media[unit.item].key, this) != this
+        return leaders.setdefault((sequence.media[unit.item].key, sequence.adapter), this) != this
 
     def _kept(self, sequence: Sequence, unit: Unit) -> bool:
         """Whether the cache will take the item of ``unit`` when it is whole."""
@@ -141,7 +141,7 @@ class Encoder:
         while self.cache is not None and features.units:
             unit = features.units[0]
             item = sequence.media[unit.item]
-            found = None if unit.item in features.gathered else self.cache.get(item)
+            found = None if unit.item in features.gathered else self.cache.get(item, sequence.adapter)
             if found is None:
                 return
             first = unit.first
@@ -170,7 +170,7 @@ class Encoder:
         if not any(other.item == unit.item for other in state.units):
             del state.gathered[unit.item]
             if sum(map(len, pieces)) == _count(sequence, unit):  # not one whose beginning was skipped
-                self.cache.put(sequence.media[unit.item], torch.cat(pieces))
+                self.cache.put(sequence.media[unit.item], torch.cat(pieces), sequence.adapter)
 
 
 def _count(sequence: Sequence, unit: Unit) -> int:

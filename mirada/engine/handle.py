@@ -121,6 +121,8 @@ def _cancel(sequence: Sequence) -> None:
     """A flag and no lock: the garbage collector may call this in any thread at any moment. While a sequence is not done the
     engine has something to do, so it looks at the flag before its next step."""
     sequence.cancelled = True
+    if (stop := sequence.stop) is not None:
+        stop()
 
 
 def _to(loop: asyncio.AbstractEventLoop, event: asyncio.Event, last: bool = False) -> Listener:

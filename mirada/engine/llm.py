@@ -13,16 +13,21 @@ from mirada import config
 from mirada.engine import inputs
 from mirada.engine.handle import EngineHandle
 from mirada.engine.load import Parts, assemble, load
+from mirada.engine.prefix import Weights
+from mirada.engine.prepare import Preparing, most_bytes
 from mirada.engine.request import Requests
 from mirada.engine.runner import Runner
 from mirada.engine.sequence import Sequence
 from mirada.engine.settings import EngineSettings
 from mirada.engine.step import Engine
 from mirada.engine.thread import EngineThread
+from mirada.engine.vision import EncoderCache
 from mirada.errors import MessageError, MiradaError, SettingsError
 from mirada.layers.cache import make_cache
+from mirada.media.cache import PixelCache
 from mirada.media.fetch import FetchLimits
 from mirada.media.grid import Patches
+from mirada.media.pool import Pool
 from mirada.media.rule import MediaRule
 from mirada.prompt.render import Tools
 from mirada.types import Chat, Delta, Output, Prompt, Sampling, Thinking
@@ -94,11 +99,18 @@ class VLM:
             cache.spread(parts.placement.layers)
         self.parts = _bounded(parts, settings.max_length)
         self.limits = limits or FetchLimits()
-        self._requests = Requests(self.parts, self.limits)
-        self._engine = EngineThread(Engine(Runner(parts.model, cache, parts.eos), parts.rule.grid, settings))
+        self._pool = Pool(settings.workers)
+        self._requests = Requests(self.parts, self.limits, PixelCache(settings.pixel_cache_bytes), self._pool)
+        features = None
+        if settings.encoder_cache_bytes:
+            features = EncoderCache(settings.encoder_cache_bytes, Weights(parts.model), weight.dtype)
+        runner = Runner(parts.model, cache, parts.eos)
+        self._engine = EngineThread(Engine(runner, parts.rule.grid, settings, features=features))
+        self._preparing = Preparing(self._engine.line, self._pool, settings.prepared_bytes)
 
     def close(self) -> None:
         """End the engine's thread and all requests, which fail with RequestFailed. Nothing can be asked any more."""
+        self._preparing.close()
         self._engine.close()
 
     def __enter__(self) -> VLM:
@@ -110,7 +122,17 @@ class VLM:
     def stats(self) -> dict[str, int]:
         """Counts of the engine: requests running and waiting, bytes of keys and values held, and, since it was made, steps,
         tokens computed and generated, patches encoded, preemptions, hits and misses of its caches."""
-        return self._engine.stats()
+        pixels = self._requests.cache
+        assert pixels is not None
+        return self._engine.stats() | {
+            "preparing": self._preparing.num_waiting,
+            "prepared_bytes": self._preparing.bytes_held,
+            "pixel_cache_hits": pixels.hits,
+            "pixel_cache_misses": pixels.misses,
+            "pixel_cache_bytes": pixels.bytes_held,
+            "workers": len(self._pool.pids),
+            "workers_lost": self._pool.num_lost,
+        }
 
     @property
     def recommended_sampling(self) -> Sampling | None:
@@ -168,8 +190,8 @@ class VLM:
         chats = list(chats)
         settings = self._settings(sampling, len(chats))
         handles: list[EngineHandle] = []
-        # Pixels wait in memory until they are encoded, so only as many requests as can run are prepared.
-        room = threading.Semaphore(self._engine.engine.settings.max_running)
+        # As many as can run, and as many that are prepared meanwhile.
+        room = threading.Semaphore(2 * self._engine.engine.settings.max_running)
         try:
             for chat, one in zip(chats, settings, strict=True):
                 room.acquire()
@@ -189,13 +211,18 @@ class VLM:
         tools: Tools | None = None,
         media: Seq[Patches] = (),
     ) -> EngineHandle:
-        """Start a request. Bad input does not raise here: the handle carries the error. ``media`` belongs to a Prompt."""
+        """Start a request; returns at once, media are prepared meanwhile. Bad input does not raise here: the handle carries
+        the error. ``media`` belongs to a Prompt."""
         try:
-            sequence = self._requests.make(chat, _sampling(sampling), thinking, media, tools)
+            sequence, wanted, finish = self._requests.begin(chat, _sampling(sampling), thinking, media, tools)
+            if not wanted:
+                finish(None)
+                self._engine.submit(sequence)
         except MiradaError as error:
             return EngineHandle(Sequence.failed(error))
-        self._engine.submit(sequence)
-        return EngineHandle(sequence, self._engine)
+        if wanted and self._engine.announce(sequence):
+            self._preparing.submit(sequence, finish, most_bytes(wanted, self.parts.rule))
+        return EngineHandle(sequence, (self._engine, self._preparing))
 
     @staticmethod
     def _settings(sampling: Any, count: int) -> list[SamplingLike]:

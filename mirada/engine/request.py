@@ -2,60 +2,86 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from mirada.engine.load import Parts
 from mirada.engine.sequence import Reply, Sequence
 from mirada.errors import ContextOverflow, MessageError, SettingsError
+from mirada.media.cache import PixelCache
 from mirada.media.fetch import FetchLimits
-from mirada.media.grid import Patches
+from mirada.media.grid import Patches, content_key
+from mirada.media.pool import Cancel, Pool
 from mirada.media.prepare import prepare_many
+from mirada.media.times import Times
 from mirada.models.positions import positions
 from mirada.prompt.parse import Parser
 from mirada.prompt.render import Tools
 from mirada.records.wire import messages_from_openai
 from mirada.types import Chat, Image, Message, Prompt, Sampling, Thinking, Usage, Video
 
+Finish = Callable[[Cancel | None], None]
+
 
 class Requests:
-    """Makes sequences for one model. Holds nothing that changes."""
+    """Makes sequences for one model. Safe to use from several threads."""
 
-    def __init__(self, parts: Parts, limits: FetchLimits) -> None:
-        self.parts = parts
-        self.limits = limits
+    def __init__(self, parts: Parts, limits: FetchLimits, cache: PixelCache | None = None, pool: Pool | None = None) -> None:
+        self.parts, self.limits, self.cache, self.pool = parts, limits, cache, pool
 
     def make(
         self, chat: Chat | Prompt, sampling: Sampling, thinking: Thinking, media: Seq[Patches] = (), tools: Tools | None = None
     ) -> Sequence:
-        """Raises MediaError, MessageError, SettingsError or ContextOverflow."""
-        began = time.perf_counter()
-        if isinstance(chat, Prompt):
-            prompt, patches = chat, tuple(media)
-        else:
-            messages = check_chat(chat, thinking)
-            wanted = [part for message in messages for part in message.parts if isinstance(part, Image | Video)]
-            patches = tuple(prepare_many(wanted, self.parts.rule, self.limits))
-        prepared = time.perf_counter()
-        if not isinstance(chat, Prompt):
-            prompt = self.parts.renderer.render(messages, patches, thinking=thinking, tools=tools)
-        self._check(prompt, patches)
-        where, following = positions(len(prompt.tokens), prompt.spans)
-        sequence = Sequence(
-            prompt=prompt,
-            sampling=sampling,
-            reply=self._reply(sampling),
-            media=patches,
-            positions=where,
-            first_position=following,
-            usage=usage(prompt, patches),
-            limit=min(sampling.max_tokens, self.parts.context - len(prompt.tokens)),
-            born=began,
-        )
-        sequence.spent("prepare", prepared - began)
-        sequence.spent("render", time.perf_counter() - prepared)
+        """A whole sequence. Raises MediaError, MessageError, SettingsError, ContextOverflow or RequestFailed."""
+        sequence, _, finish = self.begin(chat, sampling, thinking, media, tools)
+        finish(None)
         return sequence
+
+    def begin(
+        self, chat: Chat | Prompt, sampling: Sampling, thinking: Thinking, media: Seq[Patches] = (), tools: Tools | None = None
+    ) -> tuple[Sequence, list[Image | Video], Finish]:
+        """A sequence without a prompt yet, the media to prepare for it, and what makes it whole: to be called once, in any
+        thread. Raises MessageError or SettingsError for a chat of no known form; ``finish`` raises as ``make``."""
+        sequence = Sequence(Prompt(()), sampling, None)
+        if isinstance(chat, Prompt):
+            given = [self._keyed(patches) for patches in media]
+            return sequence, [], lambda cancel: self._fill(sequence, chat, given)
+        messages = check_chat(chat, thinking)
+        wanted = [part for message in messages for part in message.parts if isinstance(part, Image | Video)]
+
+        def finish(cancel: Cancel | None) -> None:
+            times = Times()
+            try:
+                patches = prepare_many(
+                    wanted, self.parts.rule, self.limits, cache=self.cache, pool=self.pool, cancel=cancel, times=times
+                )
+                with times.stage("render"):
+                    prompt = self.parts.renderer.render(messages, patches, thinking=thinking, tools=tools)
+                sequence.notes = notes(patches)
+                self._fill(sequence, prompt, patches)
+            finally:
+                for stage, seconds in times.items():
+                    sequence.spent(stage, seconds)
+
+        return sequence, wanted, finish
+
+    def _keyed(self, patches: Patches) -> Patches:
+        """With the key of its pixels: what a caller hands over may say anything, and caches believe it."""
+        return replace(patches, key=content_key(patches.pixels, patches.kind, patches.grids, self.parts.rule.grid))
+
+    def _fill(self, sequence: Sequence, prompt: Prompt, media: Seq[Patches]) -> None:
+        self._check(prompt, media)
+        where, following = positions(len(prompt.tokens), prompt.spans)
+        sequence.prompt, sequence.media = prompt, tuple(media)
+        sequence.positions = where.astype(np.int32) if prompt.spans else None
+        sequence.first_position = following
+        sequence.reply = self._reply(sequence.sampling)
+        sequence.usage = usage(prompt, media)
+        sequence.limit = min(sequence.sampling.max_tokens, self.parts.context - len(prompt.tokens))
 
     def _reply(self, sampling: Sampling) -> Reply:
         renderer = self.parts.renderer
@@ -97,6 +123,15 @@ def check_chat(chat: Any, thinking: Any) -> list[Message]:
     if not chat:
         raise MessageError("the chat has no messages", 'give at least one: [Message("user", "...")]')
     return messages_from_openai(chat)
+
+
+def notes(media: Seq[Patches]) -> tuple[str, ...]:
+    """What was done to media on the caller's behalf, and, of several, to which."""
+    if len(media) == 1:
+        return media[0].notes
+    return tuple(
+        f"picture or video {index} of {len(media)}: {note}" for index, item in enumerate(media, 1) for note in item.notes
+    )
 
 
 def usage(prompt: Prompt, media: Seq[Patches]) -> Usage:

@@ -53,6 +53,14 @@ class Scheduler:
         self._fits = 0
         """Bytes of cache that there was room for when it was last looked at."""
 
+    def enter(self, sequence: Sequence) -> None:
+        """Put a request in line by when it arrived: behind what came before it, ahead of what came later and was ready sooner.
+        What was preempted stays at the head."""
+        at = len(self.waiting)
+        while at and self.waiting[at - 1].born > sequence.born and not self.waiting[at - 1].preemptions:
+            at -= 1
+        self.waiting.insert(at, sequence)
+
     def reap(self) -> None:
         """Let go of all that has ended or was cancelled."""
         for sequence in (*self.running, *self.waiting):

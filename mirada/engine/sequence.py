@@ -135,6 +135,8 @@ class Sequence:
     """Position of the first generated token, on all three axes; media take up fewer positions than tokens, so this is
     the request's own and not the length of its prompt."""
     usage: Usage = field(default_factory=Usage)
+    notes: tuple[str, ...] = ()
+    """What was done to its media on the caller's behalf."""
     adapter: str = ""
     """Which adapter's weights answer; none: the model's own."""
     salt: str = ""
@@ -163,6 +165,8 @@ class Sequence:
     error: MiradaError | None = None
     cancelled: bool = False
     """Somebody wants it ended; the next step does so."""
+    stop: Callable[[], None] | None = None
+    """Tells those who still prepare its media that it is cancelled (``engine.prepare``)."""
     listeners: list[Listener] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     born: float = field(default_factory=time.perf_counter)
@@ -259,10 +263,12 @@ class Sequence:
     def output(self) -> Output:
         """The whole reply: the fold of the deltas, with what was used."""
         if self.error is not None:
-            return Output(finish="error", error=self.error, metrics=dict(self.metrics))
+            return Output(finish="error", error=self.error, metrics=dict(self.metrics), notes=self.notes)
         raw = self.reply.raw if self.reply is not None else ""
         usage = replace(self.usage, completion_tokens=len(self.tokens))
-        return fold(self.deltas, usage=usage, metrics=dict(self.metrics), raw=raw, logprobs=self.sampling.logprobs is not None)
+        logprobs = self.sampling.logprobs is not None
+        made = fold(self.deltas, usage=usage, metrics=dict(self.metrics), raw=raw, logprobs=logprobs)
+        return replace(made, notes=self.notes)
 
 
 def join(deltas: Iterable[Delta]) -> Delta:

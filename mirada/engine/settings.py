@@ -34,6 +34,8 @@ class EngineSettings:
     """What earlier requests leave for later ones: keys and values of prompt beginnings, features, prepared pixels. 0: off."""
     speculate: int = 0
     """Tokens that n-gram lookup may propose per step for a greedy request; 0: off."""
+    prepared_bytes: int = 512 * MB
+    """Prepared pixels of requests that have not ended; others are prepared when there is room (one may be larger, alone)."""
     workers: int | None = None
     """Processes that prepare large media; 0: none, None: derived from the number of cores."""
 
@@ -41,7 +43,7 @@ class EngineSettings:
         for name, least in (
             ("max_running", 1), ("max_waiting", 1), ("step_tokens", 1), ("step_patches", 1), ("max_length", 2),
             ("cache_bytes", 1), ("prefix_cache_bytes", 0), ("encoder_cache_bytes", 0), ("pixel_cache_bytes", 0),
-            ("speculate", 0), ("workers", 0),
+            ("speculate", 0), ("prepared_bytes", 1), ("workers", 0),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):

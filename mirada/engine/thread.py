@@ -28,9 +28,19 @@ class EngineThread:
         self._line = _Line(engine, engine.settings.max_waiting)
         weakref.finalize(self, self._line.stop).atexit = False
 
+    @property
+    def line(self) -> _Line:
+        """Where others put requests: it refers to no ``EngineThread``."""
+        return self._line
+
     def submit(self, sequence: Sequence) -> None:
         """Put a request in line; it fails with a typed error if that cannot be."""
         self._line.submit(sequence)
+
+    def announce(self, sequence: Sequence) -> bool:
+        """Keep a place for a request that is still prepared, which ``line.submit(.., announced=True)`` or ``line.retract``
+        takes. False: it cannot be, and has failed."""
+        return self._line.announce(sequence)
 
     def wait_idle(self, timeout: float | None = None) -> bool:
         """Wait until no request is left; False if that takes longer than ``timeout`` seconds."""
@@ -57,12 +67,30 @@ class _Line:
         self._news, self._resting = threading.Condition(lock), threading.Condition(lock)
         self._thread: threading.Thread | None = None
         self._busy = self._stopped = False
+        self._announced = 0
 
     @property
     def num_waiting(self) -> int:
-        return len(self._fresh) + len(self.engine.scheduler.waiting)
+        return len(self._fresh) + len(self.engine.scheduler.waiting) + self._announced
 
-    def submit(self, sequence: Sequence) -> None:
+    def announce(self, sequence: Sequence) -> bool:
+        if self._fails_forked(sequence):
+            return False
+        with self._news:
+            error = self._refusal()
+            if error is None:
+                self._announced += 1
+                self._start()
+        if error is not None:
+            sequence.fail(error)
+        return error is None
+
+    def retract(self) -> None:
+        with self._news:
+            self._announced -= 1
+            self._resting.notify_all()
+
+    def _fails_forked(self, sequence: Sequence) -> bool:
         if self._forked():  # the lock may have been copied while it was held
             sequence.fail(
                 NotAvailable(
@@ -70,8 +98,14 @@ class _Line:
                     "open the model in the process that uses it, or start processes with 'spawn'",
                 )
             )
+            return True
+        return False
+
+    def submit(self, sequence: Sequence, announced: bool = False) -> None:
+        if self._fails_forked(sequence):
             return
         with self._news:
+            self._announced -= announced
             error = self._refusal()
             if error is None:
                 sequence.queued = time.perf_counter()
@@ -121,7 +155,7 @@ class _Line:
         if self._thread is None or self._forked():
             return True
         with self._news:
-            return self._resting.wait_for(lambda: not self._busy and not self._fresh, timeout)
+            return self._resting.wait_for(lambda: not self._busy and not self._fresh and not self._announced, timeout)
 
     def _run(self) -> None:
         with torch.inference_mode():
@@ -141,7 +175,7 @@ class _Line:
                 self._news.wait()
             self._busy = True
             while self._fresh:
-                self.engine.scheduler.waiting.append(self._fresh.popleft())
+                self.engine.scheduler.enter(self._fresh.popleft())
             return not self._stopped
 
     def _end(self) -> None:

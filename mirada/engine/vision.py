@@ -6,7 +6,8 @@ N patches, F features, D width of the decoder.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from mirada.types import Grid
 
 PASS_PATCHES = 16384
 """Patches that one pass through the tower takes at most, unless a single grid that cannot be cut has more."""
+MOST_ASKED = 1024
+"""Items under way whose weights are remembered; one forgotten is encoded and not kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,36 +38,57 @@ class Piece:
 class EncoderCache:
     """Features [F, D] of whole pictures and videos by what they show; least recently used go first. For one thread.
 
-    ``tower`` names the weights of tower and projector, ``settings`` whatever else decides their numbers (type, attention).
-    What it hands out is shared: do not write to it.
+    ``weights`` says which weights the tower has now; when they change all is dropped, and what was encoded by others in the
+    meantime is not kept. ``settings`` are whatever else decides the numbers (type, attention). What it hands out is shared:
+    do not write to it.
     """
 
-    def __init__(self, max_bytes: int, tower: bytes, *settings: object) -> None:
+    def __init__(self, max_bytes: int, weights: Callable[[], bytes], *settings: object) -> None:
         self.entries: ByteCache[Tensor] = ByteCache(max_bytes, lambda features: features.nbytes)
-        self._tower = hashlib.blake2b(repr((tower, *settings)).encode(), digest_size=32).digest()
+        self._settings = repr(settings).encode()
+        self._read_weights = weights
+        self._weights = weights()
+        self._asked: OrderedDict[bytes, bytes] = OrderedDict()
+        """Key of what is not there -> weights when it was first asked for, and so may have begun to be encoded."""
 
-    def key(self, item: Patches, adapter: bytes = b"") -> bytes:
-        """256 bits over pixels, grids and rule (``item.key``), tower, adapter and settings."""
-        digest = hashlib.blake2b(self._tower, digest_size=32)
-        for part in (item.key, adapter):
-            digest.update(len(part).to_bytes(4, "little"))  # so that one part cannot run into the next
+    def key(self, item: Patches, adapter: str = "") -> bytes:
+        """256 bits over pixels, grids and rule (``item.key``), adapter and settings; weights are one for all."""
+        digest = hashlib.blake2b(digest_size=32)
+        for part in (item.key, adapter.encode(), self._settings):
+            digest.update(len(part).to_bytes(8, "little"))  # so that one part cannot run into the next
             digest.update(part)
         return digest.digest()
 
-    def get(self, item: Patches, adapter: bytes = b"") -> Tensor | None:
+    def get(self, item: Patches, adapter: str = "") -> Tensor | None:
         """Features of ``item``, if they are there. A miss is counted by ``put``: the engine asks at every step."""
-        return self.entries.get(self.key(item, adapter), count_miss=False)
+        self._look()
+        key = self.key(item, adapter)
+        found = self.entries.get(key, count_miss=False)
+        if found is None:
+            self._asked.setdefault(key, self._weights)
+            if len(self._asked) > MOST_ASKED:
+                self._asked.popitem(last=False)
+        return found
 
-    def put(self, item: Patches, features: Tensor, adapter: bytes = b"") -> None:
+    def put(self, item: Patches, features: Tensor, adapter: str = "") -> None:
         """Keep ``features``, which had to be encoded. A view is copied, or it would keep alive what it is a view of."""
+        self._look()
         self.entries.misses += 1
-        if self.takes(features.nbytes):
-            whole = features.untyped_storage().nbytes() == features.nbytes
-            self.entries.put(self.key(item, adapter), features if whole else features.clone())
+        key = self.key(item, adapter)
+        if self._asked.pop(key, None) != self._weights or not self.takes(features.nbytes):
+            return
+        whole = features.untyped_storage().nbytes() == features.nbytes
+        self.entries.put(key, features if whole else features.clone())
 
     def takes(self, size: int) -> bool:
         """Whether features of ``size`` bytes could be kept at all."""
         return size <= self.entries.max_bytes
+
+    def _look(self) -> None:
+        weights = self._read_weights()
+        if weights != self._weights:
+            self.entries.clear()
+            self._weights = weights
 
 
 def encode(model: Any, media: Sequence[Patches], rule: GridRule, device: torch.device, dtype: torch.dtype) -> Tensor | None:

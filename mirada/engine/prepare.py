@@ -1,0 +1,241 @@
+"""Makes requests with media ready in threads of their own, so that nobody who submits one waits for a fetch or a decoder.
+
+A sequence under preparation belongs to this module; the engine's thread gets it whole, and it takes its place in the line by
+when it arrived. How many bytes of prepared pixels there may be at once is bounded: a request is begun when there is room for
+the most that it can become.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from mirada.engine.sequence import Sequence
+from mirada.errors import MiradaError, OutOfMemory, RequestFailed
+from mirada.media.pool import Cancel, Pool
+from mirada.media.rule import MediaRule
+from mirada.types import Image, Video
+
+THREADS = 8
+"""Requests that are prepared at a time; most of it is waiting for the network, for the pool or for code that lets go of the
+interpreter."""
+Work = Callable[[Cancel], None]
+"""Prepares one sequence, in place. Raises MiradaError."""
+
+
+class Line(Protocol):
+    """What preparation needs of the engine's line (``engine.thread``)."""
+
+    def submit(self, sequence: Sequence, announced: bool = False) -> None: ...
+
+    def retract(self) -> None: ...
+
+
+@dataclass(eq=False)
+class _Item:
+    sequence: Sequence
+    work: Work
+    most: int
+    """Bytes of pixels that it can become."""
+    cancel: Cancel = field(default_factory=Cancel)
+
+
+class Preparing:
+    """Threads that prepare sequences and hand them to ``line``; ``max_bytes`` bounds the pixels of all that are under way.
+
+    Safe to use from several threads. Its threads end with ``close`` or when it is gone.
+    """
+
+    def __init__(self, line: Line, pool: Pool, max_bytes: int) -> None:
+        self.pool = pool
+        self._state = _State(line, max_bytes)
+        weakref.finalize(self, self._state.close).atexit = True
+
+    def submit(self, sequence: Sequence, work: Work, most: int) -> None:
+        """Have ``work`` make ``sequence`` ready, which the line was told to expect; it becomes ``most`` bytes at most."""
+        sequence.stop = _Stop(self._state, sequence)
+        self._state.enter(_Item(sequence, work, most))
+
+    @property
+    def bytes_held(self) -> int:
+        """Prepared pixels of requests under way, and the most that those under preparation can become."""
+        return self._state.held
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are prepared or wait for it."""
+        return len(self._state.line_up) + len(self._state.running)
+
+    def close(self) -> None:
+        """Fail what is not ready, and end the workers."""
+        self._state.close()
+        self.pool.close()
+
+
+class _Stop:
+    """Tells the threads that a sequence was cancelled. It takes no lock: the garbage collector may call it anywhere."""
+
+    def __init__(self, state: _State, sequence: Sequence) -> None:
+        self._cancels, self._sequence = state.cancels, weakref.ref(sequence)
+
+    def __call__(self) -> None:
+        if (sequence := self._sequence()) is not None:
+            self._cancels.put(sequence)
+
+
+class _State:
+    """What the threads share; it does not refer to ``Preparing``, so that can be let go."""
+
+    def __init__(self, line: Line, max_bytes: int) -> None:
+        self.line, self.max_bytes = line, max_bytes
+        self.changed = threading.Condition(threading.RLock())
+        self.line_up: deque[_Item] = deque()
+        self.running: set[_Item] = set()
+        self.threads: list[threading.Thread] = []
+        self.cancels: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
+        self.held = 0
+        self.idle = 0
+        self.closed = False
+
+    def enter(self, item: _Item) -> None:
+        with self.changed:
+            closed = self.closed
+            if not closed:
+                self.line_up.append(item)
+                if not self.threads:
+                    self._start(self._watch, "mirada-cancel")
+                if self.idle < len(self.line_up) and len(self.threads) <= THREADS:
+                    self._start(self._work, "mirada-prepare")
+                self.changed.notify_all()
+        if closed:
+            self._end(item, _closed())
+
+    def _start(self, target: Callable[[], None], name: str) -> None:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        self.threads.append(thread)
+        thread.start()
+
+    def _work(self) -> None:
+        while (item := self._next()) is not None:
+            self._prepare(item)
+            with self.changed:
+                self.running.discard(item)
+            del item  # its pixels would live until the next one comes
+
+    def _next(self) -> _Item | None:
+        """The first in line, once there is room for it; room is made when others end."""
+        with self.changed:
+            self.idle += 1
+            while not self.closed and not (self.line_up and self._fits(self.line_up[0])):
+                self.changed.wait()
+            self.idle -= 1
+            if self.closed:
+                return None
+            item = self.line_up.popleft()
+            self.running.add(item)
+            self.held += item.most
+            return item
+
+    def _fits(self, item: _Item) -> bool:
+        return not self.held or self.held + item.most <= self.max_bytes
+
+    def _prepare(self, item: _Item) -> None:
+        sequence = item.sequence
+        sequence.spent("queue", time.perf_counter() - sequence.born)
+        error: MiradaError | None = None
+        try:
+            item.work(item.cancel)
+        except MiradaError as failure:
+            error = failure
+        except MemoryError:
+            error = OutOfMemory(
+                "memory ran out while media were prepared", "lower max_pixels (or fps for a video)", unit="bytes"
+            )
+        except BaseException as failure:
+            error = RequestFailed(f"preparing the request failed: {failure!r}", "this is a defect, please report it")
+            error.__cause__ = failure
+        size = sum(patches.pixels.nbytes for patches in sequence.media)
+        self._let_go(item.most - size)
+        if error is None and not sequence.cancelled and not self.closed:
+            sequence.listen(_Release(self, size))
+            sequence.stop = None
+            self.line.submit(sequence, announced=True)
+        else:
+            self._let_go(size)
+            self._end(item, _closed() if self.closed else error)
+
+    def _end(self, item: _Item, error: MiradaError | None) -> None:
+        """It will not come to the engine."""
+        self.line.retract()
+        if item.sequence.cancelled or error is None:
+            item.sequence.cancel()
+        else:
+            item.sequence.fail(error.with_traceback(None))
+
+    def _let_go(self, size: int) -> None:
+        with self.changed:
+            self.held -= size
+            self.changed.notify_all()
+
+    def _watch(self) -> None:
+        """Ends what is cancelled: in line at once, under preparation as soon as its worker is ended or its fetch is through."""
+        while (sequence := self.cancels.get()) is not None:
+            with self.changed:
+                waiting = next((item for item in self.line_up if item.sequence is sequence), None)
+                if waiting is not None:
+                    self.line_up.remove(waiting)
+                    self.changed.notify_all()
+                under_way = [item for item in self.running if item.sequence is sequence]
+            if waiting is not None:
+                self._end(waiting, None)
+            for item in under_way:
+                item.cancel.now()
+            del sequence, waiting, under_way
+
+    def close(self) -> None:
+        with self.changed:
+            self.closed = True
+            dropped, under_way = list(self.line_up), list(self.running)
+            self.line_up.clear()
+            self.changed.notify_all()
+        self.cancels.put(None)
+        for item in dropped:
+            self._end(item, _closed())
+        for item in under_way:
+            item.cancel.now()
+
+
+class _Release:
+    """A listener that gives the bytes of a sequence back when it has ended."""
+
+    def __init__(self, state: _State, size: int) -> None:
+        self._state, self._size, self._lock = state, size, threading.Lock()
+
+    def __call__(self, done: bool) -> None:
+        if done and self._lock.acquire(blocking=False):
+            self._state._let_go(self._size)
+
+
+def _closed() -> RequestFailed:
+    return RequestFailed("the engine was closed", "open the model again")
+
+
+def most_bytes(wanted: Seq[Image | Video], rule: MediaRule) -> int:
+    """Bytes of pixels that media can become at most by the bounds of ``rule`` (about: a side is not cut below one cell)."""
+    grid = rule.grid
+    picture = 3 * grid.frames * grid.max_pixels
+    total = 0
+    for part in wanted:
+        if isinstance(part, Image):
+            total += picture
+        else:
+            asked = part.total_pixels if isinstance(part.total_pixels, int) else 0
+            total += 3 * max(rule.total_pixels, asked, grid.max_pixels)
+    return total
