@@ -65,12 +65,16 @@ class Runner:
         """Compute the chunks by one forward, and choose the tokens that follow. Changes nothing but the cache, where it
         overwrites, so it may be done again."""
         batch, features = self._batch(chunks)
-        hidden = self.model.forward(batch, features, self.cache)
+        hidden = self._forward(batch, features)
         wanted = [chunk for chunk in chunks if chunk.rows]
         if not wanted:
             return [Choice()] * len(chunks)
         made = iter(self._sample(wanted, self.model.logits(self._rows(chunks, hidden))))
         return [next(made) if chunk.rows else Choice() for chunk in chunks]
+
+    def _forward(self, batch: Batch, features: Tensor | None) -> Tensor:
+        """Hidden values [T, D]."""
+        return self.model.forward(batch, features, self.cache)
 
     def _batch(self, chunks: Seq[Chunk]) -> tuple[Batch, Tensor | None]:
         tokens: list[int] = []

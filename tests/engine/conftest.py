@@ -34,10 +34,11 @@ def nothing_is_left_behind(request):
     yield
     if "engines" in request.fixturenames:
         for engine in request.getfixturevalue("engines").values():
-            scheduler = engine._scheduler
-            assert scheduler._runner.cache.bytes_held == 0
-            assert not scheduler._running and not scheduler._waiting and not scheduler._busy
-            assert sorted(scheduler._slots) == list(range(scheduler._max_running))
+            assert engine._engine.wait_idle(10)
+            scheduler = engine._engine.engine.scheduler
+            assert scheduler.cache.bytes_held == 0
+            assert not scheduler.running and not scheduler.waiting
+            assert sorted(scheduler.slots) == list(range(16))
 
 
 @pytest.fixture(scope="session")

@@ -55,19 +55,19 @@ def plain_logits(
 @contextmanager
 def recorded(vlm: VLM):
     """While open, {prompt tokens: [logits the engine chose from, step by step]}."""
-    runner, seen = vlm._scheduler._runner, {}
-    original = runner._choose
+    runner, seen = vlm._engine.engine.runner, {}
+    original = runner._pick
 
-    def choose(sequences, logits):
+    def pick(sequences, logits, choosers):
         for sequence, row in zip(sequences, logits, strict=True):
             seen.setdefault(sequence.prompt.tokens, []).append(row.clone())
-        return original(sequences, logits)
+        return original(sequences, logits, choosers)
 
-    runner._choose = choose
+    runner._pick = pick
     try:
         yield seen
     finally:
-        del runner._choose
+        del runner._pick
 
 
 def gap(logits: torch.Tensor) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import pack
 
-from mirada.engine import runner, vision
+from mirada import VLM
+from mirada.engine.sequence import Sequence
 from mirada.types import Image, Message, Sampling, Text, Video
 
 TOLERANCE = 1e-4
@@ -96,18 +95,22 @@ def test_chats_with_real_media_batched_and_alone(vlm):
         assert vlm.generate([chat], GREEDY)[0].tokens == output.tokens
 
 
-def test_small_passes_change_nothing(vlm, monkeypatch):
-    """Encoding in passes of few patches and prefilling few tokens at a time gives the same replies."""
+def test_small_steps_change_nothing(vlm, monkeypatch):
+    """Encoding few patches and computing few tokens per step gives the same replies, within these bounds."""
     asked = mix(vlm, 5, 4)
     assert any(media for _, media in asked)
     whole = run(vlm, asked)
-    calls = []
-    encode = type(vlm.parts.model).encode
+    small = VLM.from_parts(vlm.parts.model, vlm.parts.renderer, vlm.parts.rule, engine={"step_patches": 16, "step_tokens": 5})
+    calls, sizes = [], []
+    encode, forward = type(vlm.parts.model).encode, type(vlm.parts.model).forward
     monkeypatch.setattr(type(vlm.parts.model), "encode", lambda self, media: calls.append(media.grids) or encode(self, media))
-    monkeypatch.setattr(vision, "PASS_PATCHES", 16)
-    monkeypatch.setattr(runner, "PREFILL_TOKENS", 40)
-    same(whole, run(vlm, asked), "whole / small passes")
-    assert len(calls) > 1
+    monkeypatch.setattr(
+        type(vlm.parts.model), "forward", lambda self, batch, *rest: sizes.append(batch.lengths) or forward(self, batch, *rest)
+    )
+    with small:
+        same(whole, run(small, asked), "whole / small steps")
+    assert len(calls) > 1 and max(map(sum, sizes)) <= 5 and any(1 < max(lengths) for lengths in sizes)
+    assert any(len(lengths) > 1 for lengths in sizes), "chunks of prompts and decoding share a step"
     apart = vlm.parts.model.frames_apart
     for grids in calls:
         patches = [t * h * w for t, h, w in grids]
@@ -141,13 +144,12 @@ def test_a_mistake_in_positions_would_show(vlm):
     """The comparisons above can fail: a prompt whose answer is placed one step too far differs."""
     asked = [one for one in mix(vlm, 11, 4) if one[1]][:1]
     ids, logits = run(vlm, asked)
-    original = type(vlm._scheduler._runner)._steps
+    original = Sequence.places
 
-    def shifted(self, sequences):
-        batch = original(self, sequences)
-        return replace(batch, positions=batch.positions + 1)
+    def shifted(self, start, end):
+        return original(self, start, end) + (start >= len(self.prompt.tokens))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(vlm._scheduler._runner), "_steps", shifted)
+        patch.setattr(Sequence, "places", shifted)
         with pytest.raises(AssertionError):
             same((ids, logits), run(vlm, asked), "shifted")

@@ -7,7 +7,6 @@ import torch
 
 from mirada import VLM, Message, Sampling
 from mirada.engine import load, memory
-from mirada.engine.scheduler import footprint
 from mirada.errors import OutOfMemory
 
 CPU = torch.device("cpu")
@@ -80,7 +79,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(tiny_directori
 
 
 def test_a_request_that_does_not_fit_is_refused_and_the_next_answers(vlm, monkeypatch):
-    cache = vlm._scheduler._runner.cache
+    cache = vlm._engine.engine.runner.cache
     long = Sampling(max_tokens=4000)
     per_token = cache.bytes_per_token
     monkeypatch.setattr(memory, "available", lambda device: per_token * 1500)
@@ -94,13 +93,14 @@ def test_a_request_that_does_not_fit_is_refused_and_the_next_answers(vlm, monkey
 
 def test_requests_wait_for_room_instead_of_failing(vlm, monkeypatch):
     """Room for one at a time: all three are answered, never two at once."""
-    cache = vlm._scheduler._runner.cache
+    engine = vlm._engine.engine
+    cache, budget = engine.runner.cache, engine.scheduler.budget
     chats = [[Message("user", text)] for text in ("one", "two", "three")]
-    sampling = Sampling(max_tokens=100, ignore_eos=True)
+    sampling = Sampling(max_tokens=100, ignore_eos=True, max_repeats=None)
     expected = [output.tokens for output in vlm.generate(chats, sampling)]
     held = []
-    needs = [footprint(vlm._scheduler._runner, vlm._requests.make(chat, sampling, "auto")) for chat in chats]
-    total = needs[0][0] * 3 // 2 + max(passing for _, passing in needs)
+    made = [vlm._requests.make(chat, sampling, "auto") for chat in chats]
+    total = budget.alone(made[0]) * 3 // 2 + max(budget.passing((one,)) for one in made)
 
     def available(device):
         held.append(cache.bytes_held)
@@ -113,15 +113,15 @@ def test_requests_wait_for_room_instead_of_failing(vlm, monkeypatch):
 
 def test_running_out_in_the_middle_is_the_same_error(vlm, monkeypatch):
     """The allocator fails for one of two: it gets the typed error, the other its answer."""
-    runner = vlm._scheduler._runner
-    original = type(runner).decode
+    runner = vlm._engine.engine.runner
+    original = runner.run
 
-    def decode(self, sequences):
-        if any(sequence.sampling.max_tokens == 9 for sequence in sequences):
+    def run(chunks):
+        if any(chunk.sequence.sampling.max_tokens == 9 for chunk in chunks):
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
-        original(self, sequences)
+        return original(chunks)
 
-    monkeypatch.setattr(type(runner), "decode", decode)
+    monkeypatch.setattr(runner, "run", run)
     chats = [[Message("user", "hi")]] * 2
     bad, good = vlm.generate(chats, [Sampling(max_tokens=9, ignore_eos=True), Sampling(max_tokens=4, ignore_eos=True)])
     assert isinstance(bad.error, OutOfMemory) and "max_tokens" in str(bad.error)

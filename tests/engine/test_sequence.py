@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from mirada.engine.sequence import Reply, Sequence, StopStrings, fold, join
 from mirada.errors import RequestFailed
 from mirada.prompt.format import PromptFormat
 from mirada.prompt.parse import Parser
-from mirada.types import Delta, Logprob, Prompt, Sampling, ToolCall
+from mirada.types import Delta, Logprob, Prompt, Sampling, Span, ToolCall
 
 
 def cut_plainly(text, stops):
@@ -153,9 +154,19 @@ def test_fold_is_the_stream_put_together():
 
 
 def test_where_a_sequence_stands():
-    made = sequence(["a", "b"])
-    made.first_position = 7
+    prompt = Prompt((1, 2, 3, 4), (Span("image", 1, (1, 2, 4), 0),))
+    places = np.asarray([[0, 1, 1, 2], [0, 1, 1, 2], [0, 1, 2, 2]])
+    made = Sequence(
+        prompt, Sampling(), Reply(Letters("ab"), Parser(PromptFormat())), positions=places, first_position=3, limit=9
+    )
+    assert made.left == 4
+    made.computed = 4
     made.append(0, None, False)
-    assert (made.past, made.position) == (3, 7)
+    assert (made.num_tokens, made.left) == (5, 1)
     made.append(1, None, False)
-    assert (made.past, made.position) == (4, 8)
+    made.draft = [7, 8]
+    assert made.ids(0, 8) == [1, 2, 3, 4, 0, 1, 7, 8] and made.ids(2, 5) == [3, 4, 0] and made.ids(5, 8) == [1, 7, 8]
+    assert made.places(2, 7).tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [2, 2, 3, 4, 5]]
+    assert made.places(5, 6).tolist() == [[4], [4], [4]]
+    text = sequence(["a"])
+    assert text.positions is None and text.places(1, 5).tolist() == [[1, 2, 3, 4]] * 3
