@@ -31,7 +31,7 @@ def run(
         )
     show.check_paths(sources)
     turn = inputs.question(tuple(words), None, show.media_options(fps, max_pixels), FetchLimits())
-    vlm = show.open_model(model, device)
+    vlm = show.open_model(model, device, workers=0)  # one question has nothing to protect, and starting processes takes long
     handle = vlm.submit([turn], sampling, thinking=show.thinking(think))
     if not as_json:
         show.stream(handle)
@@ -51,5 +51,6 @@ def as_object(output: Output, model: str) -> dict:
         "finish": output.finish,
         "model": model,
         "usage": asdict(output.usage),
+        "notes": list(output.notes),
         "metrics": dict(output.metrics),
     }

@@ -21,8 +21,8 @@ def media_options(fps: float | None, max_pixels: int | None) -> dict[str, Any]:
     return {name: value for name, value in (("fps", fps), ("max_pixels", max_pixels)) if value is not None}
 
 
-def open_model(model: str, device: str | None) -> mirada.VLM:
-    return mirada.VLM(model, device=device)
+def open_model(model: str, device: str | None, workers: int | None = None) -> mirada.VLM:
+    return mirada.VLM(model, device=device, engine={"workers": workers})
 
 
 def stream(deltas: Iterable[Delta]) -> None:

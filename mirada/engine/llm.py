@@ -101,9 +101,8 @@ class VLM:
         self.limits = limits or FetchLimits()
         self._pool = Pool(settings.workers)
         self._requests = Requests(self.parts, self.limits, PixelCache(settings.pixel_cache_bytes), self._pool)
-        features = None
-        if settings.encoder_cache_bytes:
-            features = EncoderCache(settings.encoder_cache_bytes, Weights(parts.model), weight.dtype)
+        self._features = EncoderCache(settings.encoder_cache_bytes, Weights(parts.model), weight.dtype)
+        features = self._features if settings.encoder_cache_bytes else None
         runner = Runner(parts.model, cache, parts.eos)
         self._engine = EngineThread(Engine(runner, parts.rule.grid, settings, features=features))
         self._preparing = Preparing(self._engine.line, self._pool, settings.prepared_bytes)
@@ -122,7 +121,7 @@ class VLM:
     def stats(self) -> dict[str, int]:
         """Counts of the engine: requests running and waiting, bytes of keys and values held, and, since it was made, steps,
         tokens computed and generated, patches encoded, preemptions, hits and misses of its caches."""
-        pixels = self._requests.cache
+        pixels, features = self._requests.cache, self._features.entries
         assert pixels is not None
         return self._engine.stats() | {
             "preparing": self._preparing.num_waiting,
@@ -130,6 +129,9 @@ class VLM:
             "pixel_cache_hits": pixels.hits,
             "pixel_cache_misses": pixels.misses,
             "pixel_cache_bytes": pixels.bytes_held,
+            "encoder_cache_hits": features.hits,
+            "encoder_cache_misses": features.misses,
+            "encoder_cache_bytes": features.bytes_held,
             "workers": len(self._pool.pids),
             "workers_lost": self._pool.num_lost,
         }

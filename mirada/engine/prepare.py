@@ -26,6 +26,9 @@ from mirada.types import Image, Video
 THREADS = 8
 """Requests that are prepared at a time; most of it is waiting for the network, for the pool or for code that lets go of the
 interpreter."""
+USUAL_PIXELS = 1 << 21
+"""Of a resized picture, at most."""
+
 Work = Callable[[Cancel], None]
 """Prepares one sequence, in place. Raises MiradaError."""
 
@@ -43,7 +46,7 @@ class _Item:
     sequence: Sequence
     work: Work
     most: int
-    """Bytes of pixels that it can become."""
+    """Bytes of pixels that it is expected to become."""
     cancel: Cancel = field(default_factory=Cancel)
 
 
@@ -59,13 +62,13 @@ class Preparing:
         weakref.finalize(self, self._state.close).atexit = True
 
     def submit(self, sequence: Sequence, work: Work, most: int) -> None:
-        """Have ``work`` make ``sequence`` ready, which the line was told to expect; it becomes ``most`` bytes at most."""
+        """Have ``work`` make ``sequence`` ready, which the line was told to expect; it becomes about ``most`` bytes."""
         sequence.stop = _Stop(self._state, sequence)
         self._state.enter(_Item(sequence, work, most))
 
     @property
     def bytes_held(self) -> int:
-        """Prepared pixels of requests under way, and the most that those under preparation can become."""
+        """Prepared pixels of requests under way, and what those under preparation are expected to become."""
         return self._state.held
 
     @property
@@ -228,14 +231,14 @@ def _closed() -> RequestFailed:
 
 
 def most_bytes(wanted: Seq[Image | Video], rule: MediaRule) -> int:
-    """Bytes of pixels that media can become at most by the bounds of ``rule`` (about: a side is not cut below one cell)."""
-    grid = rule.grid
-    picture = 3 * grid.frames * grid.max_pixels
-    total = 0
+    """Bytes of pixels that media are expected to become: pictures by their bounds, but no more than large ones usually have,
+    videos by their budget. What they have become is counted exactly."""
+    grid, total = rule.grid, 0
     for part in wanted:
         if isinstance(part, Image):
-            total += picture
+            asked = part.max_pixels if isinstance(part.max_pixels, int) else USUAL_PIXELS
+            total += 3 * grid.frames * min(grid.max_pixels, asked, USUAL_PIXELS)
         else:
             asked = part.total_pixels if isinstance(part.total_pixels, int) else 0
-            total += 3 * max(rule.total_pixels, asked, grid.max_pixels)
+            total += 3 * max(rule.total_pixels, asked)
     return total
