@@ -158,9 +158,6 @@ class Sequence:
     """How it chooses its tokens, and what it remembers for that (``engine.sample.Chooser``)."""
     guide: Any = None
     """What its tokens must obey (``engine.guide.Guide``)."""
-    adapter: str = ""
-    salt: str = ""
-    """Of the keys under which caches keep what it computes: other adapters and salts never share."""
     finish: Finish | None = None
     error: MiradaError | None = None
     cancelled: bool = False
