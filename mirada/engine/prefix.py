@@ -176,8 +176,9 @@ class PrefixCache:
         chain = self._chains.get(sequence)
         if chain is None or chain.root != self._root(sequence):
             return  # the weights have changed since it began: its blocks are of neither
-        chain.reach(sequence, sequence.computed)
-        keys = chain.keys[: sequence.computed // self._store.block]
+        end = min(sequence.computed, sequence.num_tokens)  # a draft may have been right beyond its end
+        chain.reach(sequence, end)
+        keys = chain.keys[: end // self._store.block]
         known = next((i for i, key in enumerate(keys) if key not in self._blocks), len(keys))
         wanted = min(len(keys) - known, self._most - known)
         self._evict(len(self) + wanted - self._most, frozenset(keys))
