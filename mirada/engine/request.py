@@ -11,6 +11,7 @@ import numpy as np
 
 from mirada.engine.load import Parts
 from mirada.engine.sequence import Reply, Sequence
+from mirada.engine.thinking import ThinkingBudget
 from mirada.errors import ContextOverflow, MessageError, SettingsError
 from mirada.media.cache import PixelCache
 from mirada.media.fetch import FetchLimits
@@ -75,17 +76,31 @@ class Requests:
 
     def _fill(self, sequence: Sequence, prompt: Prompt, media: Seq[Patches]) -> None:
         self._check(prompt, media)
+        self._check_bias(sequence.sampling)
         where, following = positions(len(prompt.tokens), prompt.spans)
         sequence.prompt, sequence.media = prompt, tuple(media)
         sequence.positions = where.astype(np.int32) if prompt.spans else None
         sequence.first_position = following
         sequence.reply = self._reply(sequence.sampling)
+        sequence.thinking = ThinkingBudget(sequence.reply, sequence.sampling.thinking_budget, self._tag)
         sequence.usage = usage(prompt, media)
         sequence.limit = min(sequence.sampling.max_tokens, self.parts.context - len(prompt.tokens))
 
     def _reply(self, sampling: Sampling) -> Reply:
         renderer = self.parts.renderer
         return Reply(renderer.tokenizer.decoder(), Parser(renderer.format), sampling.stop)
+
+    def _tag(self, tag: str) -> list[int]:
+        """A tag as the model writes it."""
+        return self.parts.renderer.tokenizer.encode_control(tag)
+
+    def _check_bias(self, sampling: Sampling) -> None:
+        vocabulary = self.parts.model.config.text.vocab_size
+        if sampling.logit_bias and max(sampling.logit_bias) >= vocabulary:
+            raise SettingsError(
+                f"logit_bias names token {max(sampling.logit_bias)}, and the vocabulary has {vocabulary}",
+                "give token ids of this very model",
+            )
 
     def _check(self, prompt: Prompt, media: Seq[Patches]) -> None:
         num_tokens, vocabulary = len(prompt.tokens), self.parts.model.config.text.vocab_size

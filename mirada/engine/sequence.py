@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from mirada.engine.loops import LoopGuard
+from mirada.engine.thinking import ThinkingBudget
 from mirada.errors import MiradaError
 from mirada.types import Delta, Finish, Logprob, Message, Output, Prompt, Sampling, Text, ToolCall, Usage
 
@@ -67,6 +69,9 @@ class Decoder(Protocol):
 class Parser(Protocol):
     """Text to answer, reasoning and tool calls, piece by piece (``prompt.parse``)."""
 
+    @property
+    def reasoning(self) -> tuple[str, str] | None: ...
+
     def feed(self, text: str) -> list[Delta]: ...
 
     def close(self) -> list[Delta]: ...
@@ -90,6 +95,11 @@ class Reply:
     @property
     def raw(self) -> str:
         return "".join(self._raw)
+
+    @property
+    def reasoning(self) -> tuple[str, str] | None:
+        """Inside a block of reasoning: the tag that closes it, and what is there of that tag already."""
+        return self._parser.reasoning
 
     def feed(self, token: int) -> list[Delta]:
         """The pieces that ``token`` makes certain."""
@@ -158,6 +168,7 @@ class Sequence:
     """How it chooses its tokens, and what it remembers for that (``engine.sample.Chooser``)."""
     guide: Any = None
     """What its tokens must obey (``engine.guide.Guide``)."""
+    thinking: ThinkingBudget | None = None
     finish: Finish | None = None
     error: MiradaError | None = None
     cancelled: bool = False
@@ -172,6 +183,7 @@ class Sequence:
     done: bool = False
 
     def __post_init__(self) -> None:
+        self._loops = LoopGuard(self.sampling.max_repeats) if self.sampling.max_repeats is not None else None
         if self.positions is not None:
             self.positions = self.positions.astype(np.int32) if self.prompt.spans else None
 
@@ -213,15 +225,20 @@ class Sequence:
         self.metrics[stage] = self.metrics.get(stage, 0.0) + seconds
 
     def append(self, token: int, logprob: Logprob | None, is_end: bool) -> None:
-        """Take in one generated token and publish what it makes certain. Sets ``finish`` when it is the last."""
+        """Take in one generated token and publish what it makes certain. Sets ``finish`` when it is the last. Raises
+        RequestFailed if its guide fails."""
         assert self.reply is not None
         if not self.tokens:
             self.metrics["first_token"] = time.perf_counter() - self.born
         self.tokens.append(token)
         pieces = [] if is_end else self.reply.feed(token)
+        if self.thinking is not None and not is_end and (tag := self.thinking.note()):
+            self.chooser.forced.extend(tag)
         finish: Finish | None = None
-        if is_end or self.reply.stopped:
+        if is_end or self.reply.stopped or (self.chooser is not None and self.chooser.finished):
             finish = "stop"
+        elif self._loops is not None and self._loops.looping(self.tokens):
+            finish = "repetition"
         elif len(self.tokens) >= self.limit:
             finish = "length"
         if finish is not None:
@@ -262,7 +279,8 @@ class Sequence:
         if self.error is not None:
             return Output(finish="error", error=self.error, metrics=dict(self.metrics), notes=self.notes)
         raw = self.reply.raw if self.reply is not None else ""
-        usage = replace(self.usage, completion_tokens=len(self.tokens))
+        thought = 0 if self.thinking is None else self.thinking.num_tokens
+        usage = replace(self.usage, completion_tokens=len(self.tokens), reasoning_tokens=thought)
         logprobs = self.sampling.logprobs is not None
         made = fold(self.deltas, usage=usage, metrics=dict(self.metrics), raw=raw, logprobs=logprobs)
         return replace(made, notes=self.notes)

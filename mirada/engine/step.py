@@ -97,18 +97,20 @@ class Engine:
         sequence, tokens = chunk.sequence, choice.tokens
         self.num_computed += chunk.count
         self.num_proposed += len(sequence.draft)
-        self.num_accepted += max(0, len(tokens) - 1)
-        sequence.computed += chunk.count - len(sequence.draft) + max(0, len(tokens) - 1)
+        sequence.computed += chunk.count - len(sequence.draft)
         sequence.draft = []
         if choice.error is not None:
             raise choice.error
         if sequence.features is not None:
             sequence.features.skip(sequence.computed)
-        for token, report in zip(tokens, choice.reports, strict=True):
+        for index, (token, report) in enumerate(zip(tokens, choice.reports, strict=True)):
+            if index:  # the token before this one was in the draft, so it is computed too
+                sequence.computed += 1
+                self.num_accepted += 1
             sequence.chooser.note(token)
             sequence.append(token, report, self.runner.is_end(sequence, token))
             self.num_generated += 1
-            if sequence.done:
+            if sequence.done or sequence.chooser.forced:  # what the draft says next does not follow
                 return
 
     def _alone(self, work: Callable[[Sequence], None], sequence: Sequence) -> None:

@@ -46,6 +46,7 @@ class Parser:
             "analysis": _TagSet({form.analysis.close: "start"}),
             "call": _TagSet({form.tool_call.close: "start"}),
         }
+        self._closing: dict[State, str] = {"think": form.think.close, "analysis": form.analysis.close}
         self._state: State = inside or "start"
         self._back: State = "start"
         """Where a tool call returns to."""
@@ -61,6 +62,12 @@ class Parser:
         self._answered = self._reasoned = self._apart = False
         self._num_calls = 0
         self._out: list[Delta] = []
+
+    @property
+    def reasoning(self) -> tuple[str, str] | None:
+        """Inside a block of reasoning: the tag that closes it, and what has been read of that tag, if it has begun."""
+        tag = self._closing.get(self._state)
+        return None if tag is None else (tag, self._rest)
 
     def feed(self, text: str) -> list[Delta]:
         """What this piece makes certain; perhaps nothing yet."""
