@@ -46,7 +46,7 @@ class VisionLanguageModel(nn.Module):
 
     def tie_weights(self) -> None:
         """Makes head and embedding one parameter, where the config says so."""
-        if self.config.text.tie_word_embeddings:
+        if self.config.text.tie_word_embeddings and isinstance(self.lm_head, nn.Linear):  # else: another form of it
             self.lm_head.weight = self.decoder.embed.weight
 
     def segments(self, grids: Sequence[Grid]) -> tuple[int, ...]:
