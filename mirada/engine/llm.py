@@ -13,7 +13,7 @@ from mirada import config
 from mirada.engine import inputs
 from mirada.engine.handle import EngineHandle
 from mirada.engine.load import Parts, assemble, load
-from mirada.engine.prefix import Weights
+from mirada.engine.prefix import PrefixCache, Weights
 from mirada.engine.prepare import Preparing, most_bytes
 from mirada.engine.request import Requests
 from mirada.engine.runner import Runner
@@ -87,9 +87,14 @@ class VLM:
         limits: FetchLimits | None = None,
         engine: EngineSettingsLike = None,
     ) -> VLM:
-        """An engine around a model in memory (it is not copied: what is trained answers with its weights of the moment)."""
+        """An engine around a model in memory (it is not copied: what is trained answers with its weights of the moment).
+
+        Beginnings of prompts are kept only where ``engine`` is given: torch's counters show most changes of weights, not
+        those through ``parameter.data``. After one of these, call ``forget``.
+        """
         made = cls.__new__(cls)
-        made._set_up(assemble(model, renderer, rule, eos), limits, _engine_settings(engine))
+        settings = EngineSettings(prefix_cache_bytes=0) if engine is None else _engine_settings(engine)
+        made._set_up(assemble(model, renderer, rule, eos), limits, settings)
         return made
 
     def _set_up(self, parts: Parts, limits: FetchLimits | None, settings: EngineSettings) -> None:
@@ -101,10 +106,13 @@ class VLM:
         self.limits = limits or FetchLimits()
         self._pool = Pool(settings.workers)
         self._requests = Requests(self.parts, self.limits, PixelCache(settings.pixel_cache_bytes), self._pool)
-        self._features = EncoderCache(settings.encoder_cache_bytes, Weights(parts.model), weight.dtype)
+        self._weights = Weights(parts.model)
+        self._features = EncoderCache(settings.encoder_cache_bytes, self._weights, weight.dtype)
         features = self._features if settings.encoder_cache_bytes else None
+        self._prefix = PrefixCache(cache, settings.prefix_cache_bytes, self._weights)
+        prefix = self._prefix if settings.prefix_cache_bytes else None
         runner = Runner(parts.model, cache, parts.eos)
-        self._engine = EngineThread(Engine(runner, parts.rule.grid, settings, features=features))
+        self._engine = EngineThread(Engine(runner, parts.rule.grid, settings, prefix, features))
         self._preparing = Preparing(self._engine.line, self._pool, settings.prepared_bytes)
 
     def close(self) -> None:
@@ -118,10 +126,15 @@ class VLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def forget(self) -> None:
+        """Let nothing that was computed so far be used again: weights have changed in a way that torch's counters do not
+        show (``parameter.data.add_()``)."""
+        self._weights.changed()
+
     def stats(self) -> dict[str, int]:
         """Counts of the engine: requests running and waiting, bytes of keys and values held, and, since it was made, steps,
         tokens computed and generated, patches encoded, preemptions, hits and misses of its caches."""
-        pixels, features = self._requests.cache, self._features.entries
+        pixels, features, prefix = self._requests.cache, self._features.entries, self._prefix
         assert pixels is not None
         return self._engine.stats() | {
             "preparing": self._preparing.num_waiting,
@@ -132,6 +145,11 @@ class VLM:
             "encoder_cache_hits": features.hits,
             "encoder_cache_misses": features.misses,
             "encoder_cache_bytes": features.bytes_held,
+            "prefix_cache_hits": prefix.hits,
+            "prefix_cache_misses": prefix.misses,
+            "prefix_cache_tokens": prefix.tokens_reused,
+            "prefix_cache_evictions": prefix.evictions,
+            "prefix_cache_bytes": prefix.bytes_held,
             "workers": len(self._pool.pids),
             "workers_lost": self._pool.num_lost,
         }
