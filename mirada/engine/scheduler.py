@@ -35,7 +35,7 @@ class PrefixCache(Protocol):
         ...
 
     def offer(self, sequence: Sequence) -> None:
-        """``sequence`` leaves its slot, which holds its first ``computed`` tokens; keep of them what is worth it."""
+        """The slot of ``sequence`` holds its first ``computed`` tokens; keep of them what is worth it."""
         ...
 
 
@@ -111,12 +111,16 @@ class Scheduler:
             sequence.computed, restore = self.prefix.match(sequence)
             restore(sequence.slot)
 
+    def share(self, sequence: Sequence) -> None:
+        """Offer what is computed of a running sequence to others."""
+        if self.prefix is not None and sequence.error is None:
+            self.prefix.offer(sequence)
+
     def leave(self, sequence: Sequence) -> None:
         """Take its slot from a sequence, and offer what is there to later ones."""
         self.running.remove(sequence)
         try:
-            if self.prefix is not None and sequence.error is None:
-                self.prefix.offer(sequence)
+            self.share(sequence)
         finally:
             self.cache.free(sequence.slot)
             self.slots.append(sequence.slot)
