@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import pack
 
+from mirada import VLM
 from mirada.engine import prefix as module
 from mirada.engine.load import load
 from mirada.engine.prefix import PrefixCache, Weights, root_key
@@ -437,3 +438,70 @@ def test_the_heap_of_leaves_stays_small():
     for _ in range(500):
         prefix.match(sequence(one.prompt))
     assert len(prefix._leaves) < 100 and len(prefix._chains) == 1
+
+
+# Through the engine.
+
+
+GREEDY = Sampling(max_tokens=40, ignore_eos=True)
+
+
+def counts(vlm) -> tuple[int, int]:
+    assert vlm._engine.wait_idle(10)
+    stats = vlm.stats()
+    return stats["prefix_cache_hits"], stats["prefix_cache_tokens"]
+
+
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+def test_a_conversation_goes_on_from_what_is_there(tiny_directories, kind):
+    """Turn by turn the same tokens as without a cache, while only what is new is computed."""
+    chat = [Message("user", (Image(drawn(3, 84, 112)), Text(WORDS)))]
+    with VLM(tiny_directories[kind], device="cpu") as vlm:
+        off = VLM(tiny_directories[kind], device="cpu", engine={"prefix_cache_bytes": 0, "encoder_cache_bytes": 0})
+        for turn in range(3):
+            ours, plain = (one.generate([chat], GREEDY)[0] for one in (vlm, off))
+            assert ours.error is None and ours.tokens == plain.tokens
+            hits, reused = counts(vlm)
+            assert hits == turn and (reused > 32) == (turn > 0)
+            chat = [*chat, Message("assistant", "So it is. " * 5), Message("user", f"And then? {turn}")]
+        stats, without = vlm.stats(), off.stats()
+        assert stats["computed_tokens"] == without["computed_tokens"] - reused
+        assert stats["encoded_patches"] == 48 < without["encoded_patches"] == 3 * 48
+        assert without["prefix_cache_bytes"] == without["prefix_cache_hits"] == 0 < stats["prefix_cache_bytes"]
+        off.close()
+
+
+def test_a_prompt_is_shared_while_its_sequence_still_runs(tiny_directories):
+    with VLM(tiny_directories["Keye"], device="cpu") as vlm:
+        first = vlm.submit([Message("user", WORDS)], replace(GREEDY, max_tokens=1500))
+        next(iter(first))
+        second = vlm.generate([[Message("user", WORDS)]], replace(GREEDY, max_tokens=5))[0]
+        assert not first.done
+        first.cancel()
+        assert counts(vlm)[0] == 1
+        assert first.result().tokens[:5] == second.tokens
+
+
+def test_a_model_in_memory_keeps_beginnings_only_when_asked(tiny_directories):
+    with VLM(tiny_directories["Keye"], device="cpu") as base:
+        parts = replace(base.parts, model=copy.deepcopy(base.parts.model))
+    chat = [Message("user", WORDS)]
+
+    def made(**options):
+        return VLM.from_parts(parts.model, parts.renderer, parts.rule, eos=parts.eos, **options)
+
+    with made() as plain, made(engine={"prefix_cache_bytes": 1 << 20}) as kept:
+        for round in range(3):
+            before = counts(kept)[0]
+            a, b = (vlm.generate([chat], GREEDY)[0].tokens for vlm in (plain, kept))
+            assert a == b and counts(kept)[0] == before
+            assert kept.generate([chat], GREEDY)[0].tokens == a and counts(kept)[0] == before + 1
+            noise = torch.Generator().manual_seed(round)
+            for parameter in parts.model.decoder.parameters():  # training goes on
+                with torch.no_grad():
+                    change = 0.1 * torch.randn(parameter.shape, generator=noise)
+                    parameter.data.add_(change) if round else parameter.add_(change)
+            if round:
+                kept.forget()
+        assert plain.stats()["prefix_cache_bytes"] == 0 == counts(plain)[0]
+        assert len({a, *(plain.generate([chat], GREEDY)[0].tokens,)}) == 2
