@@ -12,10 +12,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
-from mirada.layers.linear import linear
-
-TILE_BYTES = 2 << 20
-"""Float32 bytes of a tile: it stays in the cache between being made and being multiplied."""
+from mirada.layers.kernels import library
+from mirada.layers.kernels.matrix import BLOCK, Format, Matrix
+from mirada.layers.linear import TILE_BYTES, linear, refuse_moves
 
 
 @dataclass(frozen=True)
@@ -99,20 +98,42 @@ def _widen_e4m3(values: Tensor) -> Tensor:
     return bits.view(torch.float16).to(torch.float32).mul_(256)
 
 
+def to_matrix(packed: Packed) -> Matrix | None:
+    """The form of the compiled kernels with the same integers, scales and zeros; None without kernels, or where they have no
+    such form: reordered columns, scales of blocks of rows, float8, groups that are no multiple of 32, 8 bits with zeros."""
+    p, floats = packed, packed.values.is_floating_point()
+    zeros = p.zeros is not None
+    if floats or p.groups is not None or p.row_block != 1 or p.group_size % BLOCK or (p.bits == 8 and zeros):
+        return None
+    if library.library() is None:
+        return None
+    form = Format.INT4 if p.bits == 4 else Format.INT8
+    group = p.group_size if p.scales.shape[1] > 1 else 0
+    made = Matrix.empty(form, p.rows, p.columns, group, wide=p.scales.dtype != torch.float16, zeros=zeros)
+    made.pack(0, p.values, p.scales, p.zeros)
+    return made
+
+
 class PackedRows(nn.Module):
     """One quantised matrix [R, C] without bias; ``fill`` hands it its integers."""
 
     _TENSORS = ("values", "scales", "zeros", "groups")
 
-    def __init__(self, rows: int, columns: int) -> None:
+    def __init__(self, rows: int, columns: int, compiled: bool = False) -> None:
         super().__init__()
-        self.rows, self.columns = rows, columns
+        self.rows, self.columns, self.compiled = rows, columns, compiled
+        self.matrix: Matrix | None = None
+        """The form of the compiled kernels, in place of the canonical one: with ``compiled``, where the integers allow it."""
         self._form: Packed | None = None
         for name in self._TENSORS:
             self.register_buffer(name, None)
 
     def fill(self, packed: Packed, device: torch.device | str) -> None:
         """Takes the integers, on ``device``."""
+        if self.compiled and torch.device(device).type == "cpu":
+            self.matrix = to_matrix(packed)
+            if self.matrix is not None:
+                return
         self._form = packed = packed.to(device)
         for name in self._TENSORS:
             setattr(self, name, getattr(packed, name))
@@ -127,15 +148,19 @@ class PackedRows(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The whole matrix widened, float32 [R, C], made anew at each use."""
-        return self.packed.widen()
+        return self.packed.widen() if self.matrix is None else self.matrix.widen()
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., C] -> [.., R] in x's type."""
+        if self.matrix is not None:
+            return linear(x, self.matrix)
         packed = self.packed
         return torch.cat([linear(x, packed.widen(a, b).to(x.dtype)) for a, b in packed.tiles()], -1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedRows:
         """Moves between devices; scales and float8 values keep their type, as they are part of what is stored."""
+        if self.matrix is not None:
+            refuse_moves(fn)
 
         def moved(tensor: Tensor) -> Tensor:
             made = fn(tensor)

@@ -71,7 +71,8 @@ def _matrix_linear(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         return F.linear(x, matrix.widen().to(x.dtype), bias)
     wide = x.float()
-    if matrix.format in (Format.F32, Format.BF16) and wide.numel() > FEW * matrix.columns:
+    floats = matrix.format in (Format.F32, Format.BF16)
+    if floats and (wide.numel() > FEW * matrix.columns or compiled.library() is None):
         return _by_tiles(wide, matrix, bias).to(x.dtype)
     made = product(matrix, wide)
     return (made if bias is None else made + bias).to(x.dtype)

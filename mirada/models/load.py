@@ -18,11 +18,12 @@ from torch.overrides import TorchFunctionMode
 
 from mirada import adapt
 from mirada.adapt.method import Scheme
+from mirada.adapt.mode import Mode
 from mirada.adapt.rows import NAME as INT8_ROWS
 from mirada.adapt.rows import SCALE
-from mirada.errors import CheckpointError, ConfigError, NotAvailable
+from mirada.errors import CheckpointError, ConfigError, NotAvailable, TensorError
 from mirada.layers.linear import quantise_rows
-from mirada.models import quantised, shards
+from mirada.models import formed, precision, quantised, shards
 from mirada.models.family import Family, family_of
 from mirada.models.layout import Layout
 from mirada.models.shards import Mapped, Stored
@@ -52,13 +53,15 @@ def load_model(
     *,
     widen: bool = False,
     place: Place | None = None,
+    mode: Mode | None = None,
 ) -> nn.Module:
     """The model of ``directory`` with its weights in ``dtype`` (None: float32 on a CPU, bfloat16 elsewhere) on ``device``,
     or each parameter where ``place`` says.
 
     Matrices that the checkpoint packs stay packed and are widened tile by tile as they are used; with ``widen`` they take
-    ``dtype`` on load: faster, but as large as if they had never been packed. Raises CheckpointError and its kinds, each naming
-    the file, key or tensor.
+    ``dtype`` on load: faster, but as large as if they had never been packed. ``mode`` (CPU and float32 only): how plain
+    matrices are kept, see ``adapt.mode``; a large model is written so to a cache on disk and mapped from there the next time.
+    Raises CheckpointError and its kinds, each naming the file, key or tensor.
     """
     directory, device = Path(directory), torch.device(device)
     if not directory.is_dir():
@@ -71,7 +74,11 @@ def load_model(
     stored = layout.released(shards.read_all(shards.find(directory)))
     packed = quantised.check(layout, stored, scheme)  # first: a checkpoint that does not fit must not cost its size
     keep = scheme is not None and not widen and not scheme.widens
-    change = (lambda model: quantised.replace(model, packed)) if keep else None
+    if mode is not None and not keep:
+        model = _in_mode(directory, mapping, layout, stored, scheme, mode)
+        model.config_text = where.read_text(encoding="utf-8")  # pyright: ignore[reportArgumentType]
+        return model.eval()
+    change = (lambda model: quantised.replace(model, packed, mode is not None)) if keep else None
     model = build(mapping, dtype, device, str(where), change, place)
     load_weights(model, layout, stored, scheme)
     if scheme is None or scheme.widens or keep:
@@ -79,6 +86,28 @@ def load_model(
     else:  # what is in memory is plain now, and so is what a save writes
         model.config_text = json.dumps(adapt.without(mapping), indent=2) + "\n"  # pyright: ignore[reportArgumentType]
     return model.eval()
+
+
+def _in_mode(
+    directory: Path, mapping: Mapping[str, Any], layout: Layout, stored: Mapping[str, Stored], scheme: Scheme | None, mode: Mode
+) -> nn.Module:
+    """The model in the forms of ``mode``, from the cache on disk or into it."""
+    where = str(directory / "config.json")
+    size = precision.resident_bytes(layout, mode, stored, torch.float32)
+    file = formed.place(shards.find(directory), json.dumps(mapping), mode, size)
+    kept = formed.read(file)
+    make = precision.made if kept is None else kept.make
+    change = lambda model: precision.replace(model, layout, mode, stored, make)  # noqa: E731
+    model: Any = build(mapping, torch.float32, "cpu" if kept is None else "meta", where, change)
+    if kept is None:
+        load_weights(model, layout, stored, scheme)
+    else:
+        kept.install(model)
+        model.tie_weights()
+    precision.finish(model, fill=kept is None)
+    if kept is None and file is not None:
+        formed.write(file, model)
+    return model
 
 
 def build(
@@ -147,13 +176,20 @@ def load_weights(model: nn.Module, layout: Layout, stored: Mapping[str, Stored],
         else:
             rule, index, _ = wanted[name]
             place = quantised.target(model, rule, index)
-            assert isinstance(place, Tensor), f"{name} is plain, but was to be packed"
+            assert isinstance(place, Tensor | precision.Rows), f"{name} is plain, but was to be packed"
             _fill(place, stored[name], mapped)
 
 
-def _fill(place: Tensor, stored: Stored, mapped: Mapped) -> None:
-    flat = place.view(-1)
+def _fill(place: Tensor | precision.Rows, stored: Stored, mapped: Mapped) -> None:
     row = math.prod(stored.shape[1:])
+    if isinstance(place, precision.Rows):
+        try:
+            for begin, piece in mapped.chunks(stored, row * stored.torch_dtype.itemsize):
+                place.fill(begin // row, piece.view(-1, row))
+        except TensorError as error:
+            raise TensorError(f"tensor {stored.name!r}: {error.problem}", error.fix) from error
+        return
+    flat = place.view(-1)
     for begin, piece in mapped.chunks(stored, row * stored.torch_dtype.itemsize):
         flat[begin : begin + len(piece)].copy_(piece)
 

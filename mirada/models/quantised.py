@@ -14,9 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mirada.adapt.fbgemm import Int8Linear
 from mirada.adapt.method import Field, Scheme, module_of
 from mirada.adapt.packed import Packed, PackedLinear, PackedRows, PackedStack
 from mirada.errors import TensorError
+from mirada.layers.linear import MatrixLinear, MatrixStack
+from mirada.models import precision
 from mirada.models.layout import Layout, Rule
 from mirada.models.shards import Mapped, Stored
 
@@ -115,8 +118,10 @@ def _check_uncovered(layout: Layout, stored: Mapping[str, Stored], known: Collec
             raise TensorError(f"tensor {name!r} packs a matrix that quantization_config leaves plain", _PLAIN_FIX)
 
 
-def replace(model: nn.Module, packed: Mapping[str, Source]) -> None:
+def replace(model: nn.Module, packed: Mapping[str, Source], compiled: bool = False) -> None:
     """Puts modules that hold packed integers where ``packed`` goes, before the plain ones take memory.
+
+    ``compiled``: matrices whose form allows it are multiplied by the compiled kernels, which round activations to 8 bits.
 
     A Linear becomes a PackedLinear and a parameter [E, R, C] of stacked matrices a PackedStack. What another module reads as
     a matrix of its own (``stays_float`` on the Linear, or any other parameter) stays, and is widened on load.
@@ -125,7 +130,7 @@ def replace(model: nn.Module, packed: Mapping[str, Source]) -> None:
         owner, _, attribute = rule.parameter.rpartition(".")
         module = model.get_submodule(owner)
         if isinstance(module, nn.Linear) and attribute == "weight" and not getattr(module, "stays_float", False):
-            parts = _parts(rule, packed, module.weight)
+            parts = _parts(rule, packed, module.weight, compiled)
             parent, _, child = owner.rpartition(".")
             setattr(model.get_submodule(parent), child, PackedLinear(parts, module.bias, module.in_features))
         elif rule.how == "stack" and _stacks_rows(rule, held := getattr(module, attribute)):
@@ -138,18 +143,22 @@ def _stacks_rows(rule: Rule, held: Tensor) -> bool:
     return held.ndim == 3 and all(len(shape) == 2 and shape[1] == held.shape[2] for _, shape in rule.tensors)
 
 
-def _parts(rule: Rule, packed: Mapping[str, Source], like: Tensor) -> list[nn.Module]:
+def _parts(rule: Rule, packed: Mapping[str, Source], like: Tensor, compiled: bool = False) -> list[nn.Module]:
     made: list[nn.Module] = []
     for name, (rows, columns) in rule.tensors:  # pyright: ignore[reportAssignmentType]
         if name in packed:
-            made.append(PackedRows(rows, columns))
+            made.append(PackedRows(rows, columns, compiled))
         else:
             made.append(nn.Linear(columns, rows, bias=False, dtype=like.dtype, device=like.device))
     return made
 
 
-def target(model: nn.Module, rule: Rule, index: int) -> Tensor | PackedRows:
-    """What takes stored tensor ``index`` of ``rule``: a view of its stored shape, or the module that holds it packed."""
+def target(model: nn.Module, rule: Rule, index: int) -> Tensor | PackedRows | precision.Rows:
+    """What takes stored tensor ``index`` of ``rule``: a view of its stored shape, the module that holds it packed, or what
+    rounds its rows."""
+    rounding = precision.target(model, rule, index)
+    if rounding is not None:
+        return rounding
     owner, _, attribute = rule.parameter.rpartition(".")
     module = model.get_submodule(owner)
     holder = module if isinstance(module, PackedLinear) and attribute == "weight" else getattr(module, attribute)
@@ -186,7 +195,11 @@ def _device(model: nn.Module, parameter: str) -> torch.device:
         path.pop()
 
 
-def _widen(packed: Packed, place: Tensor) -> None:
+def _widen(packed: Packed, place: Tensor | precision.Rows) -> None:
+    if isinstance(place, precision.Rows):
+        for begin, end in packed.tiles():
+            place.fill(begin, packed.widen(begin, end))
+        return
     rows = place.view(packed.rows, packed.columns)
     for begin, end in packed.tiles():
         rows[begin:end].copy_(packed.widen(begin, end))
@@ -194,7 +207,8 @@ def _widen(packed: Packed, place: Tensor) -> None:
 
 def is_packed(model: nn.Module) -> bool:
     """Whether some matrices of ``model`` are held packed."""
-    return any(isinstance(module, PackedRows) for module in model.modules())
+    held = (PackedRows, MatrixLinear, MatrixStack, Int8Linear)
+    return any(isinstance(module, held) for module in model.modules())
 
 
 def resident_bytes(
