@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from mirada import adapt
+from mirada.adapt.mode import Mode
+from mirada.adapt.mode import parse as parse_mode
 from mirada.engine import memory
 from mirada.engine.place import Plan, Room, install, measure, plan, rooms
 from mirada.errors import CheckpointError, NotAvailable, SettingsError
 from mirada.layers.attention import check_kind, set_kind
 from mirada.media.rule import MediaRule
-from mirada.models import shards
+from mirada.models import precision, shards
 from mirada.models.family import family_of
 from mirada.models.load import load_model, read_json
 from mirada.models.quantised import resident_bytes
@@ -62,11 +64,13 @@ def load(
     hub: Any = None,
     device_map: str | None = None,
     attn: str = "auto",
+    quant: str | Mode | None = None,
 ) -> Parts:
     """Read the checkpoint ``name``: a directory, a model inside the package (``mini``), or org/name on a hub.
 
     ``widen``: packed (quantised) matrices take ``dtype`` on load, for speed, instead of staying packed. ``device_map="auto"``
     spreads layers over all GPUs and the CPU instead of taking one ``device``. ``attn``: see ``layers.attention.check_kind``.
+    ``quant``: how matrices are kept on a CPU, see ``adapt.mode`` and ``check_mode``.
 
     Raises CheckpointError, NotAvailable (device), SettingsError, or OutOfMemory before any weight is read.
     """
@@ -75,6 +79,7 @@ def load(
     place = found[0].device if found else pick_device(device)
     mapping = read_json(directory / "config.json")
     kind = pick_dtype(dtype, place, mapping)
+    mode = check_mode(parse_mode(quant), adapt.read(mapping, str(directory / "config.json")), place, kind, bool(found), widen)
     family = family_of(mapping, str(directory / "config.json"))
     attention = check_kind(attn, place, kind)
     if found:
@@ -85,8 +90,8 @@ def load(
         install(model, made)
     else:
         made = None
-        check_weights(directory, kind, place, widen)
-        model = load_model(directory, kind, place, widen=widen)
+        check_weights(directory, kind, place, widen, mode)
+        model = load_model(directory, kind, place, widen=widen, mode=mode)
     set_kind(model, attention)
     config: Any = model.config
     preprocessor = directory / "preprocessor_config.json"
@@ -100,6 +105,33 @@ def load(
         eos=_eos(generation),
     )
     return replace(parts, placement=made, advised=advised([name, directory.resolve()], generation, str(file)))
+
+
+def check_mode(
+    mode: Mode | None, scheme: Any, device: torch.device, dtype: torch.dtype, spread: bool, widen: bool
+) -> Mode | None:
+    """``mode`` where it can be had. On a checkpoint that is packed already it can only be the one of its own bits, and means
+    that the compiled kernels multiply its integers as they are, with activations rounded to 8 bits.
+
+    NotAvailable off the CPU; SettingsError beside other types than float32, ``device_map`` or ``widen``, or for other bits.
+    """
+    if mode is None:
+        return None
+    name = f"quant={str(mode)!r}"
+    if device.type != "cpu" or spread:
+        raise NotAvailable(
+            f"{name} on {'several devices' if spread else device}: precision modes are for one CPU",
+            "use device='cpu', or a checkpoint that is stored quantised (AWQ, GPTQ, compressed-tensors, fp8)",
+        )
+    if dtype != torch.float32 or widen:
+        other = "widen=True" if widen else f"dtype={str(dtype).removeprefix('torch.')!r}"
+        raise SettingsError(f"{name} beside {other}", f"leave {other.partition('=')[0]} out: activations are float32 there")
+    if scheme is not None and not scheme.widens:
+        if mode.name == "exact" or scheme.method == "fp8" or getattr(scheme, "bits", 4) != {"int8": 8, "int4": 4}[mode.name]:
+            raise SettingsError(
+                f"{name}: the checkpoint is stored as {scheme.method} already", "leave quant out: it stays as it is stored"
+            )
+    return mode
 
 
 def _rooms(device_map: str | None, device: Any) -> list[Room]:
@@ -181,17 +213,23 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device, config: di
     return DTYPES[name]
 
 
-def check_weights(directory: Path, dtype: torch.dtype, device: torch.device, widen: bool = False) -> None:
-    """Raise OutOfMemory unless the weights in ``dtype`` fit, counted from the headers of their files."""
+def check_weights(
+    directory: Path, dtype: torch.dtype, device: torch.device, widen: bool = False, mode: Mode | None = None
+) -> None:
+    """Raise OutOfMemory unless the weights in ``dtype`` (or ``mode``) fit, counted from the headers of their files."""
     mapping = read_json(directory / "config.json")
     scheme, family = adapt.read(mapping, str(directory / "config.json")), family_of(mapping)
     wide = widen or (scheme is not None and scheme.widens)
     layout = family.layout(family.config(mapping))
     stored = layout.released(shards.read_all(shards.find(directory)))
-    needed = resident_bytes(layout, stored, scheme, dtype, wide)
+    if mode is not None and (scheme is None or scheme.widens):
+        needed = precision.resident_bytes(layout, mode, stored, dtype)
+    else:
+        needed = resident_bytes(layout, stored, scheme, dtype, wide)
     smaller = "use dtype='bfloat16', " if dtype.itemsize > 2 else "use "
+    kept = str(dtype).removeprefix("torch.") if mode is None else str(mode)
     memory.require(
-        needed, memory.available(device), f"model {directory.name!r} in {str(dtype).removeprefix('torch.')}",
+        needed, memory.available(device), f"model {directory.name!r} in {kept}",
         f"{smaller}a quantised mode, a smaller model, or another device",
     )  # fmt: skip
 

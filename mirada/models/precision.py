@@ -90,7 +90,7 @@ def target(model: nn.Module, rule: Rule, index: int) -> Rows | None:
     owner, _, attribute = rule.parameter.rpartition(".")
     module = model.get_submodule(owner)
     shape = rule.tensors[index][1]
-    if attribute != "weight" or not isinstance(module, MatrixLinear | Int8Linear | RoundedLinear):
+    if attribute != "weight":  # a stack, or a table of something
         module = getattr(module, attribute)
     if isinstance(module, MatrixLinear):
         return Rows(module.matrix, _before(rule, 0, index), shape)
