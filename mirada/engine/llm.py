@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mirada import config
+from mirada.adapt.mode import parse as parse_mode
 from mirada.engine import inputs
 from mirada.engine.handle import EngineHandle
 from mirada.engine.load import Parts, assemble, load
@@ -52,7 +53,9 @@ class VLM:
     float32, bfloat16, float16 (``auto``: float32 on a CPU, else as stored). ``attn``: sdpa, flash (bfloat16 or float16 on a
     GPU only), eager (as it is written; slow), auto (sdpa).
     ``min_pixels`` / ``max_pixels`` bound the resized area of every picture. ``widen``: matrices of a quantised checkpoint take
-    ``dtype`` on load (faster, larger) instead of staying packed. ``limits`` say what may be fetched, and from where.
+    ``dtype`` on load (faster, larger) instead of staying packed. ``quant`` says how matrices are kept on a CPU: ``exact`` (as
+    stored, with float32 activations), ``int8``, ``int4`` or, with groups of 64, ``int4:64``; see docs/quantise.md.
+    ``load_in_8bit`` and ``load_in_4bit`` are other names of int8 and int4. ``limits`` say what may be fetched, and from where.
     ``engine``: bounds of the engine, see ``EngineSettings``. Its thread ends with ``close()``, at the end of a ``with`` block,
     or when neither this object nor a handle of it is left.
     Raises CheckpointError, NotAvailable, SettingsError or OutOfMemory.
@@ -69,12 +72,17 @@ class VLM:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         widen: bool = False,
+        quant: str | None = None,
+        load_in_8bit: bool = False,
+        load_in_4bit: bool = False,
         hub: HubOptions | Mapping[str, Any] | None = None,
         limits: FetchLimits | None = None,
         engine: EngineSettingsLike = None,
     ) -> None:
         settings = _engine_settings(engine)
-        self._set_up(load(model, device, dtype, min_pixels, max_pixels, widen, hub, device_map, attn), limits, settings)
+        mode = parse_mode(quant, load_in_8bit, load_in_4bit)
+        parts = load(model, device, dtype, min_pixels, max_pixels, widen, hub, device_map, attn, mode)
+        self._set_up(parts, limits, settings)
 
     @classmethod
     def from_parts(
