@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mirada.engine.llm import VLM
-from mirada.errors import InputError, NotAvailable
+from mirada.errors import InputError
 from mirada.types import Image, Message, Sampling, Text, Video
 
 
@@ -27,14 +27,11 @@ class KeyeVLInference:
         load_in_4bit: bool = False,
         load_in_8bit: bool = False,
     ) -> KeyeVLInference:
-        """The checkpoint in ``model_path``. Raises NotAvailable (quantised modes), CheckpointError, OutOfMemory."""
-        for name, asked in (("load_in_4bit", load_in_4bit), ("load_in_8bit", load_in_8bit)):
-            if asked:
-                raise NotAvailable(
-                    f"{name}=True: this version of Mirada does not quantise while it loads",
-                    f"leave {name} out; VLM(..., dtype='bfloat16') halves the memory of float32",
-                )
-        return cls(VLM(str(model_path), device=device))
+        """The checkpoint in ``model_path``. ``load_in_4bit`` and ``load_in_8bit`` are ``VLM(..., quant="int4")`` and ``"int8"``.
+
+        Raises NotAvailable (these two off the CPU), SettingsError (both), CheckpointError, OutOfMemory.
+        """
+        return cls(VLM(str(model_path), device=device, load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit))
 
     @classmethod
     def from_hf_hub(
