@@ -20,7 +20,8 @@ from mirada.layers.cache import KVCache
 from mirada.layers.linear import Linear
 from mirada.layers.mlp import GatedMLP
 from mirada.layers.norm import RMSNorm, norm_heads
-from mirada.layers.rope import Rotation, mrope_angles, rotate, rotation
+from mirada.layers.rope import Rotation, inverse_frequencies, mrope_angles, rotate, rotation
+from mirada.layers.step import Block, Parts, Shape, Step, Unplannable
 from mirada.models.layout import Rule
 
 
@@ -109,15 +110,40 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.steps = Step()
 
     def forward(self, x: Tensor, batch: Batch, cache: KVCache | None = None) -> Tensor:
-        """[T, D] embeddings -> [T, D] after the final norm."""
+        """[T, D] embeddings -> [T, D] after the final norm. Few tokens on a CPU: in one call, where ``layers.step`` can."""
+        made = self.steps.run(self, self._parts, x, batch, cache)
+        if made is not None:
+            return made[0]
         c = self.config
         turn = rotation(mrope_angles(batch.positions, c.mrope_section, c.head_dim, c.rope_theta))
         ctx = Context(batch, turn, cache)
         for layer in self.layers:
             x = layer(x, ctx)
         return self.norm(x)
+
+    def logits(self, x: Tensor, batch: Batch, cache: KVCache | None, head: nn.Module) -> Tensor | None:
+        """[T, D] embeddings -> float32 logits [T, V] of every token, in the same call; None where ``layers.step`` cannot."""
+        made = self.steps.run(self, self._parts, x, batch, cache, head)
+        return None if made is None else made[1]
+
+    def _parts(self) -> Parts:
+        c = self.config
+        axes = [axis for axis, count in enumerate(c.mrope_section) for _ in range(count)]
+        frequencies = inverse_frequencies(c.head_dim, c.rope_theta)
+        shape = Shape(c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.head_dim**-0.5, frequencies, axes)
+        return Parts(shape, [_block(layer) for layer in self.layers], self.norm)
+
+
+def _block(layer: nn.Module) -> Block:
+    """The parts of a layer, for ``layers.step``; Unplannable if it, or one of them, is of another kind than here."""
+    if type(layer) is not DecoderLayer or type(layer.attention) is not DecoderAttention or type(layer.mlp) is not GatedMLP:
+        raise Unplannable
+    a, m = layer.attention, layer.mlp
+    norms = (a.q_norm, a.k_norm) if a.qk_norm else None
+    return Block(layer.norm1, a.qkv, norms, a.out, layer.norm2, m.gate_up, m.down)
 
 
 def cache_spec(config: DecoderConfig) -> dict[str, int]:

@@ -81,6 +81,13 @@ class VisionLanguageModel(nn.Module):
         """[.., D] -> float32 [.., V]."""
         return self.lm_head(hidden).float()
 
+    def next_logits(self, batch: Batch, features: Tensor | None = None, cache: Any = None) -> Tensor:
+        """float32 [T, V]: ``logits`` of ``forward``, for every token of ``batch``; a decoder may compute both at once."""
+        x = self.embed(batch, features)
+        at_once = getattr(self.decoder, "logits", None)
+        made = None if at_once is None else at_once(x, batch, cache, self.lm_head)
+        return self.logits(self.decoder(x, batch, cache)) if made is None else made
+
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
         """Fresh weights for training: tables normal with deviation 0.02, matrices 1/sqrt(inputs), residual outputs less

@@ -11,7 +11,7 @@ from pathlib import Path
 from mirada import config
 from mirada.errors import SettingsError
 
-VERSION = 1
+VERSION = 2
 """What ``mr_version`` of gemm.c must say; counted up with every change of packed forms or of structures."""
 SETTING = "MIRADA_CPU_KERNELS"
 """Environment: auto (the best that the processor has), scalar, avx2, avx512, or off."""

@@ -34,6 +34,14 @@ typedef struct {
                    float *const *parts, int kv);
 } lanes;
 
+typedef float fours __attribute__((vector_size(16)));
+
+static inline __attribute__((always_inline)) float total_of_four(fours x) { return (x[0] + x[1]) + (x[2] + x[3]); }
+
+static inline __attribute__((always_inline)) fours totals_of_four(fours a, fours b, fours c, fours e) {
+    return (fours){total_of_four(a), total_of_four(b), total_of_four(c), total_of_four(e)};
+}
+
 #define W 4
 #define TARGET
 #define FOR(name) name##_any
@@ -46,6 +54,12 @@ typedef struct {
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+
+/* The same sums in the same order. */
+__attribute__((target("avx2,fma"), always_inline)) static inline fours hadd_four(fours a, fours b, fours c, fours e) {
+    return _mm_hadd_ps(_mm_hadd_ps(a, b), _mm_hadd_ps(c, e));
+}
+#define totals_of_four hadd_four
 
 #define W 8
 #define TARGET __attribute__((target("avx2,fma")))
@@ -66,6 +80,7 @@ typedef struct {
 #undef TARGET
 #undef FOR
 #undef FMA
+#undef totals_of_four
 #endif
 
 /* The widest that is in use (mr_set_isa) and that heads of d channels divide into. */
@@ -393,6 +408,8 @@ void mr_step(const mr_decoder *decoder, const mr_call *call) {
     lay_out(decoder, call, call->scratch, &made);
     int half = decoder->head_width / 2;
     for (int i = 0; i < decoder->layers * STAGES + 1; i++) atomic_init(&made.next[i], 0);
+    for (int w = 0; w < decoder->wides; w++)
+        for (int64_t i = 0; i < decoder->wide[w].count; i++) decoder->wide[w].to[i] = mr_bf16_to_float(decoder->wide[w].from[i]);
     for (int r = 0; r < call->rows; r++) {
         for (int i = 0; i < half; i++) {
             int64_t place = call->positions[decoder->axis[i] * call->position_strides[0] + r * call->position_strides[1]];

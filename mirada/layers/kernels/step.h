@@ -16,6 +16,13 @@ typedef struct {
     const float *q_norm, *k_norm;      /* [d], or NULL: heads are not normalised */
 } mr_layer;
 
+/* A vector that is stored as bfloat16 and read as float32: brought up to date before each step. */
+typedef struct {
+    const uint16_t *from;
+    float *to;
+    int64_t count;
+} mr_wide;
+
 typedef struct {
     int32_t layers, width, heads, kv_heads, head_width, inner;
     float eps, head_eps, scale; /* of the norms of width D, of those of heads, of the scores */
@@ -24,6 +31,8 @@ typedef struct {
     const float *frequency;     /* [d / 2] */
     const int32_t *axis;        /* [d / 2]: which row of the positions turns a channel */
     mr_matrix head;             /* [V, D]; no rows: there is none */
+    const mr_wide *wide;        /* [wides] */
+    int32_t wides;
 } mr_decoder;
 
 typedef struct {

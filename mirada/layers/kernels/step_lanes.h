@@ -42,13 +42,19 @@ LANES vec FOR(all)(float x) { return x - (vec){0}; }
 
 LANES vec FOR(pick)(ivec where, vec a, vec b) { return (vec)(((ivec)a & where) | ((ivec)b & ~where)); }
 
-LANES float FOR(total)(vec v) {
-    float x[W];
+LANES vec FOR(larger)(vec a, vec b) { return FOR(pick)(a > b, a, b); }
+
+/* The sums of strands i, i + 4, i + 8 .. */
+LANES fours FOR(quarter)(vec v) {
+    fours x[W / 4], sum;
     memcpy(x, &v, sizeof v);
-    for (int half = W / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) x[i] += x[i + half];
-    return x[0];
+    sum = x[0];
+    if (W == 8) sum = x[0] + x[W / 8];
+    if (W == 16) sum = (x[0] + x[W / 8]) + (x[W / 16] + x[W / 4 - 1]);
+    return sum;
 }
+
+LANES float FOR(total)(vec v) { return total_of_four(FOR(quarter)(v)); }
 
 /* e^x within 2 units in the last place from -87.3 to 88.3, held at the ends outside. */
 LANES vec FOR(exp)(vec x) {
@@ -112,8 +118,8 @@ LANES void FOR(score)(const float *q, const void *keys, int count, int d, float 
             c = FMA(x, FOR(load_kv)(keys, at + 2 * d + i, kv), c);
             e = FMA(x, FOR(load_kv)(keys, at + 3 * d + i, kv), e);
         }
-        scores[j] = FOR(total)(a), scores[j + 1] = FOR(total)(b);
-        scores[j + 2] = FOR(total)(c), scores[j + 3] = FOR(total)(e);
+        fours made = totals_of_four(FOR(quarter)(a), FOR(quarter)(b), FOR(quarter)(c), FOR(quarter)(e));
+        memcpy(scores + j, &made, sizeof made);
     }
     for (; j < count; j++) {
         vec a = {0};
@@ -142,11 +148,14 @@ LANES void FOR(tile)(const float *q, const head_slab *slab, int at, int count, i
     FOR(score)(q, slab->keys + from, count, d, s, kv);
     if (kv == MR_KV_INT8)
         for (int j = 0; j < count; j++) s[j] *= slab->key_scales[at + j];
-    float most = part[d];
-    for (int j = 0; j < count; j++) most = s[j] > most ? s[j] : most;
-    vec sum = {0};
     int whole = (count + W - 1) / W * W;
-    for (int j = count; j < whole; j++) s[j] = 0;
+    for (int j = count; j < whole; j++) s[j] = -INFINITY;
+    vec highest = FOR(all)(part[d]), sum = {0};
+    for (int j = 0; j < whole; j += W) highest = FOR(larger)(FOR(load)(s + j), highest);
+    float tops[W], most;
+    FOR(store)(tops, highest);
+    most = tops[0];
+    for (int j = 1; j < W; j++) most = tops[j] > most ? tops[j] : most;
     for (int j = 0; j < whole; j += W) FOR(store)(s + j, FOR(exp)(FOR(load)(s + j) - most));
     for (int j = count; j < whole; j++) s[j] = 0;
     for (int j = 0; j < whole; j += W) sum += FOR(load)(s + j);
