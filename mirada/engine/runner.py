@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mirada.engine import sample
+from mirada.engine.ngram import accept
 from mirada.engine.sample import Chooser, Picked
 from mirada.engine.sequence import Sequence
 from mirada.errors import MiradaError
@@ -114,7 +115,7 @@ class Runner:
             error = next((picked.errors[row] for row in range(start, end) if row in picked.errors), None)
             tokens = picked.tokens[start:end]
             if chunk.rows > 1:
-                tokens = accepted(chunk.sequence.draft, tokens)
+                tokens = tokens[: accept(chunk.sequence.draft, tokens) + 1]
             made.append(Choice(tokens, picked.reports[start : start + len(tokens)], error))
             start = end
         return made
@@ -130,12 +131,3 @@ class Runner:
 
     def is_end(self, sequence: Sequence, token: int) -> bool:
         return token in self.eos and not sequence.sampling.ignore_eos
-
-
-def accepted(draft: Seq[int], likely: Seq[int]) -> list[int]:
-    """The most likely tokens after the last one and after each of ``draft`` (one more), as far as the draft was right: all
-    that greedy decoding would have chosen step by step (Leviathan et al. 2022, arXiv 2211.17192, at temperature 0)."""
-    right = 0
-    while right < len(draft) and draft[right] == likely[right]:
-        right += 1
-    return list(likely[: right + 1])

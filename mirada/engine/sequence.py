@@ -169,6 +169,8 @@ class Sequence:
     guide: Any = None
     """What its tokens must obey (``engine.guide.Guide``)."""
     thinking: ThinkingBudget | None = None
+    ngrams: Any = None
+    """Where its tokens stood before (``engine.ngram.NGramIndex``), if drafts are made."""
     finish: Finish | None = None
     error: MiradaError | None = None
     cancelled: bool = False
@@ -269,7 +271,7 @@ class Sequence:
         if delta.finish is not None:
             self.finish = delta.finish
             self.metrics["total"] = time.perf_counter() - self.born
-            self.media, self.positions, self.chooser, self.features = (), None, None, None
+            self.media, self.positions, self.chooser, self.features, self.ngrams = (), None, None, None, None
             self.done = True  # last: whoever sees it may read all the rest
         for listener in tuple(self.listeners):
             listener(self.done)

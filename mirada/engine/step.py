@@ -12,6 +12,7 @@ import torch
 
 from mirada.engine.features import Encoder, FeatureCache, Unit
 from mirada.engine.memory import Budget
+from mirada.engine.ngram import INDEXED, NGramIndex
 from mirada.engine.runner import Choice, Chunk, Runner
 from mirada.engine.scheduler import KNOBS, PrefixCache, Scheduler, describe
 from mirada.engine.sequence import Sequence
@@ -21,8 +22,8 @@ from mirada.media.grid import GridRule
 
 AHEAD = 2
 """Steps by which encoding may run ahead of the tokens that need it."""
-SPECULATE_RUNNING = 4
-"""Drafts are checked only while at most so many sequences run: where more rows cost next to nothing."""
+FLAT_ROWS = 8
+"""Rows that a step computes in about the time of one, for it waits for the weights: drafts are checked only within these."""
 
 
 class Engine:
@@ -68,14 +69,20 @@ class Engine:
     def _propose(self) -> None:
         """Drafts for those whose reply a draft cannot change."""
         running = self.scheduler.running
-        if not self.settings.speculate or len(running) > SPECULATE_RUNNING:
+        if not self.settings.speculate or not running:
             return
-        from mirada.engine.ngram import propose
-
+        rows = min(self.settings.speculate, FLAT_ROWS // len(running) - 1)
         for sequence in running:
-            most = min(self.settings.speculate, sequence.limit - len(sequence.tokens) - 1)
+            most = min(rows, sequence.limit - len(sequence.tokens) - 1)
             if sequence.left == 1 and most > 0 and sequence.chooser.plain:
-                sequence.draft = list(propose(sequence.ids(0, sequence.num_tokens), most))[:most]
+                sequence.draft = self._lookup(sequence).propose(most)
+
+    def _lookup(self, sequence: Sequence) -> NGramIndex:
+        """The index of its tokens, brought up to date."""
+        if sequence.ngrams is None:
+            sequence.ngrams = NGramIndex(start=max(0, sequence.num_tokens - INDEXED))
+        sequence.ngrams.extend(sequence.ids(sequence.ngrams.end, sequence.num_tokens))
+        return sequence.ngrams
 
     def _encode(self, units: Seq[tuple[Sequence, Unit]]) -> list[tuple[tuple[Sequence, Unit], None]]:
         began = time.perf_counter()
@@ -103,6 +110,8 @@ class Engine:
             raise choice.error
         if sequence.features is not None:
             sequence.features.skip(sequence.computed)
+        if tokens and not sequence.tokens:
+            self.scheduler.share(sequence)
         for index, (token, report) in enumerate(zip(tokens, choice.reports, strict=True)):
             if index:  # the token before this one was in the draft, so it is computed too
                 sequence.computed += 1
