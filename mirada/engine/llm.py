@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mirada import config
 from mirada.adapt.mode import parse as parse_mode
 from mirada.engine import inputs
+from mirada.engine.guide import Guide
 from mirada.engine.handle import EngineHandle
 from mirada.engine.load import Parts, assemble, load
 from mirada.engine.prefix import PrefixCache, Weights
@@ -238,11 +239,14 @@ class VLM:
         thinking: Thinking = "auto",
         tools: Tools | None = None,
         media: Seq[Patches] = (),
+        guide: Guide | None = None,
     ) -> EngineHandle:
         """Start a request; returns at once, media are prepared meanwhile. Bad input does not raise here: the handle carries
-        the error. ``media`` belongs to a Prompt."""
+        the error. ``media`` belongs to a Prompt. ``guide`` says token by token what the reply may hold, from its first token
+        on; it serves this request alone."""
         try:
             sequence, wanted, finish = self._requests.begin(chat, _sampling(sampling), thinking, media, tools)
+            sequence.guide = guide
             if not wanted:
                 finish(None)
                 self._engine.submit(sequence)

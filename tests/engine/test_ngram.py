@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from engine.mixes import mix
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from engine.mixes import mix
 
 from mirada import VLM, Sampling
 from mirada.engine.ngram import LONGEST, SHORTEST, NGramIndex, accept, propose
