@@ -7,6 +7,8 @@ rotary part; W = c + r values cached per token. Ported facts: DeepSeek-V2 (arXiv
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +19,7 @@ from mirada.layers.attention import DEFAULT, attend_packed
 from mirada.layers.batch import Batch
 from mirada.layers.kv_int8 import Quantised
 from mirada.layers.latent_cache import LatentCache, Rows
-from mirada.layers.linear import Linear
+from mirada.layers.linear import Linear, linear
 from mirada.layers.norm import RMSNorm
 from mirada.layers.past import TILE, Read, attend_one, attend_pieces, in_pieces, merge, tiles, written_piece
 from mirada.layers.rope import Rotation, pairs_to_halves, rotate
@@ -56,6 +58,9 @@ class MLA(nn.Module):
 
     attention_kind: str = DEFAULT
     """Of the expanded form, see ``layers.attention.KINDS``; the absorbed one always computes its softmax as written."""
+    variants: Sequence[tuple[Callable[[Tensor], Tensor] | None, tuple[int, ...]]] = ()
+    """Where an adapter changes the weight of ``kv_b``: what makes the changed one (None: as it is), and for which of the
+    sequences of a forward; together all of them."""
 
     def __init__(self, sizes: LatentSizes, scale: float, index: int) -> None:
         super().__init__()
@@ -77,13 +82,16 @@ class MLA(nn.Module):
         """[T, D] -> [T, D]. With a cache, the rows of the new tokens are kept there."""
         q, rows = self.queries(x, turn), self.rows(x, turn)
         if cache is None:
+            if self.variants:
+                raise RuntimeError("adapters of kv_b are for forwards with a cache")
             k, v = self.expand(rows)
             mixed = attend_packed(
                 q, k, self._as_wide(v), batch.lengths, causal=True, scale=self.scale, kind=self.attention_kind
             )
             return self.out(mixed[..., : self.sizes.value].flatten(1))
         so_far = cache.extend(self.index, rows, batch)
-        return self.out(self._attend(q, so_far, batch.lengths).flatten(1))
+        attend = self._attend_variants if self.variants else self._attend
+        return self.out(attend(q, so_far, batch.lengths).flatten(1))
 
     def queries(self, x: Tensor, turn: Rotation) -> Tensor:
         """[T, D] -> [T, H, nope + rope], the last ``rope`` channels turned."""
@@ -148,6 +156,23 @@ class MLA(nn.Module):
         made = [attend_latents(part, rows, self.sizes.kv_rank, self.scale) for part, rows in zip(entered, so_far, strict=True)]
         return self._leave(torch.cat(made))
 
+    def _attend_variants(self, q: Tensor, so_far: list[Rows], lengths: tuple[int, ...]) -> Tensor:
+        """As ``_attend``, the sequences of each variant together."""
+        parts, made = q.split(lengths), list[Tensor | None]([None] * len(lengths))
+        for change, members in self.variants:
+            of = self if change is None else self._with(change(self.kv_b.weight))
+            sizes = tuple(lengths[i] for i in members)
+            done = of._attend(torch.cat([parts[i] for i in members]), [so_far[i] for i in members], sizes)
+            for i, piece in zip(members, done.split(sizes), strict=True):
+                made[i] = piece
+        return torch.cat(made)  # pyright: ignore[reportArgumentType]
+
+    def _with(self, weight: Tensor) -> MLA:
+        """This attention with another weight of ``kv_b``; all else is shared."""
+        made = copy.copy(self)
+        made._modules = self._modules | {"kv_b": _Weight(weight)}
+        return made
+
     def _maps(self) -> tuple[Tensor, Tensor]:
         """Views of ``kv_b``: [H, nope, c] to keys and [H, value, c] to values."""
         s = self.sizes
@@ -166,6 +191,17 @@ class MLA(nn.Module):
     def _as_wide(self, v: Tensor) -> Tensor:
         """Values padded to the width of the keys: the kernels that never hold all scores want one width."""
         return F.pad(v, (0, self.sizes.key - self.sizes.value))
+
+
+class _Weight(nn.Module):
+    """A Linear without a bias, made for one forward."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
 
 
 def attend_latents(q: Tensor, rows: Rows, rank: int, scale: float) -> Tensor:

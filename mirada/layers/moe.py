@@ -73,6 +73,9 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """E gated feed-forward blocks: ``gate_up`` [E, 2I, D] (gate's rows, then up's) and ``down`` [E, D, I]."""
 
+    adapted: Callable[[str, int, Tensor, Tensor, Tensor], None] | None = None
+    """Called with (name of the stack, expert, its tokens, x, out) of every product, to add to ``out`` what adapters add."""
+
     def __init__(self, experts: int, dim: int, inner: int) -> None:
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(experts, 2 * inner, dim).normal_(std=dim**-0.5))
@@ -87,7 +90,7 @@ class Experts(nn.Module):
         tokens, shares = order // chosen.shape[1], weights.flatten()[order].to(x.dtype)[:, None]
         counts = torch.bincount(chosen.flatten(), minlength=len(self.down))
         # Experts that are held packed (adapt.packed.PackedStack) stand in place of the parameters; they come one at a time.
-        if x.device.type == "cuda" and x.dtype == torch.bfloat16 and isinstance(self.gate_up, Tensor):
+        if x.device.type == "cuda" and x.dtype == torch.bfloat16 and isinstance(self.gate_up, Tensor) and not self.adapted:
             return self._grouped(x, tokens, shares, order, counts)
         return self._one_by_one(x, tokens, shares, counts.tolist())
 
@@ -98,11 +101,17 @@ class Experts(nn.Module):
         for expert, count in enumerate(counts):
             if count:
                 rows = tokens[start : start + count]
-                gate, up = linear(x[rows], self.gate_up[expert]).chunk(2, -1)
-                out = linear(F.silu(gate) * up, self.down[expert])
+                gate, up = self._product("gate_up", expert, rows, x[rows]).chunk(2, -1)
+                out = self._product("down", expert, rows, F.silu(gate) * up)
                 # No token comes twice to one expert, so each row is added to once: the order of the sum is fixed.
                 made.index_add_(0, rows, out * shares[start : start + count])
                 start += count
+        return made
+
+    def _product(self, name: str, expert: int, rows: Tensor, x: Tensor) -> Tensor:
+        made = linear(x, getattr(self, name)[expert])
+        if self.adapted is not None:
+            self.adapted(name, expert, rows, x, made)
         return made
 
     def _grouped(self, x: Tensor, tokens: Tensor, shares: Tensor, order: Tensor, counts: Tensor) -> Tensor:

@@ -180,12 +180,12 @@ def load(model: nn.Module, source: Source, scheme: Scheme, stored: Mapping[str, 
         )
     place = target(model, source.rule, source.index)
     if isinstance(place, PackedRows):
-        place.fill(packed, _device(model, source.rule.parameter))
+        place.fill(packed, device_of(model, source.rule.parameter))
     else:
         _widen(packed, place)
 
 
-def _device(model: nn.Module, parameter: str) -> torch.device:
+def device_of(model: nn.Module, parameter: str) -> torch.device:
     """Where the plain parameters nearest to ``parameter`` lie: the norms of its layer, as layers may be on several devices."""
     path = parameter.split(".")[:-1]
     while True:

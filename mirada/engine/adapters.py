@@ -1,0 +1,80 @@
+"""The adapters of one engine, by name, and whose rows are whose in each forward."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from mirada.adapt.lora import Adapted, Adapter
+from mirada.engine import memory
+from mirada.errors import SettingsError, nearest
+from mirada.models.family import family_of
+from mirada.models.lora import load_adapter, size_of
+
+
+class Adapters:
+    """Names -> adapters. Any thread may load, unload and look up; ``tokens``, ``rows`` and ``media`` are for the engine's."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._adapted = Adapted(model)
+        self._merge = model.config.vision.spatial_merge_size**2
+        self._held: dict[str, Adapter] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._held)
+
+    def load(self, name: str, path: str | Path) -> None:
+        """Make the adapter in directory ``path`` known as ``name``. Raises SettingsError for a name that is taken,
+        CheckpointError and its kinds, OutOfMemory."""
+        if not isinstance(name, str) or not name:
+            raise SettingsError(f"an adapter is named {name!r}", "give it a name of at least one letter")
+        self._refuse_taken(name)
+        device = next(self._model.parameters()).device
+        memory.require(size_of(path), memory.available(device), f"adapter {name!r}", "unload another adapter first")
+        layout = family_of({"model_type": self._model.config.model_type}).layout(self._model.config)
+        made = load_adapter(path, self._model, layout)
+        with self._lock:
+            self._refuse_taken(name)
+            self._held[name] = made
+
+    def unload(self, name: str) -> None:
+        """Forget ``name``. Requests that were submitted with it end with it; SettingsError if there is none."""
+        with self._lock:
+            self.find(name)
+            del self._held[name]
+
+    def find(self, name: str) -> Adapter:
+        """SettingsError lists what there is."""
+        found = self._held.get(name) if isinstance(name, str) else None
+        if found is None:
+            raise SettingsError(f"there is no adapter {name!r}", nearest(str(name), self._held))
+        return found
+
+    def _refuse_taken(self, name: str) -> None:
+        if name in self._held:
+            raise SettingsError(f"there is an adapter {name!r} already", "unload it first, or give this one another name")
+
+    def tokens(self, segments: Iterable[tuple[Adapter | None, int]]) -> AbstractContextManager[None]:
+        """While open, a forward over so many tokens of each is answered by its adapter."""
+        return self._over(decoder=list(segments))
+
+    def rows(self, segments: Iterable[tuple[Adapter | None, int]]) -> AbstractContextManager[None]:
+        """The same for hidden values on their way to logits."""
+        return self._over(lm_head=list(segments))
+
+    def media(self, segments: Iterable[tuple[Adapter | None, int]]) -> AbstractContextManager[None]:
+        """The same for patches on their way through tower and projector."""
+        patches = list(segments)
+        return self._over(visual=patches, projector=[(adapter, count // self._merge) for adapter, count in patches])
+
+    def _over(self, **segments: list[tuple[Adapter | None, int]]) -> AbstractContextManager[None]:
+        if all(adapter is None for given in segments.values() for adapter, _ in given):
+            return contextlib.nullcontext()
+        return self._adapted.over(segments)
