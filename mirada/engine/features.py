@@ -27,6 +27,10 @@ class FeatureCache(Protocol):
         """[n, D] of ``item`` by the tower with ``adapter``, if they are there."""
         ...
 
+    def has(self, item: Patches, adapter: str = "") -> bool:
+        """Whether ``get`` would find them. To be asked before an item is encoded, if ``get`` was not."""
+        ...
+
     def put(self, item: Patches, features: Tensor, adapter: str = "") -> None: ...
 
     def takes(self, size: int) -> bool:
@@ -117,6 +121,8 @@ class Encoder:
                 size = len(unit.piece.pixels)
                 if features.rows[unit.first] >= sequence.computed + ahead or self._follows(sequence, unit, leaders):
                     break
+                if unit is not features.units[0] and self._there(sequence, unit):
+                    break  # the cache gives it, once it comes next
                 if size > room and chosen:
                     return chosen
                 chosen.append((sequence, unit))
@@ -129,6 +135,12 @@ class Encoder:
             return False
         this = (sequence, unit.item)
         return leaders.setdefault((sequence.media[unit.item].key, sequence.adapter), this) != this
+
+    def _there(self, sequence: Sequence, unit: Unit) -> bool:
+        """Whether the cache has the item of ``unit``, of which nothing is encoded yet."""
+        if self.cache is None or unit.item in sequence.features.gathered:
+            return False
+        return self.cache.has(sequence.media[unit.item], sequence.adapter)
 
     def _kept(self, sequence: Sequence, unit: Unit) -> bool:
         """Whether the cache will take the item of ``unit`` when it is whole."""

@@ -65,10 +65,21 @@ class EncoderCache:
         key = self.key(item, adapter)
         found = self.entries.get(key, count_miss=False)
         if found is None:
-            self._asked.setdefault(key, self._weights)
-            if len(self._asked) > MOST_ASKED:
-                self._asked.popitem(last=False)
+            self._note(key)
         return found
+
+    def has(self, item: Patches, adapter: str = "") -> bool:
+        """Whether they are there; counts nothing. For items that come later than the one that was asked for."""
+        key = self.key(item, adapter)
+        if key in self.entries:
+            return True
+        self._note(key)
+        return False
+
+    def _note(self, key: bytes) -> None:
+        self._asked.setdefault(key, self._weights)
+        if len(self._asked) > MOST_ASKED:
+            self._asked.popitem(last=False)
 
     def put(self, item: Patches, features: Tensor, adapter: str = "") -> None:
         """Keep ``features``, which had to be encoded. A view is copied, or it would keep alive what it is a view of."""

@@ -36,6 +36,9 @@ class ByteCache(Generic[V]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._entries
+
     def get(self, key: bytes, count_miss: bool = True) -> V | None:
         with self._lock:
             found = self._entries.get(key)
