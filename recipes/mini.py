@@ -43,11 +43,14 @@ from mirada.train.objectives.next_token import NextToken
 from mirada.train.optim import round_rows, unround_rows
 from mirada.types import Prompt
 
+PLACES = 6
+"""Rows and columns of the net over a picture in which the tower must know each patch's cell."""
 DENSE_KINDS = {
     "char": (2, len(synth.CHARS)),
     "shape": (1, len(synth.SHAPES)),
     "colour": (1, len(synth.COLOURS)),
     "box": (1, synth.NUM_BOX_CLASSES),
+    "place": (1, 1 + PLACES * PLACES),
 }
 
 
@@ -72,9 +75,9 @@ TOWER, WHOLE = ("visual",), ("visual", "projector", "decoder", "lm_head")
 LINES = {"line": 0.85, "paragraph": 0.15}
 SEEN = {"line": 0.55, "scene": 0.2, "boxes": 0.08, "chart": 0.09, "paragraph": 0.08}
 READING = {"line": 0.8, "scene": 0.12, "boxes": 0.03, "chart": 0.01, "paragraph": 0.02, "text": 0.02}
-EVERYTHING = {"line": 0.58, "scene": 0.28, "boxes": 0.05, "chart": 0.04, "paragraph": 0.03, "text": 0.02}
-MORE_QUESTIONS = 4
-"""Further turns about a scene, a stack or a chart: the picture is seen once, its answers teach five times."""
+EVERYTHING = {"line": 0.42, "scene": 0.45, "boxes": 0.05, "chart": 0.04, "paragraph": 0.02, "text": 0.02}
+MORE_QUESTIONS = {"scene": 7, "boxes": 4, "chart": 4}
+"""Further turns about a picture: it is seen once, its answers teach many times. None about text, which is only read."""
 COMMON = TrainSettings(steps=1, optimizer="muon", save_every=400)
 STAGES = {
     "letters": Stage(TOWER, LINES, replace(COMMON, steps=800, lr=2e-3, shape="linear", floor=0.3), (0.0, 0.6), grow=False),
@@ -143,11 +146,18 @@ def example(
     grid = (1, high // rule.patch, wide // rule.patch)
     patches = Patches("image", pixels, (grid,), (high, wide), content_key(pixels, grid))
     chat = [Message("user", (Image(b""), Text(sample.question))), Message("assistant", sample.answer)]
-    for more in synth.more_questions(sample, MORE_QUESTIONS, seed, index):
+    for more in synth.more_questions(sample, MORE_QUESTIONS.get(task, 0), seed, index):
         chat += [Message("user", more.question), Message("assistant", more.answer)]
     prompt = renderer.render(chat, [patches], add_generation_prompt=False) if renderer else Prompt((0,), (), (False,))
     labels = {"char": sample.dense.char, "shape": sample.dense.shape, "colour": sample.dense.colour, "box": sample.dense.box}
+    labels["place"] = places(*grid[1:])
     return Example(prompt, (patches,), {k: v.reshape(grid[1] * grid[2], *v.shape[2:]) for k, v in labels.items()})
+
+
+def places(rows: int, columns: int) -> np.ndarray:
+    """int64 [rows, columns]: the cell of each patch in a net of PLACES by PLACES over the picture, from 1."""
+    down, across = (np.arange(n) * PLACES // n for n in (rows, columns))
+    return 1 + down[:, None] * PLACES + across[None, :]
 
 
 def load_renderer(directory: Path) -> Renderer:

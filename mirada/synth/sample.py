@@ -25,7 +25,7 @@ TASKS = Table(
 ASKED = Table(
     "synth task with many questions",
     {
-        "scene": "mirada.synth.scene:QUESTIONS",
+        "scene": "mirada.synth.scene:EXERCISES",
         "boxes": "mirada.synth.boxes:QUESTIONS",
         "chart": "mirada.synth.chart:QUESTIONS",
     },

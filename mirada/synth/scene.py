@@ -1,7 +1,8 @@
-"""Task ``scene``: coloured shapes, asked for count, colour, shape, place, relation and existence."""
+"""Task ``scene``: coloured shapes, asked for count, colour, shape, place, relation and existence; as exercises, for lists."""
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -205,11 +206,39 @@ def _compare(rng: random.Random, facts: dict[str, Any]) -> Question | None:
     return values, {"object": name(thing), "other": name(other), "side": side}, "yes" if is_ahead else "no"
 
 
+def _what_at(rng: random.Random, facts: dict[str, Any]) -> Question | None:
+    """What lies in a part of the picture where exactly one object can be meant."""
+    spots = [place_name(o, facts["height"], facts["width"]) for o in facts["objects"]]
+    fitting = [(o, spot) for o, spot in zip(facts["objects"], spots, strict=True) if spot and spots.count(spot) == 1]
+    if not fitting or None in spots:
+        return None
+    thing, spot = rng.choice(fitting)
+    return {"spot": spot}, {"spot": spot}, name(thing)
+
+
+def _list(rng: random.Random, facts: dict[str, Any], key: str) -> Question | None:
+    """All objects in the order of ``key``, where no two of them are nearly level."""
+    ordered = sorted(facts["objects"], key=lambda o: o[key])
+    if any(b[key] - a[key] < MARGIN // 2 for a, b in itertools.pairwise(ordered)):
+        return None
+    return {}, {}, ", ".join(name(o) for o in ordered)
+
+
+def _list_across(rng: random.Random, facts: dict[str, Any]) -> Question | None:
+    return _list(rng, facts, "x")
+
+
+def _list_down(rng: random.Random, facts: dict[str, Any]) -> Question | None:
+    return _list(rng, facts, "y")
+
+
 QUESTIONS: dict[str, Callable[[random.Random, dict[str, Any]], Question | None]] = {
     "count_all": _count_all, "count_shape": _count_shape, "count_colour": _count_colour, "count_both": _count_both,
     "colour_of": _colour_of, "shape_of": _shape_of, "where": _where, "relation": _relation, "exists": _exists,
     "extreme": _extreme, "compare": _compare,
 }  # fmt: skip
+EXERCISES = QUESTIONS | {"what_at": _what_at, "list_across": _list_across, "list_down": _list_down}
+"""What further turns ask: beside the questions, exercises that say many places with one answer."""
 
 
 def choose_question(rng: random.Random, facts: dict[str, Any], questions: dict[str, Any], phrasing: str) -> tuple[str, str]:

@@ -18,6 +18,12 @@ def _ahead(one, other, side):
     return sign * (one[axis] - other[axis]) > 0
 
 
+def _spot(thing, facts):
+    row = "top " if 3 * thing["y"] < facts["height"] else "bottom " if 3 * thing["y"] > 2 * facts["height"] else ""
+    column = "left" if 3 * thing["x"] < facts["width"] else "right" if 3 * thing["x"] > 2 * facts["width"] else ""
+    return (row + column).strip() or "middle"
+
+
 def solve_scene(kind, given, facts):
     things = facts["objects"]
     named = {_name(t): t for t in things}
@@ -28,10 +34,12 @@ def solve_scene(kind, given, facts):
         (only,) = [t for t in things if t[key] == given[key]]
         return only[wanted]
     if kind == "where":
-        thing = named[given["object"]]
-        row = "top " if 3 * thing["y"] < facts["height"] else "bottom " if 3 * thing["y"] > 2 * facts["height"] else ""
-        column = "left" if 3 * thing["x"] < facts["width"] else "right" if 3 * thing["x"] > 2 * facts["width"] else ""
-        return (row + column).strip() or "middle"
+        return _spot(named[given["object"]], facts)
+    if kind == "what_at":
+        (only,) = [t for t in things if _spot(t, facts) == given["spot"]]
+        return _name(only)
+    if kind.startswith("list_"):
+        return ", ".join(_name(t) for t in sorted(things, key=lambda t: t["x" if kind == "list_across" else "y"]))
     if kind == "relation":
         (only,) = [t for t in things if _ahead(t, named[given["object"]], given["side"])]
         return _name(only)
@@ -116,14 +124,16 @@ def test_answers_follow_from_the_facts(task, split):
 @pytest.mark.parametrize("task", CASES)
 def test_further_questions_are_about_the_same_picture(task):
     solve, _ = CASES[task]
-    questions = set()
+    questions, kinds = set(), set()
     for index in range(20):
         drawn = synth.sample(task, 8, index, fonts="builtin")
         for more in synth.more_questions(drawn, 4, 8, index):
             assert more.image is drawn.image
             assert solve(more.facts["question_type"], more.facts["question_arguments"], drawn.facts) == more.answer
             questions.add(more.question)
+            kinds.add(more.facts["question_type"])
     assert len(questions) > 40
+    assert task != "scene" or {"what_at", "list_across", "list_down"} <= kinds
     line = synth.sample("line", 8, 0, fonts="builtin")
     assert synth.more_questions(line, 4, 8, 0) == []
 
