@@ -1,0 +1,320 @@
+"""One step after another, by hand: who is admitted, encoded, computed, preempted and ended, and when."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from engine.mixes import mix
+
+from mirada import VLM, Image, Message, Sampling, Text
+from mirada.engine import scheduler as scheduling
+from mirada.engine import step as stepping
+from mirada.engine.sequence import Sequence
+from mirada.errors import OutOfMemory, RequestFailed
+
+ENDLESS = {"ignore_eos": True, "max_repeats": None}
+OFF = {"prefix_cache_bytes": 0, "encoder_cache_bytes": 0}
+
+
+def small(vlm: VLM, **settings) -> VLM:
+    """An engine of its own around the model of ``vlm``."""
+    return VLM.from_parts(vlm.parts.model, vlm.parts.renderer, vlm.parts.rule, engine={**OFF, **settings})
+
+
+def line_up(vlm: VLM, chat, media=(), **sampling) -> Sequence:
+    """A request in line of an engine whose thread has not begun, so that the test makes its steps."""
+    text = [Message("user", chat)] if isinstance(chat, str) else chat
+    sequence = vlm._requests.make(text, Sampling(**{**ENDLESS, **sampling}), "auto", media)
+    vlm._engine.engine.scheduler.waiting.append(sequence)
+    return sequence
+
+
+def step(vlm: VLM, count: int = 1) -> None:
+    with torch.inference_mode():
+        for _ in range(count):
+            vlm._engine.engine.step()
+
+
+def sized(vlm: VLM, count: int, letter: str = "z") -> str:
+    """A question whose prompt has ``count`` tokens."""
+    bare = len(vlm._requests.make([Message("user", letter)], Sampling(), "auto").prompt.tokens)
+    return letter * (count - bare + 1)
+
+
+def finish(vlm: VLM, most: int = 3000) -> int:
+    """Steps until nothing is left; the budget is kept after each."""
+    engine = vlm._engine.engine
+    for count in range(most):
+        if engine.idle:
+            assert engine.runner.cache.bytes_held == 0 and engine.runner.cache.num_open == 0
+            return count
+        step(vlm)
+    raise AssertionError("the engine does not come to an end")
+
+
+def pictures(count: int) -> list[Message]:
+    drawn = np.random.default_rng(4).integers(0, 256, (count, 56, 84, 3), dtype=np.uint8)
+    return [Message("user", [*(Image(one) for one in drawn), Text("What?")])]
+
+
+def test_text_does_not_wait_behind_pictures(vlm):
+    """Twelve pictures at one a step: a question that comes while they are encoded has its first token a step later."""
+    engine = small(vlm, step_patches=24)
+    seen = line_up(engine, pictures(12), max_tokens=2)
+    step(engine, 3)
+    assert len(seen.features.units) == 9
+    text = line_up(engine, "hi", max_tokens=3)
+    step(engine)
+    assert len(text.tokens) == 1 and len(seen.features.units) == 8
+    step(engine, 2)
+    assert text.done and not seen.tokens
+    finish(engine)
+    assert engine._engine.engine.encoder.num_patches == 12 * 24
+    assert seen.output().tokens == vlm.generate([pictures(12)], Sampling(max_tokens=2, **ENDLESS))[0].tokens
+
+
+def test_features_are_kept_until_their_tokens_are_computed(vlm):
+    """And the tokens of a picture that is encoded are computed while the next one is."""
+    engine = small(vlm, step_patches=24, step_tokens=16)
+    seen = line_up(engine, pictures(12), max_tokens=1)
+    held = []
+    while not seen.done:
+        step(engine)
+        if seen.features is not None:
+            held.append(sum(len(features) for _, features in seen.features._held))
+            assert all(first + len(x) > np.searchsorted(seen.features.rows, seen.computed) for first, x in seen.features._held)
+    # A picture is 6 tokens; encoding runs ahead of the tokens by two steps and a picture at most.
+    assert 0 < max(held) <= 2 * 16 + 6 and held[-1] < 6
+
+
+def test_a_step_takes_no_more_than_it_may(vlm, monkeypatch):
+    engine = small(vlm, step_tokens=20, max_running=8)
+    runner, sizes, rows = engine._engine.engine.runner, [], []
+    forward, pick = runner._forward, runner._pick
+    monkeypatch.setattr(runner, "_forward", lambda batch, x: sizes.append(batch.lengths) or forward(batch, x))
+    monkeypatch.setattr(runner, "_pick", lambda who, logits, how: rows.append(len(logits)) or pick(who, logits, how))
+    made = [line_up(engine, f"number {i}", max_tokens=4) for i in range(10)]
+    finish(engine)
+    assert max(map(sum, sizes)) == 20 and max(map(len, sizes)) <= 8
+    assert any(1 in lengths and max(lengths) > 1 for lengths in sizes), "prompts are computed beside tokens"
+    assert sum(rows) == sum(len(sequence.tokens) for sequence in made) == 40, "logits of no other rows"
+    first = [sequence.born + sequence.metrics["first_token"] for sequence in made]
+    assert first == sorted(first), "first come, first served"
+
+
+def test_fewer_tokens_a_step_than_requests(vlm):
+    engine = small(vlm, step_tokens=2)
+    made = [line_up(engine, f"number {i}", max_tokens=3) for i in range(4)]
+    expected = [vlm.generate([[Message("user", f"number {i}")]], Sampling(max_tokens=3, **ENDLESS))[0].tokens for i in range(4)]
+    finish(engine)
+    assert [sequence.output().tokens for sequence in made] == expected
+
+
+@contextmanager
+def watched(vlm: VLM):
+    """While open, after every forward the cache holds no more than it may."""
+    runner = vlm._engine.engine.runner
+    forward, most = runner._forward, vlm._engine.engine.settings.cache_bytes
+
+    def checked(batch, features):
+        made = forward(batch, features)
+        assert runner.cache.bytes_held <= most
+        return made
+
+    runner._forward = checked
+    try:
+        yield
+    finally:
+        del runner._forward
+
+
+@pytest.mark.parametrize("prefix", [0, 1 << 24])
+def test_the_youngest_gives_way_and_is_recomputed(vlm, monkeypatch, prefix):
+    """Three that fill a block each and outgrow it, with room for four: greedy and seeded replies are what they are alone,
+    and the oldest never waits."""
+    monkeypatch.setattr(scheduling, "ROOM_TO_GROW", 1)
+    block = vlm._engine.engine.runner.cache.bytes_for(1)
+    engine = small(vlm, cache_bytes=4 * block, prefix_cache_bytes=prefix)
+    hot = {"temperature": 1.3, "seed": 5, "top_p": 0.9}
+    asked = [(sized(vlm, 247, "a"), {}), (sized(vlm, 245, "b"), hot), (sized(vlm, 243, "c"), {})]
+    whole = {
+        name: vlm.generate([[Message("user", name)]], Sampling(max_tokens=20, **ENDLESS, **more))[0] for name, more in asked
+    }
+    made = [line_up(engine, name, max_tokens=20, **more) for name, more in asked]
+    with watched(engine):
+        finish(engine)
+    for (name, _), sequence in zip(asked, made, strict=True):
+        assert sequence.error is None and sequence.output().tokens == whole[name].tokens
+    assert made[0].preemptions == 0 < made[2].preemptions
+    assert engine.stats()["preemptions"] == sum(sequence.preemptions for sequence in made)
+    assert made[2].metrics["queue"] > made[0].metrics["queue"]
+
+
+def test_media_are_encoded_again_after_preemption(vlm):
+    (prompt, media), (other, none) = next(
+        pair for seed in range(50) for pair in [mix(vlm, seed, 2)] if pair[0][1] and not pair[1][1]
+    )
+    sampling = Sampling(max_tokens=4, **ENDLESS)
+    alone = [vlm.submit(p, sampling, media=m).result().tokens for p, m in ((other, none), (prompt, media))]
+    engine = small(vlm)
+    made = []
+    for p, m in ((other, none), (prompt, media)):
+        made.append(engine._requests.make(p, sampling, "auto", m))
+        engine._engine.engine.scheduler.waiting.append(made[-1])
+    step(engine, 2)
+    patches = engine._engine.engine.encoder.num_patches
+    engine._engine.engine.scheduler._preempt(made[1])
+    assert made[1].slot == -1 and made[1].computed == 0 and len(made[1].tokens) == 2
+    finish(engine)
+    assert [sequence.output().tokens for sequence in made] == alone
+    assert engine._engine.engine.encoder.num_patches == 2 * patches
+
+
+def test_what_could_never_run_is_refused_at_once(vlm):
+    cache = vlm._engine.engine.runner.cache
+    engine = small(vlm, cache_bytes=2 * cache.bytes_for(1))
+    running = line_up(engine, "hi", max_tokens=100)
+    step(engine)
+    large, good = line_up(engine, "hi", max_tokens=1000), line_up(engine, "ho", max_tokens=2)
+    step(engine)
+    assert isinstance(large.error, OutOfMemory) and large.error.available == 2 * cache.bytes_for(1)
+    assert large.error.needed == cache.bytes_for(len(large.prompt.tokens) + 1000)
+    for word in ("1000 new", "cache_bytes", "max_tokens"):
+        assert word in str(large.error)
+    finish(engine)
+    assert len(running.tokens) == 100 and len(good.tokens) == 2
+
+
+def test_memory_that_goes_away_ends_the_last_request_with_a_typed_error(vlm, monkeypatch):
+    engine = small(vlm)
+    made = line_up(engine, sized(vlm, 250), max_tokens=400)
+    step(engine, 2)
+    monkeypatch.setattr("mirada.engine.memory.available", lambda device: 0)
+    finish(engine)
+    assert isinstance(made.error, OutOfMemory) and "middle" in str(made.error) and made.error.unit == "bytes"
+    assert len(made.tokens) == 7
+
+
+def test_cancel_takes_effect_within_a_step(vlm):
+    engine = small(vlm, max_running=2, step_patches=24)
+    made = [line_up(engine, "one", max_tokens=50), line_up(engine, pictures(5)), line_up(engine, "three")]
+    step(engine, 2)
+    for sequence in made:
+        sequence.cancelled = True
+    count = len(made[0].tokens)
+    step(engine)
+    assert all(sequence.done and sequence.finish == "cancelled" for sequence in made)
+    assert len(made[0].tokens) == count and finish(engine) == 0
+
+
+def test_a_failure_ends_those_whose_own_it_is(vlm, monkeypatch):
+    """A forward and an encoder that fail for one of three."""
+    engine = small(vlm)
+    runner, encoder = engine._engine.engine.runner, engine._engine.engine.encoder
+    made = [
+        line_up(engine, "one", max_tokens=5),
+        line_up(engine, "two", max_tokens=5),
+        line_up(engine, pictures(2), max_tokens=5),
+    ]
+    run, encode = runner.run, encoder.run
+
+    def broken(chunks):
+        if any(chunk.sequence is made[1] and chunk.sequence.tokens for chunk in chunks):
+            raise ZeroDivisionError("a defect")
+        return run(chunks)
+
+    def blind(units):
+        raise ZeroDivisionError("no eyes")
+
+    monkeypatch.setattr(runner, "run", broken)
+    step(engine, 1)
+    monkeypatch.setattr(encoder, "run", blind)
+    other = line_up(engine, pictures(1), max_tokens=5)
+    finish(engine)
+    assert [sequence.finish for sequence in made] == ["length", "error", "length"]
+    assert isinstance(made[1].error, RequestFailed) and "a defect" in str(made[1].error)
+    assert isinstance(other.error, RequestFailed) and "no eyes" in str(other.error)
+    monkeypatch.setattr(encoder, "run", encode)
+    again = line_up(engine, pictures(1), max_tokens=5)
+    finish(engine)
+    assert again.error is None and len(again.tokens) == 5
+
+
+def test_a_defect_of_the_engine_itself_ends_what_it_was_at(vlm, monkeypatch):
+    engine = small(vlm, max_running=1)
+    scheduler = engine._engine.engine.scheduler
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler, "plan", lambda ready: 1 // 0)
+        outputs = [engine.submit([Message("user", text)], Sampling(max_tokens=2)).result(30) for text in ("a", "b")]
+    assert all(isinstance(output.error, RequestFailed) for output in outputs)
+    assert engine.submit([Message("user", "c")], Sampling(max_tokens=2)).result(30).error is None
+    engine.close()
+
+
+class Oracle:
+    """Proposes what the reply will be, or something else."""
+
+    def __init__(self, sequence, answers, guess):
+        self.answer, self.guess, self.done = answers[sequence.prompt.tokens], guess, len(sequence.tokens)
+
+    def propose(self, count):
+        draft = list(self.answer[self.done : self.done + count])
+        return {"right": draft, "half": [*draft[:1], 1, 1][:count], "wrong": [1] * count}[self.guess]
+
+
+@pytest.mark.parametrize("guess", ["right", "half", "wrong"])
+def test_speculation_changes_no_reply(vlm, monkeypatch, guess):
+    """Drafts that are right, right at first, or wrong: the same greedy replies, in fewer steps where they are right."""
+    chats = ["one two three", pictures(1)]
+    as_chat = [[Message("user", chat)] if isinstance(chat, str) else chat for chat in chats]
+    expected = [output.tokens for output in vlm.generate(as_chat, Sampling(max_tokens=24, **ENDLESS))]
+    drawn = vlm.generate([[Message("user", "a")]], Sampling(max_tokens=6, temperature=1.2, seed=2, **ENDLESS))[0].tokens
+    engine = small(vlm, speculate=4)
+    made = [line_up(engine, chat, max_tokens=24) for chat in chats]
+    warm = line_up(engine, "a", max_tokens=6, temperature=1.2, seed=2)
+    answers = {sequence.prompt.tokens: tokens for sequence, tokens in zip(made, expected, strict=True)}
+    monkeypatch.setattr(engine._engine.engine, "_lookup", lambda sequence: Oracle(sequence, answers, guess))
+    steps = finish(engine)
+    assert [sequence.output().tokens for sequence in made] == expected and warm.output().tokens == drawn
+    stats = engine.stats()
+    assert stats["proposed_tokens"] > 0 and stats["generated_tokens"] == 24 + 24 + 6
+    if guess == "wrong":
+        assert stats["accepted_tokens"] <= 2 and steps >= 22
+    else:
+        assert stats["accepted_tokens"] >= (25 if guess == "right" else 16) and steps < 20
+
+
+def test_many_running_sequences_get_no_drafts(vlm, monkeypatch):
+    engine = small(vlm, speculate=4)
+    asked = []
+
+    class Silent:
+        def propose(self, count):
+            asked.append(count)
+            return []
+
+    monkeypatch.setattr(engine._engine.engine, "_lookup", lambda sequence: Silent())
+    for i in range(stepping.FLAT_ROWS):
+        line_up(engine, f"number {i}", max_tokens=3)
+    finish(engine)
+    assert not asked
+    line_up(engine, "alone", max_tokens=4)
+    finish(engine)
+    assert asked == [2, 1], "never more than the reply may still take"
+
+
+def test_stats_count(vlm):
+    engine = small(vlm)
+    made = line_up(engine, pictures(2), max_tokens=3)
+    step(engine)
+    stats = engine.stats()
+    assert stats["running"] == 1 and stats["kv_bytes"] > 0 and stats["encoded_patches"] == 48
+    finish(engine)
+    stats = engine.stats()
+    assert (stats["running"], stats["waiting"], stats["kv_bytes"]) == (0, 0, 0)
+    assert stats["generated_tokens"] == 3 and stats["computed_tokens"] == len(made.prompt.tokens) + 2
+    assert stats["steps"] == 3
+    assert {"queue", "prepare", "render", "encode", "prefill", "decode", "first_token", "total"} <= set(made.output().metrics)
