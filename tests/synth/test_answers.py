@@ -127,7 +127,7 @@ def test_further_questions_are_about_the_same_picture(task):
     questions, kinds = set(), set()
     for index in range(20):
         drawn = synth.sample(task, 8, index, fonts="builtin")
-        for more in synth.more_questions(drawn, 4, 8, index):
+        for more in synth.more_questions(drawn, 10, 8, index):
             assert more.image is drawn.image
             assert solve(more.facts["question_type"], more.facts["question_arguments"], drawn.facts) == more.answer
             questions.add(more.question)
