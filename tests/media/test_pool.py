@@ -229,6 +229,13 @@ def test_closing_ends_everything(fresh):
     assert not [lane for lane in fresh._state.lanes if lane.is_alive()]
 
 
+def test_a_worker_ends_by_itself_when_nobody_is_there_to_ask():
+    state = pool_module._State()
+    worker = pool_module._Worker(state)
+    worker._socket.close()
+    assert worker._process.wait(20) == 0
+
+
 @linux
 def test_a_pool_that_is_let_go_ends_its_workers():
     made = Pool(1)
