@@ -207,10 +207,12 @@ def _compare(rng: random.Random, facts: dict[str, Any]) -> Question | None:
 
 
 def _what_at(rng: random.Random, facts: dict[str, Any]) -> Question | None:
-    """What lies in a part of the picture where exactly one object can be meant."""
-    spots = [place_name(o, facts["height"], facts["width"]) for o in facts["objects"]]
-    fitting = [(o, spot) for o, spot in zip(facts["objects"], spots, strict=True) if spot and spots.count(spot) == 1]
-    if not fitting or None in spots:
+    """What lies in a part of the picture that holds one object alone, clear of the part's border."""
+    height, width = facts["height"], facts["width"]
+    cells = [(3 * o["y"] // height, 3 * o["x"] // width) for o in facts["objects"]]
+    fitting = [(o, place_name(o, height, width)) for o, at in zip(facts["objects"], cells, strict=True) if cells.count(at) == 1]
+    fitting = [(o, spot) for o, spot in fitting if spot]
+    if not fitting:
         return None
     thing, spot = rng.choice(fitting)
     return {"spot": spot}, {"spot": spot}, name(thing)
