@@ -17,7 +17,7 @@ from mirada.models.lora import load_adapter, size_of
 
 
 class Adapters:
-    """Names -> adapters. Any thread may load, unload and look up; ``tokens``, ``rows`` and ``media`` are for the engine's."""
+    """Names -> adapters. Any thread may load, unload and look up; ``tokens`` and ``media`` are for the engine's."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -61,18 +61,18 @@ class Adapters:
         if name in self._held:
             raise SettingsError(f"there is an adapter {name!r} already", "unload it first, or give this one another name")
 
-    def tokens(self, segments: Iterable[tuple[Adapter | None, int]]) -> AbstractContextManager[None]:
-        """While open, a forward over so many tokens of each is answered by its adapter."""
-        return self._over(decoder=list(segments))
-
-    def rows(self, segments: Iterable[tuple[Adapter | None, int]]) -> AbstractContextManager[None]:
-        """The same for hidden values on their way to logits."""
-        return self._over(lm_head=list(segments))
+    def tokens(self, segments: Iterable[tuple[Adapter | None, int, int]]) -> AbstractContextManager[None]:
+        """While open, a forward over the tokens of several sequences is each one's own: (adapter, tokens, of which so many have
+        their logits made) in order."""
+        given = list(segments)
+        tokens, rows = [(adapter, count) for adapter, count, _ in given], [(adapter, rows) for adapter, _, rows in given]
+        return self._over(decoder=tokens, lm_head=rows)
 
     def media(self, segments: Iterable[tuple[Adapter | None, int]]) -> AbstractContextManager[None]:
         """The same for patches on their way through tower and projector."""
         patches = list(segments)
-        return self._over(visual=patches, projector=[(adapter, count // self._merge) for adapter, count in patches])
+        area = self._model.config.vision.spatial_merge_size**2
+        return self._over(visual=patches, projector=[(adapter, count // area) for adapter, count in patches])
 
     def _over(self, **segments: list[tuple[Adapter | None, int]]) -> AbstractContextManager[None]:
         if all(adapter is None for given in segments.values() for adapter, _ in given):

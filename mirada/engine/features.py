@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mirada.engine import vision
+from mirada.engine.adapters import Adapters
 from mirada.engine.sequence import Sequence
 from mirada.engine.vision import Piece
 from mirada.media.grid import GridRule, Patches
@@ -89,9 +90,17 @@ class Encoder:
     """Encodes the media of running sequences, at most so many patches a step."""
 
     def __init__(
-        self, model: Any, rule: GridRule, device: torch.device, dtype: torch.dtype, most: int, cache: FeatureCache | None = None
+        self,
+        model: Any,
+        rule: GridRule,
+        device: torch.device,
+        dtype: torch.dtype,
+        most: int,
+        cache: FeatureCache | None,
+        adapters: Adapters,
     ) -> None:
         self.model, self.rule, self.device, self.dtype, self.most, self.cache = model, rule, device, dtype, most, cache
+        self.adapters = adapters
         self.num_patches = 0
         """Encoded so far."""
 
@@ -134,13 +143,13 @@ class Encoder:
         if not self._kept(sequence, unit):
             return False
         this = (sequence, unit.item)
-        return leaders.setdefault((sequence.media[unit.item].key, sequence.adapter), this) != this
+        return leaders.setdefault((sequence.media[unit.item].key, sequence.media_adapter), this) != this
 
     def _there(self, sequence: Sequence, unit: Unit) -> bool:
         """Whether the cache has the item of ``unit``, of which nothing is encoded yet."""
         if self.cache is None or unit.item in sequence.features.gathered:
             return False
-        return self.cache.has(sequence.media[unit.item], sequence.adapter)
+        return self.cache.has(sequence.media[unit.item], sequence.media_adapter)
 
     def _kept(self, sequence: Sequence, unit: Unit) -> bool:
         """Whether the cache will take the item of ``unit`` when it is whole."""
@@ -153,7 +162,7 @@ class Encoder:
         while self.cache is not None and features.units:
             unit = features.units[0]
             item = sequence.media[unit.item]
-            found = None if unit.item in features.gathered else self.cache.get(item, sequence.adapter)
+            found = None if unit.item in features.gathered else self.cache.get(item, sequence.media_adapter)
             if found is None:
                 return
             first = unit.first
@@ -164,7 +173,8 @@ class Encoder:
 
     def run(self, chosen: list[tuple[Sequence, Unit]]) -> None:
         """Encode units by one pass, and hand each sequence what is its own."""
-        made = vision.run(self.model, [unit.piece for _, unit in chosen], self.rule, self.device, self.dtype)
+        with self.adapters.media([(sequence.lora, len(unit.piece.pixels)) for sequence, unit in chosen]):
+            made = vision.run(self.model, [unit.piece for _, unit in chosen], self.rule, self.device, self.dtype)
         self.num_patches += sum(len(unit.piece.pixels) for _, unit in chosen)
         for (sequence, unit), features in zip(chosen, made.split([u.end - u.first for _, u in chosen]), strict=True):
             sequence.features.units.remove(unit)
@@ -182,7 +192,7 @@ class Encoder:
         if not any(other.item == unit.item for other in state.units):
             del state.gathered[unit.item]
             if sum(map(len, pieces)) == _count(sequence, unit):  # not one whose beginning was skipped
-                self.cache.put(sequence.media[unit.item], torch.cat(pieces), sequence.adapter)
+                self.cache.put(sequence.media[unit.item], torch.cat(pieces), sequence.media_adapter)
 
 
 def _count(sequence: Sequence, unit: Unit) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mirada import config
 from mirada.adapt.mode import parse as parse_mode
 from mirada.engine import inputs
+from mirada.engine.adapters import Adapters
 from mirada.engine.guide import Guide
 from mirada.engine.handle import EngineHandle
 from mirada.engine.load import Parts, assemble, load
@@ -57,6 +58,7 @@ class VLM:
     ``dtype`` on load (faster, larger) instead of staying packed. ``quant`` says how matrices are kept on a CPU: ``exact`` (as
     stored, with float32 activations), ``int8``, ``int4`` or, with groups of 64, ``int4:64``; see docs/quantise.md.
     ``load_in_8bit`` and ``load_in_4bit`` are other names of int8 and int4. ``limits`` say what may be fetched, and from where.
+    ``adapters``: names and directories of LoRA adapters, see ``load_adapter``.
     ``engine``: bounds of the engine, see ``EngineSettings``. Its thread ends with ``close()``, at the end of a ``with`` block,
     or when neither this object nor a handle of it is left.
     Raises CheckpointError, NotAvailable, SettingsError or OutOfMemory.
@@ -79,11 +81,14 @@ class VLM:
         hub: HubOptions | Mapping[str, Any] | None = None,
         limits: FetchLimits | None = None,
         engine: EngineSettingsLike = None,
+        adapters: Mapping[str, str | Path] | None = None,
     ) -> None:
         settings = _engine_settings(engine)
         mode = parse_mode(quant, load_in_8bit, load_in_4bit)
         parts = load(model, device, dtype, min_pixels, max_pixels, widen, hub, device_map, attn, mode)
         self._set_up(parts, limits, settings)
+        for name, path in (adapters or {}).items():
+            self.load_adapter(name, path)
 
     @classmethod
     def from_parts(
@@ -120,7 +125,8 @@ class VLM:
         features = self._features if settings.encoder_cache_bytes else None
         self._prefix = PrefixCache(cache, settings.prefix_cache_bytes, self._weights)
         prefix = self._prefix if settings.prefix_cache_bytes else None
-        runner = Runner(parts.model, cache, parts.eos)
+        self._adapters = Adapters(parts.model)
+        runner = Runner(parts.model, cache, parts.eos, self._adapters)
         self._engine = EngineThread(Engine(runner, parts.rule.grid, settings, prefix, features))
         self._preparing = Preparing(self._engine.line, self._pool, settings.prepared_bytes)
 
@@ -164,6 +170,21 @@ class VLM:
         }
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that requests may ask for."""
+        return self._adapters.names
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Make the LoRA adapter in directory ``path`` (as PEFT saves it) answer requests with ``adapter=name``; others do not
+        notice. Raises SettingsError for a name that is taken, CheckpointError and its kinds for an adapter that this model
+        cannot take whole, OutOfMemory."""
+        self._adapters.load(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Requests that have it end with it, and then its memory is free. Raises SettingsError."""
+        self._adapters.unload(name)
+
+    @property
     def recommended_sampling(self) -> Sampling | None:
         """How the release advises to sample (its generation_config.json, else its card); None if it says nothing.
 
@@ -177,6 +198,7 @@ class VLM:
         text: str | None = None,
         system: str | None = None,
         thinking: Thinking = "auto",
+        adapter: str | None = None,
         **options: Any,
     ) -> str:
         """The answer to a question about pictures and videos: ``ask("a.png", "b.mp4", "What happens?")``.
@@ -188,16 +210,22 @@ class VLM:
         sampling, media = inputs.split_options(options)
         turn = inputs.question(media_and_question, text, media, self.limits)
         chat = [*inputs.system_turn(system), turn]
-        output = self.submit(chat, sampling, thinking=thinking).result()
+        output = self.submit(chat, sampling, thinking=thinking, adapter=adapter).result()
         if output.error is not None:
             raise output.error
         return output.message.text
 
     def stream(
-        self, chat: Chat | Prompt, sampling: SamplingLike = None, *, thinking: Thinking = "auto", tools: Tools | None = None
+        self,
+        chat: Chat | Prompt,
+        sampling: SamplingLike = None,
+        *,
+        thinking: Thinking = "auto",
+        tools: Tools | None = None,
+        adapter: str | None = None,
     ) -> Iterator[Delta]:
         """The reply piece by piece; raises MiradaError. Leaving the loop early cancels the request."""
-        handle = self.submit(chat, sampling, thinking=thinking, tools=tools)
+        handle = self.submit(chat, sampling, thinking=thinking, tools=tools, adapter=adapter)
         try:
             yield from handle
         finally:
@@ -210,21 +238,25 @@ class VLM:
         *,
         thinking: Thinking = "auto",
         tools: Tools | None = None,
+        adapter: str | Seq[str | None] | None = None,
     ) -> list[Output]:
         """One Output per chat, in order; a bad one carries its ``error`` and the others are answered all the same.
 
-        ``sampling`` is one for all, or one per chat. An answer that reaches the end of the model's context finishes with
-        ``length``.
+        ``sampling`` and ``adapter`` are one for all, or one per chat. An answer that reaches the end of the model's context
+        finishes with ``length``.
         """
         chats = list(chats)
         settings = self._settings(sampling, len(chats))
+        names = [adapter] * len(chats) if adapter is None or isinstance(adapter, str) else list(adapter)
+        if len(names) != len(chats):
+            raise MessageError(f"{len(names)} adapters for {len(chats)} chats", "give one for all, or one per chat")
         handles: list[EngineHandle] = []
         # As many as can run, and as many that are prepared meanwhile.
         room = threading.Semaphore(2 * self._engine.engine.settings.max_running)
         try:
-            for chat, one in zip(chats, settings, strict=True):
+            for chat, one, name in zip(chats, settings, names, strict=True):
                 room.acquire()
-                handles.append(self.submit(chat, one, thinking=thinking, tools=tools))
+                handles.append(self.submit(chat, one, thinking=thinking, tools=tools, adapter=name))
                 handles[-1].when_done(room.release)
             return [handle.result() for handle in handles]
         finally:
@@ -240,13 +272,17 @@ class VLM:
         tools: Tools | None = None,
         media: Seq[Patches] = (),
         guide: Guide | None = None,
+        adapter: str | None = None,
     ) -> EngineHandle:
         """Start a request; returns at once, media are prepared meanwhile. Bad input does not raise here: the handle carries
         the error. ``media`` belongs to a Prompt. ``guide`` says token by token what the reply may hold, from its first token
-        on; it serves this request alone."""
+        on; it serves this request alone. ``adapter`` names one of ``adapters``."""
         try:
             sequence, wanted, finish = self._requests.begin(chat, _sampling(sampling), thinking, media, tools)
             sequence.guide = guide
+            if adapter is not None:
+                found = sequence.lora = self._adapters.find(adapter)
+                sequence.adapter, sequence.media_adapter = found.key, found.media_key
             if not wanted:
                 finish(None)
                 self._engine.submit(sequence)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mirada.engine import sample
+from mirada.engine.adapters import Adapters
 from mirada.engine.ngram import accept
 from mirada.engine.sample import Chooser, Picked
 from mirada.engine.sequence import Sequence
@@ -55,9 +56,10 @@ class Choice:
 class Runner:
     """One model on one device, with its cache."""
 
-    def __init__(self, model: Any, cache: Cache, eos: Iterable[int]) -> None:
+    def __init__(self, model: Any, cache: Cache, eos: Iterable[int], adapters: Adapters | None = None) -> None:
         self.model = model
         self.cache = cache
+        self.adapters = adapters or Adapters(model)
         self.eos = frozenset(eos)
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
@@ -66,11 +68,13 @@ class Runner:
         """Compute the chunks by one forward, and choose the tokens that follow. Changes nothing but the cache, where it
         overwrites, so it may be done again."""
         batch, features = self._batch(chunks)
-        hidden = self._forward(batch, features)
         wanted = [chunk for chunk in chunks if chunk.rows]
-        if not wanted:
+        with self.adapters.tokens([(chunk.sequence.lora, chunk.count, chunk.rows) for chunk in chunks]):
+            hidden = self._forward(batch, features)
+            logits = self.model.logits(self._rows(chunks, hidden)) if wanted else None
+        if logits is None:
             return [Choice()] * len(chunks)
-        made = iter(self._sample(wanted, self.model.logits(self._rows(chunks, hidden))))
+        made = iter(self._sample(wanted, logits))
         return [next(made) if chunk.rows else Choice() for chunk in chunks]
 
     def _forward(self, batch: Batch, features: Tensor | None) -> Tensor:

@@ -148,7 +148,11 @@ class Sequence:
     notes: tuple[str, ...] = ()
     """What was done to its media on the caller's behalf."""
     adapter: str = ""
-    """Which adapter's weights answer; none: the model's own."""
+    """Key of the adapter that answers (``adapt.lora.Adapter``); none: the model's own weights."""
+    media_adapter: str = ""
+    """The same of its pictures; none too if it leaves tower and projector as they are."""
+    lora: Any = None
+    """The adapter itself: it lasts as long as its last request, whatever is unloaded meanwhile."""
     salt: str = ""
     """Only requests with the same one share what is kept of their beginnings (tenants who must not learn of each other)."""
     limit: int = 0

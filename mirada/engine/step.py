@@ -39,7 +39,9 @@ class Engine:
     ) -> None:
         self.runner, self.settings = runner, settings
         self.scheduler = Scheduler(runner.cache, Budget(runner.model, runner.cache, settings), settings, prefix)
-        self.encoder = Encoder(runner.model, rule, runner.device, runner.dtype, settings.step_patches, features)
+        self.encoder = Encoder(
+            runner.model, rule, runner.device, runner.dtype, settings.step_patches, features, runner.adapters
+        )
         self.num_steps = self.num_computed = self.num_generated = self.num_proposed = self.num_accepted = 0
 
     @property

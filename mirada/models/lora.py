@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mirada.adapt import lora
-from mirada.adapt.lora import Adapter, LoraConfig, Patch
+from mirada.adapt.lora import Adapter, Patch
 from mirada.errors import CheckpointError, TensorError
 from mirada.layers.moe import Experts
 from mirada.models import shards
@@ -66,7 +66,8 @@ def load_adapter(directory: str | Path, model: nn.Module, layout: Layout) -> Ada
         for tensor, name in ((low, a.name), (high, b.name)):
             if not torch.isfinite(tensor).all():
                 raise TensorError(f"tensor {name!r} holds values that are not finite", "save the adapter again")
-        gathered.setdefault(target.place, []).append((target.start, *_settle(model, target.place, low, high)))
+        device, dtype = _beside(model, target.place)
+        gathered.setdefault(target.place, []).append((target.start, low.to(device, dtype), high.to(device, dtype)))
     patches = {place: lora.patch(sorted(parts, key=lambda part: part[0])) for place, parts in gathered.items()}
     seen = {place: made for place, made in patches.items() if place[0].startswith(("visual.", "projector."))}
     return Adapter(_key(patches), _key(seen) if seen else "", patches)
@@ -87,8 +88,8 @@ def _find(directory: Path) -> Path:
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
     if pickles:
         raise CheckpointError(
-            f"{directory} holds an adapter as a Python pickle ({pickles[0]}), which can run any code when opened; it is refused",
-            "save it as safetensors in a place you trust",
+            f"{directory} holds an adapter as a Python pickle ({pickles[0]}), which can run any code when opened",
+            "it is refused; save it as safetensors in a place you trust",
         )
     raise CheckpointError(f"{directory} holds no adapter", f"{CONFIG} and {WEIGHTS} must lie there")
 
@@ -140,11 +141,10 @@ def _check(a: Stored, b: Stored, target: Target, rank: int) -> None:
             raise TensorError(f"adapter tensor {found.name!r} is stored as {found.dtype}", "adapters are floats")
 
 
-def _settle(model: nn.Module, place: lora.Place, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors beside the matrix at ``place``, in the type that is computed in."""
+def _beside(model: nn.Module, place: lora.Place) -> tuple[torch.device, torch.dtype]:
+    """The device of the matrix at ``place``, and the type that is computed in there."""
     device = device_of(model, place[0] if place[1] is not None else f"{place[0]}.weight")
-    dtype = torch.float32 if device.type == "cpu" else next(model.parameters()).dtype
-    return tuple(tensor.to(device, dtype) for tensor in tensors)
+    return device, torch.float32 if device.type == "cpu" else next(model.parameters()).dtype
 
 
 def _key(patches: Mapping[lora.Place, Patch]) -> str:
