@@ -76,5 +76,5 @@ def _prepack(values: Tensor, scales: Tensor) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*quantize_per_tensor.*deprecated", category=UserWarning)
         zeros = torch.zeros(len(values), dtype=torch.long)
-        held = torch._make_per_channel_quantized_tensor(values, safe, zeros, 0)
+        held = torch._make_per_channel_quantized_tensor(values, safe, zeros, 0)  # pyright: ignore[reportPrivateImportUsage]
         return torch.ops.quantized.linear_prepack(held, None)

@@ -27,7 +27,7 @@ class KeyeVLInference:
         load_in_4bit: bool = False,
         load_in_8bit: bool = False,
     ) -> KeyeVLInference:
-        """The checkpoint in ``model_path``. ``load_in_4bit`` and ``load_in_8bit`` are ``VLM(..., quant="int4")`` and ``"int8"``.
+        """The checkpoint in ``model_path``. ``load_in_4bit`` and ``load_in_8bit``: ``VLM(..., quant="int4")`` and ``"int8"``.
 
         Raises NotAvailable (these two off the CPU), SettingsError (both), CheckpointError, OutOfMemory.
         """

@@ -126,12 +126,18 @@ def check_mode(
     if dtype != torch.float32 or widen:
         other = "widen=True" if widen else f"dtype={str(dtype).removeprefix('torch.')!r}"
         raise SettingsError(f"{name} beside {other}", f"leave {other.partition('=')[0]} out: activations are float32 there")
-    if scheme is not None and not scheme.widens:
-        if mode.name == "exact" or scheme.method == "fp8" or getattr(scheme, "bits", 4) != {"int8": 8, "int4": 4}[mode.name]:
-            raise SettingsError(
-                f"{name}: the checkpoint is stored as {scheme.method} already", "leave quant out: it stays as it is stored"
-            )
+    if scheme is not None and not scheme.widens and _bits(scheme) != {"int8": {8}, "int4": {4}}.get(mode.name):
+        raise SettingsError(
+            f"{name}: the checkpoint is stored as {scheme.method} already", "leave quant out: it stays as it is stored"
+        )
     return mode
+
+
+def _bits(scheme: Any) -> set[int]:
+    """Of the integers of a packed checkpoint; none for floats."""
+    if scheme.method == "fp8":
+        return set()
+    return {group.bits for group in scheme.groups} if hasattr(scheme, "groups") else {getattr(scheme, "bits", 4)}
 
 
 def _rooms(device_map: str | None, device: Any) -> list[Room]:

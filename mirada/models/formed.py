@@ -114,7 +114,8 @@ def write(file: Path, model: nn.Module) -> None:
         part.replace(file)
     except OSError as error:
         _log.warning("the model in its form could not be kept in %s: %s", file.parent, error)
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def read(file: Path | None) -> Kept | None:

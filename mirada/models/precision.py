@@ -72,7 +72,11 @@ def replace(model: Any, layout: Layout, mode: Mode, stored: Mapping[str, Stored]
 
 
 def finish(model: Any, fill: bool = True) -> None:
-    """What comes after all else is loaded: a head that is the table of embeddings in another form, or the same as it lies."""
+    """What comes after all else is loaded: integers to the modules that widen them, and a head that is the table of embeddings
+    in another form, or the same as it lies."""
+    for module in model.modules():
+        if isinstance(module, RoundedLinear | RoundedStack):
+            module.finish()
     if not model.config.text.tie_word_embeddings:
         return
     table = model.decoder.embed.weight
@@ -81,8 +85,23 @@ def finish(model: Any, fill: bool = True) -> None:
             model.lm_head = MatrixLinear(Matrix.of(table))
     elif fill:
         holder = model.lm_head.matrix if isinstance(model.lm_head, MatrixLinear) else model.lm_head
-        for begin in range(0, len(table), _CHUNK_ROWS):
+        for begin in range(0, len(table), _CHUNK_ROWS):  # (a RoundedLinear is never a head: that takes 8 bits)
             holder.fill(begin, table.detach()[begin : begin + _CHUNK_ROWS])
+
+
+def bits(model: nn.Module) -> set[int]:
+    """How many bits the rounded matrices of ``model`` take; nothing if none is rounded."""
+    found: set[int] = set()
+    for module in model.modules():
+        held = getattr(module, "matrices", [])
+        if isinstance(module, MatrixLinear | PackedRows) and module.matrix is not None:
+            held = [module.matrix]
+        found |= {{Format.INT8: 8, Format.INT4: 4}[m.format] for m in held if m.format in (Format.INT8, Format.INT4)}
+        if isinstance(module, Int8Linear):
+            found.add(8)
+        elif isinstance(module, PackedRows) and module.matrix is None and not module.packed.values.is_floating_point():
+            found.add(module.packed.bits)
+    return found
 
 
 def target(model: nn.Module, rule: Rule, index: int) -> Rows | None:
@@ -119,24 +138,26 @@ class RoundedLinear(PackedLinear):
     """Integers of one matrix that are widened tile by tile: 4 bits without compiled kernels."""
 
     def __init__(self, rows: int, columns: int, bits: int, group: int, bias: nn.Parameter | None) -> None:
+        super().__init__([PackedRows(rows, columns)], bias, columns)
         self.holder = _Rounded(rows, columns, bits, group)
-        part = PackedRows(rows, columns)
-        super().__init__([part], bias, columns)
-        part.fill(self.holder.packed, "cpu")
 
     def fill(self, begin: int, rows: Tensor) -> None:
         self.holder.fill(begin, rows)
+
+    def finish(self) -> None:
+        self.parts[0].fill(self.holder.packed, "cpu")  # pyright: ignore[reportCallIssue]
 
 
 class RoundedStack(PackedStack):
     """The same for a stack."""
 
     def __init__(self, shape: torch.Size, bits: int, group: int, dtype: torch.dtype) -> None:
-        self.holders = [_Rounded(shape[1], shape[2], bits, group) for _ in range(shape[0])]
-        parts = [PackedRows(shape[1], shape[2]) for _ in self.holders]
-        super().__init__(parts, shape, dtype)
-        for part, holder in zip(parts, self.holders, strict=True):
-            part.fill(holder.packed, "cpu")
+        super().__init__([PackedRows(shape[1], shape[2]) for _ in range(shape[0])], shape, dtype)
+        self.holders = [_Rounded(shape[1], shape[2], bits, group) for _ in self.parts]
+
+    def finish(self) -> None:
+        for part, holder in zip(self.parts, self.holders, strict=True):
+            part.fill(holder.packed, "cpu")  # pyright: ignore[reportCallIssue]
 
 
 class _Rounded:

@@ -11,7 +11,8 @@ from tiny import make_tiny_keye
 
 from mirada import VLM
 from mirada.compat.keye import KeyeVLInference
-from mirada.errors import CheckpointError, HubNotFound, InputError, MediaNotFound, NotAvailable
+from mirada.errors import CheckpointError, HubNotFound, InputError, MediaNotFound, SettingsError
+from mirada.models import precision
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +56,14 @@ def test_a_bad_picture_raises_and_the_next_one_answers(keye, picture):
     assert isinstance(keye.infer(image=picture, text="What?", max_new_tokens=2)["response"], str)
 
 
-@pytest.mark.parametrize("mode", ["load_in_4bit", "load_in_8bit"])
-def test_quantised_modes_are_not_there_yet(folder, mode):
-    with pytest.raises(NotAvailable, match=mode) as caught:
-        KeyeVLInference.from_local(model_path=folder, **{mode: True})
-    assert f"leave {mode} out" in caught.value.fix
+@pytest.mark.parametrize(("flag", "bits"), [("load_in_4bit", 4), ("load_in_8bit", 8)])
+def test_quantised_modes(folder, flag, bits):
+    made = KeyeVLInference.from_local(model_path=folder, device="cpu", **{flag: True})
+    with made.vlm as vlm:
+        assert precision.bits(vlm.parts.model) == {bits, 8}  # the head takes 8
+        assert made.infer(text="hi", max_new_tokens=2)["usage"].completion_tokens > 0
+    with pytest.raises(SettingsError, match="more than one"):
+        KeyeVLInference.from_local(model_path=folder, load_in_4bit=True, load_in_8bit=True)
 
 
 def test_a_model_of_a_hub(folder, tmp_path, monkeypatch):
@@ -73,8 +77,8 @@ def test_a_model_of_a_hub(folder, tmp_path, monkeypatch):
         assert made.infer(text="hi", max_new_tokens=2)["usage"].completion_tokens > 0
         with pytest.raises(HubNotFound, match="org/other"):
             KeyeVLInference.from_hf_hub(model_name="org/other", token="t")
-        with pytest.raises(NotAvailable, match="load_in_4bit"):
-            KeyeVLInference.from_hf_hub(model_name="org/tiny-vl", token="t", load_in_4bit=True)
+        made = KeyeVLInference.from_hf_hub(model_name="org/tiny-vl", token="t", load_in_4bit=True)
+        assert 4 in precision.bits(made.vlm.parts.model)
 
 
 def test_a_folder_without_a_model(tmp_path):

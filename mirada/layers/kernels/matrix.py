@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,10 @@ class Matrix:
     def __post_init__(self) -> None:
         self._struct: compiled.Matrix | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or pickle begins without addresses: they are of these tensors."""
+        return self.__dict__ | {"_struct": None}
+
     @classmethod
     def empty(cls, format: Format, rows: int, columns: int, group: int, *, wide: bool = False, zeros: bool = False) -> Matrix:
         """Integers that ``fill`` or ``pack`` will set. TensorError for a group that is no multiple of 32."""
@@ -83,7 +88,9 @@ class Matrix:
         """A view of float32 or bfloat16 [R, C] that lies row by row."""
         if not weight.is_contiguous():
             raise TensorError("a weight does not lie row by row", "call contiguous() on it")
-        return cls(_FLOATS[weight.dtype], *weight.shape, 0, weight.detach(), bias=None if bias is None else bias.detach())
+        rows, columns = weight.shape
+        held = None if bias is None else bias.detach()
+        return cls(_FLOATS[weight.dtype], rows, columns, 0, weight.detach(), bias=held)
 
     @property
     def shape(self) -> tuple[int, int]:
