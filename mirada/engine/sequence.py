@@ -276,6 +276,7 @@ class Sequence:
             self.finish = delta.finish
             self.metrics["total"] = time.perf_counter() - self.born
             self.media, self.positions, self.chooser, self.features, self.ngrams = (), None, None, None, None
+            self.lora = None
             self.done = True  # last: whoever sees it may read all the rest
         for listener in tuple(self.listeners):
             listener(self.done)
