@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mirada import __version__, config
+from mirada.errors import SettingsError
 
 _MODULES = {  # distribution -> module, where they differ
     "pillow": "PIL",
@@ -94,6 +95,7 @@ def _devices(problems: list[Problem]) -> dict[str, Any]:
     import torch
 
     made: dict[str, Any] = {"cpu": f"{_cores()} cores, {torch.backends.cpu.get_cpu_capability()}"}
+    made["cpu kernels"] = _kernels(problems)
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         made[f"cuda:{index}"] = f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB, capability {facts.major}.{facts.minor}"
@@ -108,6 +110,22 @@ def _devices(problems: list[Problem]) -> dict[str, Any]:
             )
         )
     return made
+
+
+def _kernels(problems: list[Problem]) -> str:
+    """Which kernels multiply on the CPU, and what stands in for them."""
+    from mirada.layers.kernels import library
+
+    try:
+        status = library.status()
+    except SettingsError as error:
+        problems.append(Problem("error", error.problem, error.fix))
+        return error.problem
+    if status.name != "none":
+        return f"compiled, {status.name} ({status.why})"
+    instead = "int8 by torch's quantized::linear_dynamic (fbgemm, deprecated), int4 and bfloat16 widened tile by tile"
+    problems.append(Problem("warning", f"no compiled CPU kernels: {status.why}; {instead}", status.fix))
+    return f"none ({status.why}): {instead}"
 
 
 def _cores() -> int:

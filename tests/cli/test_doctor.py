@@ -128,3 +128,14 @@ def test_an_nvidia_driver_with_a_cpu_torch(monkeypatch):
 def test_doctor_runs_as_a_program():
     done = subprocess.run([sys.executable, "-m", "mirada.cli", "doctor", "--json"], capture_output=True, text=True, check=False)
     assert done.stderr == "" and json.loads(done.stdout)["threads"]["OMP_WAIT_POLICY"]
+
+
+def test_which_kernels_multiply(monkeypatch):
+    from mirada.layers.kernels import library
+
+    monkeypatch.setattr(library, "status", lambda: library.Status("avx2", "the best that this processor has"))
+    found: list[doctor.Problem] = []
+    assert doctor._kernels(found) == "compiled, avx2 (the best that this processor has)" and not found
+    monkeypatch.setattr(library, "status", lambda: library.Status("none", "they were not compiled", "pip install"))
+    assert "fbgemm" in doctor._kernels(found)
+    assert found[0].level == "warning" and "they were not compiled" in found[0].problem and found[0].fix == "pip install"
