@@ -2,9 +2,10 @@
 
     python benchmarks/media_workers.py [--rounds 7] [--photos 8]
 
-Each round asks the same text question alone, then beside photos prepared by threads, then beside photos prepared by workers (in
-turn, so that a busy machine harms all alike), and prints medians: seconds of the answer, the longest that ``submit`` took, seconds
-until the last photo was answered. The floor of the first is the answer alone. Also the processor time of starting a worker.
+Each round asks the same text question alone, then beside photos prepared by threads, then beside photos prepared by workers
+(in turn, so that a busy machine harms all alike), and prints medians: seconds of the answer, the longest that ``submit`` took,
+seconds until the last photo was answered. The floor of the first is the answer alone. Also the processor time of a worker that
+prepares one photo.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from PIL import Image as pil
 
 from mirada import VLM, Image, Message, Sampling
+from mirada.media.pool import default_workers
 
 TEXT = [Message("user", "Count from one to twenty.")]
 LONG, SHORT = Sampling(max_tokens=64, ignore_eos=True), Sampling(max_tokens=1)
@@ -49,7 +51,7 @@ def measure(vlm: VLM, photos: list[bytes]) -> dict[str, float]:
 
 
 def start_seconds(data: bytes) -> float:
-    """Processor time of a worker's life with one photo, less that of the photo here."""
+    """Processor time of a worker's life with one photo."""
     settings = {"pixel_cache_bytes": 0, "encoder_cache_bytes": 0}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with VLM("mini", engine={"workers": 1, **settings}) as vlm:
@@ -65,7 +67,8 @@ def main() -> None:
     options = parser.parse_args()
     photos = [photo(seed) for seed in range(options.photos)]
     settings = {"pixel_cache_bytes": 0, "encoder_cache_bytes": 0, "prefix_cache_bytes": 0}
-    with VLM("mini", engine={"workers": 0, **settings}) as threads, VLM("mini", engine=settings) as workers:
+    more = {"workers": max(1, default_workers()), **settings}
+    with VLM("mini", engine={"workers": 0, **settings}) as threads, VLM("mini", engine=more) as workers:
         ways = {"alone": (threads, []), "threads": (threads, photos), "workers": (workers, photos)}
         for vlm, some in ways.values():
             measure(vlm, some)  # starts and warms everything
