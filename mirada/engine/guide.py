@@ -6,7 +6,7 @@ R rows that have a guide, V vocabulary, W words of 32 bits (W = ceil(V / 32)).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -30,7 +30,8 @@ class Guide(Protocol):
 
     def mask(self, out: np.ndarray) -> None:
         """Set in ``out`` (int32 [W], all zero) bit ``t % 32`` of word ``t // 32`` for every token t that may come next: the
-        layout that llguidance and xgrammar fill. A reply may end only where an end token is allowed."""
+        layout that llguidance and xgrammar fill. V is what the model gives logits for, often more than a tokenizer has: what
+        is beyond stays zero. A reply may end only where an end token is allowed."""
         ...
 
     def accept(self, token: int) -> None:
@@ -59,7 +60,7 @@ def fill(guides: Sequence[Guide], vocabulary: int) -> tuple[np.ndarray, dict[int
     errors: dict[int, RequestFailed] = {}
     for index, guide in enumerate(guides):
         try:
-            asked(guide.mask, words[index])
+            asked(lambda guide=guide, index=index: guide.mask(words[index]))
         except RequestFailed as error:
             errors[index] = error
             continue
@@ -72,13 +73,13 @@ def shut(logits: Tensor, words: np.ndarray) -> None:
     """Add -inf to the logits [R, V], float32 and finite, of all tokens whose bit in ``words`` [R, W] is not set."""
     bits = torch.from_numpy(np.unpackbits(words.view(np.uint8), axis=-1, count=logits.shape[-1], bitorder="little"))
     # 0 where a token is allowed, else -inf: selecting by a mask would be many times slower on a CPU.
-    logits += ((bits.to(logits.device, torch.int32) - 1) & _INFINITY_BITS).view(torch.float32)
+    logits += bits.to(logits.device).to(torch.int32).sub_(1).bitwise_and_(_INFINITY_BITS).view(torch.float32)
 
 
-def asked(call: Callable[..., T], *arguments: Any) -> T:
-    """``call(*arguments)`` of a guide; whatever it raises becomes a RequestFailed."""
+def asked(question: Callable[[], T]) -> T:
+    """What a guide answers; whatever it raises becomes a RequestFailed."""
     try:
-        return call(*arguments)
+        return question()
     except Exception as error:
         raise RequestFailed(f"the guide of this request failed: {error!r}", "correct the guide, or leave it out") from error
 

@@ -120,7 +120,8 @@ class Chooser:
     @property
     def finished(self) -> bool:
         """Whether its guide says that nothing may follow. Raises RequestFailed if the guide fails."""
-        return self.guide is not None and bool(guides.asked(lambda guide: guide.finished, self.guide))
+        guide = self.guide
+        return guide is not None and bool(guides.asked(lambda: guide.finished))
 
     def choice(self) -> Choice:
         """One draw a token, whatever its batch mates do and however often a step is repeated: a seeded reply depends on
@@ -138,12 +139,13 @@ class Chooser:
         if self.tally is not None:
             self.tally.note(token)
         if self.guide is not None:
-            guides.asked(self.guide.accept, token)
+            guide = self.guide
+            guides.asked(lambda: guide.accept(token))
             if not self.forced:
-                self._fast_forward(self.guide)
+                self._fast_forward(guide)
 
     def _fast_forward(self, guide: Guide) -> None:
-        self.forced.extend(int(token) for token in guides.asked(guide.forced))
+        self.forced.extend(guides.asked(lambda: [int(token) for token in guide.forced()]))
 
 
 class Board:
@@ -166,6 +168,10 @@ class Board:
         """The token of the largest logit of each row [B], of equal ones the lowest."""
         values, ids = self._look(torch.arange(len(self.logits), device=self.logits.device), self.maxima.argmax(-1)[:, None])
         return ids.gather(-1, values.argmax(-1, keepdim=True))[:, 0]
+
+    def whole(self, rows: Sequence[int]) -> Tensor:
+        """All logits of ``rows`` [R, V]; of a single row as they lie."""
+        return self.logits[rows[0], None] if len(rows) == 1 else self.logits[list(rows)]
 
     def top(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The ``count`` largest logits of ``rows`` [R] in falling order, and their tokens; both [R, count]."""
@@ -272,8 +278,8 @@ def draw(board: Board, rows: Sequence[int], choices: Sequence[Choice]) -> Tensor
     tokens = torch.empty(len(rows), dtype=torch.int64, device=device)
     narrow = [i for i, choice in enumerate(choices) if choice.top_k or choice.nucleus]
     wide = [i for i, choice in enumerate(choices) if not (choice.top_k or choice.nucleus)]
-    if wide:
-        tokens[wide] = _draw_wide(board, torch.tensor([rows[i] for i in wide], device=device), [choices[i] for i in wide])
+    for some in _portions(wide, device):
+        tokens[some] = _draw_wide(board, [rows[i] for i in some], [choices[i] for i in some])
     count = max((choices[i].top_k + 1 if choices[i].top_k else NUCLEUS for i in narrow), default=0)  # pyright: ignore[reportOptionalOperand]
     while narrow:
         where = torch.tensor([rows[i] for i in narrow], device=device)
@@ -297,8 +303,8 @@ def _draw_narrow(board: Board, rows: Tensor, choices: Sequence[Choice], count: i
     if any(choice.nucleus for choice in choices):
         total = weights.sum(-1, keepdim=True)
         open_ = [i for i, choice in enumerate(choices) if choice.nucleus and not choice.top_k]
-        if open_ and count < board.size:
-            total[open_] = _mass(board, rows[open_], values[open_, :1], [choices[i] for i in open_])
+        for some in _portions(open_ if count < board.size else [], scaled.device):
+            total[some] = _mass(board, rows[some].tolist(), values[some, :1], [choices[i] for i in some])
         wanted = _column(weights, [choice.top_p if choice.nucleus else OFF_P for choice in choices])
         num_kept = (weights.cumsum(-1) - weights < wanted * total).sum(-1, keepdim=True).clamp(min=1)
         floor = torch.maximum(floor, _where_nucleus(scaled.gather(-1, num_kept - 1), choices))
@@ -318,26 +324,34 @@ def _where_nucleus(floor: Tensor, choices: Sequence[Choice]) -> Tensor:
     return floor.masked_fill(_column(floor, [not choice.nucleus for choice in choices], torch.bool), OFF)
 
 
-def _mass(board: Board, rows: Tensor, best: Tensor, choices: Sequence[Choice]) -> Tensor:
+def _portions(items: list[int], device: torch.device) -> list[list[int]]:
+    """What to read whole vocabularies of together: on a CPU one row at a time, whose intermediate values stay in its cache."""
+    return [[item] for item in items] if device.type == "cpu" else [items] if items else []
+
+
+def _mass(board: Board, rows: Sequence[int], best: Tensor, choices: Sequence[Choice]) -> Tensor:
     """Sum [R, 1] of the unnormalised probabilities of the whole vocabulary, of which the most likely token has 1."""
-    weights = _scaled(board.logits[rows], best, choices).exp_()
+    weights = _scaled(board.whole(rows), best, choices).exp_()
     return weights.sum(-1, keepdim=True, dtype=_exact(weights))
 
 
-def _draw_wide(board: Board, rows: Tensor, choices: Sequence[Choice]) -> Tensor:
+def _draw_wide(board: Board, rows: Sequence[int], choices: Sequence[Choice]) -> Tensor:
     """Tokens [R] drawn from the whole vocabulary: a block by the sums of the blocks, then a token inside it."""
-    weights = _scaled(board.logits[rows], board.maxima[rows].amax(-1, keepdim=True), choices).exp_()
+    weights = _scaled(board.whole(rows), board.maxima[list(rows)].amax(-1, keepdim=True), choices).exp_()
     if any(choice.min_p for choice in choices):
         weights *= weights >= _column(weights, [choice.min_p or 0.0 for choice in choices])
-    rest = -board.size % BLOCK
-    blocks = torch.nn.functional.pad(weights, (0, rest)).unflatten(-1, (-1, BLOCK))
+    if rest := -board.size % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, rest))
+    blocks = weights.unflatten(-1, (-1, BLOCK))
     exact = _exact(weights)
-    sums = blocks.sum(-1, dtype=exact)
+    sums = blocks.sum(-1).to(exact)
     uniform = _column(sums, [choice.uniform for choice in choices])
     block = _invert(sums, uniform)
     # What is left of the goal when the block begins, as a share of the block.
-    before = (sums.cumsum(-1) - sums).gather(-1, block)
-    share = (uniform * sums.cumsum(-1)[:, -1:] - before) / sums.gather(-1, block)
+    running = sums.cumsum(-1)
+    before = (running - sums).gather(-1, block)
+    # Rounding must not carry it below nothing, where even an impossible token stands.
+    share = ((uniform * running[:, -1:] - before) / sums.gather(-1, block)).clamp_(min=0)
     inside = blocks.gather(-2, block[..., None].expand(-1, -1, BLOCK))[:, 0].to(exact)
     return (block * BLOCK + _invert(inside, share))[:, 0]
 
