@@ -21,8 +21,8 @@ from mirada.engine.sequence import Sequence
 from mirada.layers.cache import Cache
 from mirada.types import Span
 
-BLOCK = 32
-"""Tokens of a block."""
+BLOCK = 16
+"""Tokens of a block, where the cache lies in slabs (in pages: those of a page). Small pictures of few tokens are shared too."""
 HASH = 32
 """Bytes of a content key; a span with any other number of them has none, and its sequence is not kept from there on."""
 

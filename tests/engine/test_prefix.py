@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from tiny import pack
 
 from mirada import VLM
-from mirada.engine import prefix as module
 from mirada.engine.load import load
-from mirada.engine.prefix import PrefixCache, Weights, root_key
+from mirada.engine.prefix import BLOCK, PrefixCache, Weights, root_key
 from mirada.engine.sequence import Sequence
 from mirada.engine.vision import encode
 from mirada.layers.batch import Batch
@@ -151,16 +150,16 @@ def test_the_answer_is_found_by_the_next_turn(parts):
     prefix.offer(first)
     cache.free(0)
     turn = sequence(Prompt((*first.prompt.tokens, *first.tokens, 1, 2, 3), first.prompt.spans), media)
-    assert found(prefix, turn) == (first.num_tokens - 1) // 32 * 32 > len(first.prompt.tokens)
+    assert found(prefix, turn) == (first.num_tokens - 1) // BLOCK * BLOCK > len(first.prompt.tokens)
     assert torch.allclose(keep(parts, cache, prefix, turn), plain(parts, turn), atol=1e-5)
 
 
 def test_at_least_one_token_is_left(parts):
     cache, prefix = caches(parts)
-    for size in (32, 33, 64, 65):
+    for size in (BLOCK, BLOCK + 1, 4 * BLOCK, 4 * BLOCK + 1):
         one = sequence(Prompt(tuple(range(3, 3 + size))))
         keep(parts, cache, prefix, one)
-        assert found(prefix, sequence(one.prompt)) == (size - 1) // 32 * 32
+        assert found(prefix, sequence(one.prompt)) == (size - 1) // BLOCK * BLOCK
 
 
 # Nothing else is found.
@@ -178,7 +177,7 @@ def one_picture(models):
         """Whether any block with a visual token is there; all that come after it, if so."""
         one = asked(parts, Image(picture, **settings), WORDS)
         count, span = found(prefix, one), one.prompt.spans[0]
-        assert count <= span.start or count == (one.num_tokens - 1) // 32 * 32 > span.end
+        assert count <= span.start or count == (one.num_tokens - 1) // BLOCK * BLOCK > span.end
         return count > span.start
 
     return base, ask
@@ -229,7 +228,7 @@ def test_the_same_frames_at_another_fps_are_never_found(models, kind):
             if before[0].ids(i, i + 1) != before[1].ids(i, i + 1)
             or not np.array_equal(before[0].places(i, i + 1), before[1].places(i, i + 1))
         )  # fmt: skip
-        assert found(prefix, before[1]) <= first // 32 * 32 < before[1].num_tokens - 33
+        assert found(prefix, before[1]) <= first // BLOCK * BLOCK < before[1].num_tokens - 33
     else:
         assert not same_key or found(prefix, before[1]) == found(prefix, before[2])
 
@@ -243,9 +242,10 @@ def test_positions_alone_tell_blocks_apart(models):
     pad = parts.model.config.video_token_id
     tokens = (1, 2, *[pad] * span.num_tokens, *range(60))
     keep(parts, cache, prefix, sequence(Prompt(tokens, (span,)), patches))
-    assert found(prefix, sequence(Prompt(tokens, (span,)), patches)) == 96
-    for other in (replace(span, t_step=2.0), replace(span, t_step=0.5), replace(span, frame=1)):
-        assert found(prefix, sequence(Prompt(tokens, (other,)), patches)) == 0
+    assert found(prefix, sequence(Prompt(tokens, (span,)), patches)) == (len(tokens) - 1) // BLOCK * BLOCK
+    for other in (replace(span, t_step=2.0), replace(span, t_step=0.5)):  # the first of its frames stands where it did
+        assert found(prefix, sequence(Prompt(tokens, (other,)), patches)) <= 18 // BLOCK * BLOCK
+    assert found(prefix, sequence(Prompt(tokens, (replace(span, frame=1),)), patches)) == 0
 
 
 def test_another_adapter_salt_or_format_is_never_found(models):
@@ -428,7 +428,7 @@ def test_off_keeps_nothing():
 
 def test_the_heap_of_leaves_stays_small():
     cache = SlabCache(1, 1, 1)
-    prefix = PrefixCache(cache, 1 << 12, lambda: b"", block=module.BLOCK)
+    prefix = PrefixCache(cache, 1 << 12, lambda: b"", block=BLOCK)
     one = replace(sequence(Prompt(tuple(range(40)))), slot=0)
     cache.allocate(0)
     prefix.match(one)
@@ -505,3 +505,28 @@ def test_a_model_in_memory_keeps_beginnings_only_when_asked(tiny_directories):
                 kept.forget()
         assert plain.stats()["prefix_cache_bytes"] == 0 == counts(plain)[0]
         assert len({a, *(plain.generate([chat], GREEDY)[0].tokens,)}) == 2
+
+
+def test_a_sequence_that_goes_on_does_not_push_out_its_own_beginning():
+    """Others came and went since it was found; what it adds takes their place."""
+    cache = SlabCache(1, 1, 1)
+    prefix = PrefixCache(cache, 3 * 4 * 8, lambda: b"", block=4)
+
+    def begin(slot, *tokens) -> Sequence:
+        one = replace(sequence(Prompt(tokens)), slot=slot)
+        cache.allocate(slot)
+        one.computed, put = prefix.match(one)
+        put(slot)
+        return one
+
+    def end(one) -> None:
+        cache.write(0, one.slot, one.computed, *[torch.zeros(one.num_tokens - one.computed, 1, 1)] * 2)
+        one.computed = one.num_tokens
+        prefix.offer(one)
+        whole(prefix, cache)
+
+    end(begin(0, *range(8)))
+    long = begin(1, *range(12))
+    end(begin(2, 7, 7, 7, 7))
+    end(long)
+    assert [found(prefix, sequence(Prompt((*tokens, 1)))) for tokens in (range(12), [7] * 4)] == [12, 0]
