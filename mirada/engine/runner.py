@@ -70,8 +70,11 @@ class Runner:
         batch, features = self._batch(chunks)
         wanted = [chunk for chunk in chunks if chunk.rows]
         with self.adapters.tokens([(chunk.sequence.lora, chunk.count, chunk.rows) for chunk in chunks]):
-            hidden = self._forward(batch, features)
-            logits = self.model.logits(self._rows(chunks, hidden)) if wanted else None
+            if all(chunk.rows == chunk.count for chunk in chunks):
+                logits = self.model.next_logits(batch, features, self.cache)
+            else:
+                hidden = self._forward(batch, features)
+                logits = self.model.logits(self._rows(chunks, hidden)) if wanted else None
         if logits is None:
             return [Choice()] * len(chunks)
         made = iter(self._sample(wanted, logits))
@@ -103,8 +106,6 @@ class Runner:
 
     def _rows(self, chunks: Seq[Chunk], hidden: Tensor) -> Tensor:
         """Hidden values [R, D] of the rows whose logits are wanted."""
-        if all(chunk.rows == chunk.count for chunk in chunks):
-            return hidden
         ends = np.cumsum([chunk.count for chunk in chunks])
         wanted = [np.arange(end - chunk.rows, end) for chunk, end in zip(chunks, ends, strict=True)]
         return hidden[torch.from_numpy(np.concatenate(wanted)).to(self.device)]

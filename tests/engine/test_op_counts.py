@@ -1,0 +1,118 @@
+"""What one decode step costs beside its arithmetic: torch calls, new tensors, objects of Python. Counts, never times.
+
+For a small model these are most of a step. A bound is what is there now: who adds a call to the inner loop has to say why here.
+"""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mirada.engine.load import load
+from mirada.layers.batch import Batch
+from mirada.layers.cache import SlabCache, make_cache
+from mirada.layers.kernels.library import library
+
+PAST = 40
+COMPILED = {"calls": 3, "tensors": 3}
+"""Of a whole step in compiled code: the embedding, and room for hidden values and logits."""
+PER_LAYER = {"calls": 19, "tensors": 17}
+BESIDE = {"calls": 17, "tensors": 17}
+"""Of a step by the modules for one sequence: in each layer, and once (embedding, rotation, last norm, head). No views."""
+PER_MATE = {"calls": 3, "tensors": 1}
+"""In each layer, for each further sequence, which is written and attended by itself; their results are joined once."""
+OBJECTS = 6000
+"""Most bytes of Python objects that live at once because of one step in compiled code."""
+LAYERS = 4
+
+
+class Calls(TorchDispatchMode):
+    """Counts operations that compute or copy, and tensors that own new memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.tensors = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.calls[str(func)] += 1
+            known = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs or {}))}
+            self.tensors += sum(t.untyped_storage().data_ptr() not in known for t in _tensors(out))
+        return out
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    from torch.utils._pytree import tree_leaves
+
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+
+
+@pytest.fixture(scope="module")
+def mini() -> Any:
+    return load("mini", device="cpu").model
+
+
+@pytest.fixture(params=[1, 3])
+def ready(request: pytest.FixtureRequest, mini: Any) -> tuple[SlabCache, Batch, int]:
+    """A cache in which that many sequences stand in the middle of their answers, and the next step of all of them."""
+    count = request.param
+    spec = {"num_layers": LAYERS, "num_kv_heads": 2, "head_dim": 64}
+    cache: Any = make_cache(spec, torch.float32, "cpu")
+    for slot in range(count):
+        cache.allocate(slot)
+        cache.grow(slot, 2 * PAST)
+    step = Batch(torch.full((count,), 5), torch.full((3, count), PAST), (1,) * count, (PAST,) * count, tuple(range(count)))
+    with torch.inference_mode():
+        for on in (False, True):  # first calls build plans and tables
+            mini.decoder.steps.on = on
+            mini.next_logits(step, None, cache)
+    yield cache, step, count  # pyright: ignore[reportReturnType]
+    mini.decoder.steps.on = True
+
+
+def counted(model: Any, cache: SlabCache, step: Batch) -> Calls:
+    with torch.inference_mode(), Calls() as calls:
+        model.next_logits(step, None, cache)
+    return calls
+
+
+@pytest.mark.skipif(library() is None, reason="the CPU kernels are not compiled")
+def test_a_step_in_compiled_code(mini: Any, ready: tuple[SlabCache, Batch, int]) -> None:
+    cache, step, _ = ready
+    calls = counted(mini, cache, step)
+    assert sum(calls.calls.values()) <= COMPILED["calls"], calls.calls
+    assert calls.tensors <= COMPILED["tensors"], calls.calls
+
+
+@pytest.mark.skipif(library() is None, reason="the CPU kernels are not compiled")
+def test_objects_of_a_step_in_compiled_code(mini: Any, ready: tuple[SlabCache, Batch, int]) -> None:
+    cache, step, _ = ready
+    with torch.inference_mode():
+        tracemalloc.start()
+        try:
+            before = tracemalloc.get_traced_memory()[0]
+            tracemalloc.reset_peak()
+            for _ in range(3):
+                mini.next_logits(step, None, cache)
+            after, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak - before < OBJECTS, f"{peak - before} bytes at once"
+    assert after - before < OBJECTS // 4, f"{after - before} bytes stay"
+
+
+def test_a_step_by_the_modules(mini: Any, ready: tuple[SlabCache, Batch, int]) -> None:
+    cache, step, count = ready
+    mini.decoder.steps.on = False
+    calls = counted(mini, cache, step)
+    for name, found in (("calls", sum(calls.calls.values())), ("tensors", calls.tensors)):
+        mates = PER_MATE[name] * (count - 1) + (count > 1)
+        assert found <= LAYERS * (PER_LAYER[name] + mates) + BESIDE[name], (name, calls.calls)
