@@ -24,15 +24,15 @@ began = time.perf_counter()
 import torch
 from mirada.adapt.mode import parse
 from mirada.models.load import load_model
-imported = time.perf_counter()
+imported, spent = time.perf_counter(), time.process_time()
 model = load_model(sys.argv[1], mode=parse(sys.argv[2]))
-loaded = time.perf_counter()
+loaded, spent = time.perf_counter(), time.process_time() - spent
 with torch.no_grad():
     model.lm_head(model.decoder.embed(torch.tensor([1])).float())
 first = time.perf_counter()
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 gb = lambda name: int(status[name].split()[0]) / 1e6
-print(json.dumps({"import": imported - began, "load": loaded - imported, "product": first - loaded,
+print(json.dumps({"import": imported - began, "load": loaded - imported, "cpu": spent, "product": first - loaded,
                   "peak": gb("VmHWM"), "own": gb("RssAnon"), "mapped": gb("RssFile")}))
 """
 
@@ -94,7 +94,7 @@ def main() -> None:
         row = start(model, args.quant, cache)
         size = sum(file.stat().st_size for file in (cache / "formed").iterdir()) / 1e9
         print(
-            f"{args.quant} {name:6} import {row['import']:5.1f} s  load {row['load']:6.1f} s"
+            f"{args.quant} {name:6} import {row['import']:5.1f} s  load {row['load']:6.1f} s ({row['cpu']:.1f} s of CPU)"
             f"  first product {row['product']:5.2f} s"
             f"  memory {row['own']:.2f} GB + {row['mapped']:.2f} mapped, peak {row['peak']:.2f}; kept {size:.2f} GB"
         )
