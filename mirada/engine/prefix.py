@@ -280,13 +280,23 @@ class Weights:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._said = 0
+        self._modules: list[Any] = []
+        self._children: list[int] = []
+        self._seen: list[object] = []
+        self._id = b""
 
     def changed(self) -> None:
         """The weights are others now, whatever it looks like."""
         self._said += 1
 
     def __call__(self) -> bytes:
-        facts: list[object] = [self._said]
-        for tensors in (self._model.parameters(), self._model.buffers()):
-            facts += [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
-        return hashlib.blake2b(repr(facts).encode(), digest_size=HASH).digest()
+        # Asked several times a request: modules are listed anew only where one has taken another's place.
+        if not self._modules or [id(child) for m in self._modules for child in m._modules.values()] != self._children:
+            self._modules = list(self._model.modules())
+            self._children = [id(child) for m in self._modules for child in m._modules.values()]
+        tensors = (t for m in self._modules for held in (m._parameters, m._buffers) for t in held.values() if t is not None)
+        seen: list[object] = [self._said]
+        seen += [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
+        if seen != self._seen:
+            self._seen, self._id = seen, hashlib.blake2b(repr(seen).encode(), digest_size=HASH).digest()
+        return self._id
