@@ -343,9 +343,19 @@ def rows(tokens):
     return torch.tensor(made).view(-1, 1, 1)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@st.composite
+def prompts(draw):
+    """Prompts that begin alike more often than not, with a salt each."""
+    made = []
+    for _ in range(draw(st.integers(1, 12))):
+        tokens = [draw(st.integers(0, 1))] * draw(st.integers(1, 24))
+        made.append((tokens + draw(st.lists(st.integers(0, 1), max_size=6)), draw(st.sampled_from([0, 0, 0, 1]))))
+    return made
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
-    prompts=st.lists(st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=30), st.integers(0, 2)), max_size=25),
+    prompts=prompts(),
     most=st.integers(0, 9),
     layout=st.sampled_from(["slab", "paged"]),
 )
