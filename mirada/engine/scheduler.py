@@ -50,8 +50,6 @@ class Scheduler:
         # A step has at least one token for each.
         self.slots = list(range(min(settings.max_running, settings.step_tokens)))
         self.preemptions = 0
-        self._fits = 0
-        """Bytes of cache that there was room for when it was last looked at."""
 
     def enter(self, sequence: Sequence) -> None:
         """Put a request in line by when it arrived: behind what came before it, ahead of what came later and was ready sooner.
@@ -124,17 +122,18 @@ class Scheduler:
         finally:
             self.cache.free(sequence.slot)
             self.slots.append(sequence.slot)
-            sequence.slot, sequence.computed, sequence.features, sequence.draft = -1, 0, None, []
+            sequence.slot, sequence.computed, sequence.room, sequence.features, sequence.draft = -1, 0, 0, None, []
 
     def make_room(self) -> None:
         """Preempt the youngest until the others can compute all their tokens. What it has generated is kept, and computed
         again as if it were prompt when it is admitted anew. Drafts go first: nothing is lost with them."""
-        needed = self._needed()
-        if needed > self._fits:  # memory is asked for again whenever a sequence grows by a block
-            needed = self._shrink(needed, self.budget.total(self.running))
-        self._fits = needed
+        if all(_end(s) <= s.room for s in self.running):
+            return
+        self._shrink(self._needed(), self.budget.total(self.running))
+        for sequence in self.running:
+            sequence.room = self.cache.capacity(_end(sequence))
 
-    def _shrink(self, needed: int, total: int) -> int:
+    def _shrink(self, needed: int, total: int) -> None:
         for sequence in reversed(self.running):
             if needed > total and sequence.draft:
                 sequence.draft = []
@@ -144,7 +143,6 @@ class Scheduler:
             needed = self._needed()
         if needed > total:
             self._give_up(self.running[0], needed, total)
-        return self._needed()
 
     def _preempt(self, sequence: Sequence) -> None:
         self.leave(sequence)
@@ -167,16 +165,16 @@ class Scheduler:
 
     def _needed(self) -> int:
         """Bytes of cache that the running sequences take once all their tokens are computed."""
-        cache = self.cache
-        return cache.bytes_held + sum(cache.growth_bytes(s.slot, s.num_tokens + len(s.draft)) for s in self.running)
+        return self.cache.bytes_held + sum(self.cache.growth_bytes(s.slot, _end(s)) for s in self.running)
 
     def plan(self, ready: Callable[[Sequence], int | None]) -> list[Chunk]:
         """What to compute now, within ``step_tokens``: the next token of all that decode, then prompts in order, each as far
         as ``ready`` (the first token that waits for pictures; None: none does) lets it."""
-        decoding = [s for s in self.running if s.left == 1 and ready(s) is None]
+        running = [s for s in self.running if not s.done]
+        decoding = [s for s in running if s.left == 1 and ready(s) is None]
         chunks = [Chunk(s, 1 + len(s.draft)) for s in decoding]
         room = self.settings.step_tokens - sum(chunk.count for chunk in chunks)
-        for sequence in self.running:
+        for sequence in running:
             if sequence in decoding:
                 continue
             end = ready(sequence)
@@ -185,6 +183,11 @@ class Scheduler:
                 chunks.append(Chunk(sequence, count))
                 room -= count
         return chunks
+
+
+def _end(sequence: Sequence) -> int:
+    """Tokens that its cache holds once all there are have been computed."""
+    return sequence.num_tokens + len(sequence.draft)
 
 
 def describe(sequence: Sequence) -> str:

@@ -161,6 +161,8 @@ class Sequence:
     """Of the cache, while it runs."""
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
+    room: int = 0
+    """Tokens that the cache has promised it room for."""
     draft: list[int] = field(default_factory=list)
     """Tokens proposed to follow the last one; they are checked by the next step and then forgotten."""
     features: Any = None

@@ -50,6 +50,7 @@ class Engine:
 
     def step(self) -> None:
         """Move every request forward: end, begin, choose what to do, encode, compute, choose tokens, tell."""
+        self.num_steps += 1
         scheduler = self.scheduler
         scheduler.reap()
         for sequence in scheduler.admit():
@@ -62,7 +63,6 @@ class Engine:
         for chunk, choice in self._each(self._compute, chunks):
             self._alone(lambda s, chunk=chunk, choice=choice: self._publish(chunk, choice), chunk.sequence)
         scheduler.reap()
-        self.num_steps += 1
 
     def _open(self, sequence: Sequence) -> None:
         sequence.features = self.encoder.open(sequence)
@@ -76,7 +76,7 @@ class Engine:
         rows = min(self.settings.speculate, FLAT_ROWS // len(running) - 1)
         for sequence in running:
             most = min(rows, sequence.limit - len(sequence.tokens) - 1)
-            if sequence.left == 1 and most > 0 and sequence.chooser.plain:
+            if sequence.left == 1 and most > 0 and not sequence.done and sequence.chooser.plain:
                 sequence.draft = self._lookup(sequence).propose(most)
 
     def _lookup(self, sequence: Sequence) -> NGramIndex:
