@@ -26,7 +26,8 @@ def rows(seed, count=6, spread=3.0, vocabulary=37):
 def softmax(values):
     top = max(values)
     powers = [math.exp(v - top) if v > -math.inf else 0.0 for v in values]
-    return [p / sum(powers) for p in powers]
+    total = sum(powers)
+    return [p / total for p in powers]
 
 
 def kept_plainly(values, choice):
@@ -123,9 +124,9 @@ def test_a_nucleus_wider_than_what_is_looked_at_first():
 def test_draws_follow_the_distribution():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     source = random.Random(0)
-    tokens = draw(Board(logits.expand(8000, 4)), range(8000), [Choice(1.0, uniform=source.random()) for _ in range(8000)])
-    observed = torch.bincount(tokens, minlength=4) / 8000
-    assert torch.allclose(observed, logits[0].softmax(-1), atol=0.02)
+    tokens = draw(Board(logits.expand(3000, 4)), range(3000), [Choice(1.0, uniform=source.random()) for _ in range(3000)])
+    observed = torch.bincount(tokens, minlength=4) / 3000
+    assert torch.allclose(observed, logits[0].softmax(-1), atol=0.03)
 
 
 def test_cold_is_greedy_and_greedy_is_the_largest():
