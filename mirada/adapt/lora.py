@@ -27,6 +27,7 @@ from mirada.layers.moe import Experts
 PREFIX = "base_model.model."
 """What PEFT writes before the names of modules."""
 _NAME = re.compile(r"(.+)\.lora_([AB])\.weight")
+_COPY = ".base_layer.weight"
 # How training began or ran, other software, or where it came from.
 _IGNORED = (
     "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "lora_dropout",
@@ -37,7 +38,7 @@ _IGNORED = (
 _OFF = (
     "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "modules_to_save", "layer_replication",
     "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "arrow_config", "corda_config",
-    "lora_ga_config", "loftq_config", "megatron_config",
+    "lora_ga_config", "loftq_config", "megatron_config", "kasa_config", "monteclora_config", "velora_config",
 )  # fmt: skip
 
 
@@ -124,6 +125,11 @@ def _compile(pattern: str, where: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ConfigError(f"{where}: {pattern!r} is not a regular expression ({error})", "correct it") from error
+
+
+def copies(names: Iterable[str]) -> dict[str, str]:
+    """Module -> name of a copy of its own matrix, which PEFT saves beside adapters of the head."""
+    return {name.removeprefix(PREFIX).removesuffix(_COPY): name for name in names if name.endswith(_COPY)}
 
 
 def pairs(names: Iterable[str], config: LoraConfig, where: str) -> dict[str, tuple[str, str]]:

@@ -48,7 +48,8 @@ def load_adapter(directory: str | Path, model: nn.Module, layout: Layout) -> Ada
     file = _find(directory)
     config = lora.read_config(read_json(directory / CONFIG), str(directory / CONFIG))
     stored = shards.read_header(file)
-    found = lora.pairs(stored, config, file.name)
+    copies = lora.copies(stored)
+    found = lora.pairs(set(stored) - set(copies.values()), config, file.name)
     if not found:
         raise TensorError(f"{file} holds no tensors", "save the adapter again")
     where = targets(layout, model)
@@ -68,6 +69,11 @@ def load_adapter(directory: str | Path, model: nn.Module, layout: Layout) -> Ada
                 raise TensorError(f"tensor {name!r} holds values that are not finite", "save the adapter again")
         device, dtype = _beside(model, target.place)
         gathered.setdefault(target.place, []).append((target.start, low.to(device, dtype), high.to(device, dtype)))
+        if module in copies:
+            _check_copy(read.whole(stored[copies.pop(module)]), model, target, released)
+    if copies:
+        name = next(iter(copies.values()))
+        raise TensorError(f"{file.name} holds tensor {name!r}, which belongs to no LoRA pair", "save the adapter without it")
     patches = {place: lora.patch(sorted(parts, key=lambda part: part[0])) for place, parts in gathered.items()}
     seen = {place: made for place, made in patches.items() if place[0].startswith(("visual.", "projector."))}
     return Adapter(_key(patches), _key(seen) if seen else "", patches)
@@ -139,6 +145,18 @@ def _check(a: Stored, b: Stored, target: Target, rank: int) -> None:
             )
         if found.dtype not in ("F64", "F32", "F16", "BF16"):
             raise TensorError(f"adapter tensor {found.name!r} is stored as {found.dtype}", "adapters are floats")
+
+
+def _check_copy(copy: Tensor, model: nn.Module, target: Target, released: str) -> None:
+    """The model's own matrix, saved with an adapter, must be what the model has: another would go unused."""
+    path, index = target.place
+    own = getattr(model.get_submodule(path), "weight", None) if index is None else None
+    rows = None if own is None else own[target.start : target.start + target.rows]
+    if rows is None or rows.numel() != copy.numel() or not torch.equal(rows.view(copy.shape).to("cpu", copy.dtype), copy):
+        raise TensorError(
+            f"the adapter comes with a matrix of its own for {released!r}, which is not the model's",
+            "save it with save_embedding_layers=False, or merge it into the model",
+        )
 
 
 def _beside(model: nn.Module, place: lora.Place) -> tuple[torch.device, torch.dtype]:
