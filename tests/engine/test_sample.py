@@ -6,6 +6,7 @@ import math
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -214,6 +215,15 @@ def test_a_step_done_again_gives_the_same():
     assert pick(logits, fresh).tokens == again[0]
 
 
+def test_every_token_has_its_own_draw():
+    chooser, source = Chooser(Sampling(temperature=1.0, seed=7)), random.Random(7)
+    for seed in range(6):
+        logits = rows(seed, 1)
+        expected = drawn_plainly(logits[0].double().tolist(), Choice(1.0, uniform=source.random()))
+        assert pick(logits, [chooser]).tokens == [expected]
+        chooser.note(expected)
+
+
 def edited_plainly(values, s, prompt, answer):
     """Penalties and bias from their definitions, from all tokens anew."""
     out = list(values)
@@ -327,6 +337,15 @@ class Digits:
 
     def forced(self):
         return ()
+
+
+def test_bits_lie_where_the_layout_says():
+    out = np.zeros(3, np.int32)
+    guides.allow(out, [0, 31, 32, 63, 64, 64])
+    assert out.view(np.uint32).tolist() == [(1 << 31) | 1, (1 << 31) | 1, 1]
+    logits = torch.zeros(1, 70)
+    guides.shut(logits, out[None])
+    assert torch.isfinite(logits[0]).nonzero()[:, 0].tolist() == [0, 31, 32, 63, 64]
 
 
 class Raises(Digits):
