@@ -20,10 +20,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from harness import BUSY, require_quiet
 from torch import Tensor
 
 from mirada.layers.batch import Batch
@@ -31,8 +31,6 @@ from mirada.layers.cache import make_cache
 from mirada.layers.linear import linear
 from mirada.models.deepseek import DeepseekConfig, DeepseekDecoder, cache_spec, rules
 
-BUSY = 5.0
-"""Percent of the last ten seconds in which some task waited for a CPU."""
 GOAL = 1.2
 SHORT = 5
 """Times as many pairs for rows that take little time."""
@@ -59,9 +57,7 @@ class Row:
 
 def main() -> None:
     options = parse()
-    pressure = waiting()
-    if pressure > BUSY and not options.anyway:
-        sys.exit(f"other programs are busy (CPU pressure {pressure:.0f} %); wait, or measure all the same with --anyway")
+    pressure = require_quiet(options.anyway)
     try:
         import transformers
     except ImportError:
@@ -214,12 +210,6 @@ def machine() -> tuple[float, float]:
     reading = min(seconds(lambda _: big.sum(), 0)[0] for _ in range(5))
     product = min(seconds(lambda _: linear(side, side), 0)[0] for _ in range(5))
     return big.numel() * 4 / reading, 2 * 1536**3 / product
-
-
-def waiting() -> float:
-    """CPU pressure over the last ten seconds, in percent; 0 where the system does not say."""
-    path = Path("/proc/pressure/cpu")
-    return float(path.read_text().split("avg10=")[1].split()[0]) if path.exists() else 0.0
 
 
 if __name__ == "__main__":

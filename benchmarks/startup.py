@@ -19,17 +19,15 @@ import tempfile
 import time
 from pathlib import Path
 
-BUSY = 5.0
-"""Percent of the last ten seconds in which some task waited for a CPU."""
+from harness import BUSY, require_quiet
+
 LIMITS = {"import mirada": 0.2, "mirada --help": 0.3, "mirada ask": 5.0}
 """Seconds that the project promises on two cores."""
 
 
 def main() -> None:
     options = parse()
-    pressure = waiting()
-    if pressure > BUSY and not options.anyway:
-        sys.exit(f"other programs are busy (CPU pressure {pressure:.0f} %); wait, or measure all the same with --anyway")
+    pressure = require_quiet(options.anyway)
     with tempfile.TemporaryDirectory() as folder:
         rows = commands(options, Path(folder))
         for command in rows.values():  # first touch of every file
@@ -79,12 +77,6 @@ def run(command: list[str]) -> tuple[float, float]:
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
     return took, after.children_user + after.children_system - before.children_user - before.children_system
-
-
-def waiting() -> float:
-    """CPU pressure over the last ten seconds, in percent; 0 where the system does not say."""
-    path = Path("/proc/pressure/cpu")
-    return float(path.read_text().split("avg10=")[1].split()[0]) if path.exists() else 0.0
 
 
 def report(times: dict[str, list[tuple[float, float]]], pairs: int, pressure: float) -> None:

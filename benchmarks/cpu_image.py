@@ -1,0 +1,146 @@
+"""Time to the first token of a question about a picture, and ten questions about one: against transformers, same weights, CPU.
+
+    python benchmarks/cpu_image.py --peer-python PEERS/bin/python [--tower-layers 4] [--text-layers 4] [--pairs 7]
+
+The model is Qwen2-VL-2B scaled down in depth alone: all its widths, 4 of the 32 layers of its tower and 4 of the 28 of its
+decoder, random weights, float32 on both sides (``--mode`` takes another of ours; then it is no longer like for like). A
+448x448 picture is 1,024 patches and 256 tokens, a 1344x1344 one 9,216 patches and 2,304 tokens.
+
+Both sides start from the same pixels in memory and end with a token: preparing, prompt, tower, prefill. Every pair has a
+picture of its own, so no cache of ours helps. transformers runs its PIL image processor, ``generate`` and the quicker of its
+attentions.
+*Ten questions* are asked one after the other about one 448x448 picture, ``--answer`` tokens each: ours keep what they computed
+of the picture, transformers' ``generate`` starts anew, which is what it offers.
+Refuses to measure while other programs keep the CPU busy, unless ``--anyway``. Exit status 1: a row is below its goal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+from harness import Report, Worker, workers
+
+WORDS = ("what", "where", "which", "colour", "shape", "number", "left", "above", "below", "large", "small", "stands", "behind")
+QUESTIONS = 10
+
+
+@dataclass(frozen=True)
+class Row:
+    """``make(i)`` gives the order of pair i; ``key`` is the stage of its answer that is compared."""
+
+    name: str
+    make: Callable[[int], dict[str, Any]]
+    key: str
+    goal: float
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    pressure = harness.require_quiet(options.anyway or options.smoke)
+    report = Report(options, pressure)
+    checkpoint = make(options)
+    harness.require_memory(0.0 if options.smoke else 8e9, "this shape on both sides")
+    ours = Worker("mirada", "ours.py", threads=options.threads)
+    with workers(ours, peer(options, checkpoint)) as (_, theirs):
+        load(ours, checkpoint, options.mode)
+        told = load(theirs, checkpoint, options.mode) if options.smoke else theirs.ask("load")
+        print(
+            f"Qwen2-VL-2B's widths, {options.tower_layers} of 32 layers of the tower, {options.text_layers} of 28 of the "
+            f"decoder, {options.mode} : {options.dtype} {told.get('setting', '')}, {options.threads} thread(s), "
+            f"{options.pairs} pairs"
+        )
+        print(f"{'':34}{'ours s':>9}{'theirs':>9}{'ratio':>7}{'':14}{'CPU':>6}   goal")
+        for row in rows(options):
+            measure(ours, theirs, row, report)
+    return report.finish()
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    harness.arguments(parser)
+    parser.add_argument("--tower-layers", type=int, default=4)
+    parser.add_argument("--text-layers", type=int, default=4)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[448, 1344], help="sides of the pictures, in pixels")
+    parser.add_argument("--answer", type=int, default=8, help="tokens of each of the ten answers")
+    parser.add_argument("--mode", choices=("fp32", "exact", "int8", "int4"), default="fp32")
+    parser.add_argument("--dtype", default="float32", help="of transformers")
+    options = parser.parse_args(argv)
+    if options.smoke:
+        options.pairs, options.sizes, options.answer, options.tower_layers, options.text_layers = 1, [112], 2, 2, 2
+    return options
+
+
+def make(options: argparse.Namespace) -> Path:
+    shape, vision = ("tiny", "tiny") if options.smoke else ("2b", "full")
+    directory = options.folder / f"picture-{shape}-{options.tower_layers}-{options.text_layers}"
+    layers = ["--vision-layers", str(options.tower_layers), "--text-layers", str(options.text_layers)]
+    command = [sys.executable, str(harness.HERE / "shapes.py"), shape, str(directory), "--vision", vision, *layers]
+    if subprocess.run(command, check=False).returncode:
+        sys.exit(f"making {directory} failed")
+    return directory
+
+
+def peer(options: argparse.Namespace, checkpoint: Path) -> Worker:
+    if options.smoke:
+        return Worker("mirada", "ours.py", threads=options.threads)
+    python = harness.peer_python(options, ("torch", "transformers", "PIL"))
+    return Worker("transformers", "peers.py", "vision", str(checkpoint), options.dtype, python=python, threads=options.threads)
+
+
+def load(worker: Worker, checkpoint: Path, mode: str) -> dict[str, Any]:
+    # The checkpoint's own bound on pixels is far above these sizes.
+    return worker.ask("load", model=str(checkpoint), mode=mode)
+
+
+def question(number: int) -> str:
+    """Another one for every number."""
+    return " ".join(WORDS[(number * 7 + i * (number % 5 + 1)) % len(WORDS)] for i in range(8)) + f" {number}?"
+
+
+def rows(options: argparse.Namespace) -> list[Row]:
+    def first(size: int) -> Callable[[int], dict[str, Any]]:
+        return lambda i: {"do": "ask", "size": size, "seed": size + i, "question": question(i)}
+
+    def ten(i: int) -> dict[str, Any]:
+        asked = [question(i * QUESTIONS + j) for j in range(QUESTIONS)]
+        return {"do": "ask_all", "size": options.sizes[0], "seed": 10**6 + i, "questions": asked, "new": options.answer}
+
+    made = [Row(f"first token, {size}x{size}", first(size), "first", 1.15) for size in options.sizes]
+    return [*made, Row(f"ten questions, {options.sizes[0]}x{options.sizes[0]}", ten, "all", 5.0)]
+
+
+def measure(ours: Worker, theirs: Worker, row: Row, report: Report) -> None:
+    orders = [(order, order) for order in map(row.make, range(report.options.pairs + 1))]
+    harness.in_turn(ours, theirs, orders[:1])  # first touch of everything
+    turns = harness.in_turn(ours, theirs, orders[1:])
+    for mine, other in turns.pairs:
+        if mine["prompt"] != other["prompt"]:
+            sys.exit(f"{row.name}: {mine['prompt']} prompt tokens on our side, {other['prompt']} on theirs")
+
+    def clock(made: Any) -> float:
+        return made[row.key][0]
+
+    def cpu(made: Any) -> float:
+        return made[row.key][1]
+
+    low, high = turns.spread(clock)
+    verdict = report.add(
+        row.name, turns, turns.ratio(clock), row.goal, ours_s=turns.side(0, clock), theirs_s=turns.side(1, clock),
+        low=low, high=high, cpu=turns.ratio(cpu), prompt=turns.pairs[0][0]["prompt"],
+    )  # fmt: skip
+    print(
+        f"{row.name:34}{turns.side(0, clock):9.3f}{turns.side(1, clock):9.3f}{turns.ratio(clock):7.2f} [{low:.2f}, {high:.2f}]"
+        f"{turns.ratio(cpu):6.2f}   {verdict}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
