@@ -194,7 +194,11 @@ class Recorder:
     def sample(self) -> None:
         own, children = resident()
         with self.tally.lock:
-            facts: dict[str, float] = {"ended": sum(self.tally.ended.values()), "pending": len(self.tally.pending), "tokens": self.tally.tokens}
+            facts: dict[str, float] = {
+                "ended": sum(self.tally.ended.values()),
+                "pending": len(self.tally.pending),
+                "tokens": self.tally.tokens,
+            }
             facts["first_token_ms"] = round(1e3 * statistics.median(self.tally.first[-200:] or [0.0]), 1)
         row = {"seconds": round(time.monotonic() - self._began, 1), "rss_mb": own, "children_mb": children, **facts}
         self.rows.append(row | self.vlm.stats())
