@@ -73,6 +73,8 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """E gated feed-forward blocks: ``gate_up`` [E, 2I, D] (gate's rows, then up's) and ``down`` [E, D, I]."""
 
+    first: int | None = None
+    """Number of the first expert here, where others lie elsewhere: what those would add is left out."""
     adapted: Callable[[str, int, Tensor, Tensor, Tensor], None] | None = None
     """Called with (name of the stack, expert, its tokens, x, out) of every product, to add to ``out`` what adapters add."""
 
@@ -86,9 +88,12 @@ class Experts(nn.Module):
 
         Tokens are sorted by expert, so that each expert is one matrix product over all its tokens.
         """
+        if self.first is not None:  # those elsewhere come last, beyond the counts
+            own = chosen - self.first
+            chosen = torch.where((own >= 0) & (own < len(self.down)), own, len(self.down))
         order = chosen.flatten().argsort(stable=True)
         tokens, shares = order // chosen.shape[1], weights.flatten()[order].to(x.dtype)[:, None]
-        counts = torch.bincount(chosen.flatten(), minlength=len(self.down))
+        counts = torch.bincount(chosen.flatten(), minlength=len(self.down))[: len(self.down)]
         # Experts that are held packed (adapt.packed.PackedStack) stand in place of the parameters; they come one at a time.
         if x.device.type == "cuda" and x.dtype == torch.bfloat16 and isinstance(self.gate_up, Tensor) and not self.adapted:
             return self._grouped(x, tokens, shares, order, counts)
@@ -119,6 +124,8 @@ class Experts(nn.Module):
         ends = counts.cumsum(0).to(torch.int32)
         gate, up = F.grouped_mm(x[tokens], self.gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
         out = F.grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends) * shares
+        if self.first is not None:
+            out = out.masked_fill((torch.arange(len(out), device=x.device) >= ends[-1])[:, None], 0)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         return out[back].view(len(x), -1, x.shape[1]).sum(1)
 

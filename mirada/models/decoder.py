@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from mirada.layers.norm import RMSNorm, norm_heads
 from mirada.layers.rope import Rotation, inverse_frequencies, mrope_angles, rotate, rotation
 from mirada.layers.step import Block, Parts, Shape, Step, Unplannable
 from mirada.models.layout import Rule
+from mirada.parallel.plan import FIRST, WHOLE, Column, Plan, Row, Share, Units
 
 
 @dataclass(frozen=True)
@@ -249,6 +251,52 @@ def _attention_rules(c: DecoderConfig, ours: str, theirs: str) -> Iterator[Rule]
     yield Rule(f"{ours}.out.weight", ((f"{theirs}.o_proj.weight", (d, rows["q"])),))
     for name in ("q_norm", "k_norm") if c.qk_norm else ():
         yield Rule(f"{ours}.{name}.weight", ((f"{theirs}.{name}.weight", (c.head_dim,)),))
+
+
+def plan(config: DecoderConfig) -> Plan:
+    """How ranks divide a model of this decoder: by heads and inner channels, and the head by words.
+
+    Tower, projector and embedding stay whole on the first rank: what they make is sent once, where a divided tower would take
+    two sums a layer over four times as many rows.
+    """
+    c = config
+    heads, inner = Units(c.num_attention_heads, "heads"), Units(c.intermediate_size, "inner channels")
+    keys = Units(c.num_key_value_heads, "key/value heads", copied=True)
+    layer = "decoder.layers.*."
+    return Plan(
+        {
+            f"{layer}attention.qkv.*": Column((heads, keys, keys)),
+            f"{layer}attention.out.weight": Row(heads),
+            f"{layer}mlp.gate_up.weight": Column((inner, inner)),
+            f"{layer}mlp.down.weight": Row(inner),
+            **shared_splits(c.vocab_size),
+        },
+        sums=SUMS,
+        apply=_take_share,
+    )
+
+
+SUMS = ("decoder.layers.*.attention", "decoder.layers.*.mlp")
+"""Modules of any decoder here whose outputs are partial sums on each rank."""
+
+
+def shared_splits(vocab_size: int) -> dict[str, Any]:
+    """What decoders divide alike."""
+    words = Units(vocab_size, "words", ragged=True)
+    return {
+        "lm_head.weight": Column((words,)),
+        "decoder.embed.weight": FIRST,
+        "decoder.*": WHOLE,
+        "visual.*": FIRST,
+        "projector.*": FIRST,
+    }
+
+
+def _take_share(decoder: Any, share: Share) -> None:
+    keys = Units(decoder.config.num_key_value_heads, "key/value heads", copied=True)
+    begin, end = keys.of(share)
+    for layer in decoder.layers:
+        layer.attention.heads, layer.attention.kv_heads = decoder.config.num_attention_heads // share.ranks, end - begin
 
 
 def ignored(config: DecoderConfig, stored: str = "") -> tuple[str, ...]:

@@ -7,7 +7,8 @@ T tokens of all sequences end to end, D width, E experts. Ported facts: deepseek
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,8 +20,10 @@ from mirada.layers.mlp import GatedMLP
 from mirada.layers.moe import MoE, Routing
 from mirada.layers.norm import RMSNorm
 from mirada.layers.rope import Rotation, Yarn, inverse_frequencies, rotation, section_angles
+from mirada.models.decoder import SUMS, shared_splits
 from mirada.models.family import Keys
 from mirada.models.layout import Rule
+from mirada.parallel.plan import Column, Experts, Plan, Row, Share, Units
 
 
 @dataclass(frozen=True)
@@ -308,6 +311,43 @@ def _gated_rules(ours: str, theirs: str, d: int, inner: int) -> Iterator[Rule]:
     gate_up = tuple((f"{theirs}.{x}_proj.weight", (inner, d)) for x in ("gate", "up"))
     yield Rule(f"{ours}.gate_up.weight", gate_up)
     yield Rule(f"{ours}.down.weight", ((f"{theirs}.down_proj.weight", (d, inner)),))
+
+
+def plan(config: DeepseekConfig) -> Plan:
+    """How ranks divide a model of this decoder: attention by heads, over latents that every rank has; routed experts whole,
+    shared ones and dense blocks by inner channels. The rest as in ``decoder.plan``."""
+    c = config
+    heads, inner = Units(c.num_attention_heads, "heads"), Units(c.intermediate_size, "inner channels")
+    shared = Units(c.n_shared_experts * c.moe_intermediate_size, "inner channels of the shared experts")
+    experts, layer = Experts(_experts(c)), "decoder.layers.*."
+    return Plan(
+        {
+            f"{layer}attention.q.weight": Column((heads,)),
+            f"{layer}attention.q_b.weight": Column((heads,)),
+            f"{layer}attention.kv_b.weight": Column((heads,)),
+            f"{layer}attention.out.weight": Row(heads),
+            f"{layer}mlp.gate_up.weight": Column((inner, inner)),
+            f"{layer}mlp.down.weight": Row(inner),
+            f"{layer}mlp.shared.gate_up.weight": Column((shared, shared)),
+            f"{layer}mlp.shared.down.weight": Row(shared),
+            f"{layer}mlp.experts.*": experts,
+            **shared_splits(c.vocab_size),
+        },
+        sums=SUMS,
+        apply=_take_share,
+    )
+
+
+def _experts(config: DeepseekConfig) -> Units:
+    return Units(config.n_routed_experts, "experts")
+
+
+def _take_share(decoder: Any, share: Share) -> None:
+    for layer in decoder.layers:
+        attention, mlp = layer.attention, layer.mlp
+        attention.sizes = replace(attention.sizes, heads=attention.sizes.heads // share.ranks)
+        if isinstance(mlp, MoE):
+            mlp.experts.first = _experts(decoder.config).of(share)[0]
 
 
 def ignored(config: DeepseekConfig, stored: str = "") -> tuple[str, ...]:

@@ -44,6 +44,10 @@ class Family(Protocol):
         """``models.layout.Layout``: checkpoint names <-> parameters."""
         ...
 
+    def plan(self, config: Any) -> Any:
+        """``parallel.plan.Plan``: what each rank holds of every parameter, where several divide a model."""
+        ...
+
     def prompt_format(self, config: Any) -> Any:
         """``prompt.format.PromptFormat``: control strings and how media are spelt."""
         ...

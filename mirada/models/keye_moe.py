@@ -22,6 +22,7 @@ from mirada.models.layout import Layout
 from mirada.models.projector import Projector
 from mirada.models.vit import KeyeVisionConfig, KeyeVisionTower
 from mirada.models.vlm import VisionLanguageModel
+from mirada.parallel.plan import Plan
 from mirada.prompt.format import KEYE_1_5 as KEYE_15_FORMAT
 from mirada.prompt.format import PromptFormat
 
@@ -107,6 +108,9 @@ class KeyeMoeFamily:
     def media_rule(self, config: KeyeMoeConfig, preprocessor: Mapping[str, Any] | None = None) -> MediaRule:
         """With preprocessor_config.json: its bounds, mean, deviation and filter. ConfigError names an unknown key or value."""
         return processor.media_rule(self.media, config.vision, preprocessor)
+
+    def plan(self, config: KeyeMoeConfig) -> Plan:
+        return deepseek.plan(config.text)
 
     def cache_spec(self, config: KeyeMoeConfig) -> dict[str, int | str]:
         return deepseek.cache_spec(config.text)

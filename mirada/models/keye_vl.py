@@ -22,6 +22,7 @@ from mirada.models.layout import Layout, Rule, affine
 from mirada.models.projector import Projector
 from mirada.models.vit import KeyeVisionConfig, KeyeVisionTower, check_heads
 from mirada.models.vlm import VisionLanguageModel
+from mirada.parallel.plan import Plan
 from mirada.prompt.format import KEYE_1_5 as KEYE_15_FORMAT
 from mirada.prompt.format import KEYE_PREVIEW as KEYE_PREVIEW_FORMAT
 from mirada.prompt.format import PromptFormat
@@ -189,6 +190,9 @@ class KeyeFamily:
     def media_rule(self, config: KeyeConfig, preprocessor: Mapping[str, Any] | None = None) -> MediaRule:
         """With preprocessor_config.json: its bounds, mean, deviation and filter. ConfigError names an unknown key or value."""
         return processor.media_rule(self.media, config.vision, preprocessor)
+
+    def plan(self, config: KeyeConfig) -> Plan:
+        return decoder.plan(config.text)
 
     def cache_spec(self, config: KeyeConfig) -> dict[str, int]:
         return decoder.cache_spec(config.text)

@@ -28,6 +28,7 @@ from mirada.models.layout import Layout, Rule, affine
 from mirada.models.projector import Projector
 from mirada.models.vit import PairedAttention, VisionConfig, VisionLayer, check_heads
 from mirada.models.vlm import VisionLanguageModel
+from mirada.parallel.plan import Plan
 from mirada.prompt.format import KIMI as KIMI_FORMAT
 from mirada.prompt.format import PromptFormat
 from mirada.types import Grid
@@ -213,6 +214,9 @@ class KimiFamily:
     def media_rule(self, config: KimiConfig, preprocessor: Mapping[str, Any] | None = None) -> MediaRule:
         """With preprocessor_config.json: its limit, mean and deviation. ConfigError names an unknown key or value."""
         return processor.kimi_media_rule(self.media, config.vision, preprocessor)
+
+    def plan(self, config: KimiConfig) -> Plan:
+        return deepseek.plan(config.text)
 
     def cache_spec(self, config: KimiConfig) -> dict[str, int | str]:
         return deepseek.cache_spec(config.text)

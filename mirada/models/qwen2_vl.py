@@ -26,6 +26,7 @@ from mirada.models.layout import Layout, Rule, affine
 from mirada.models.projector import Projector
 from mirada.models.vit import VisionConfig, VisionLayer, check_heads
 from mirada.models.vlm import VisionLanguageModel
+from mirada.parallel.plan import Plan
 from mirada.prompt.format import QWEN2_VL as QWEN2_VL_FORMAT
 from mirada.prompt.format import PromptFormat
 from mirada.types import Grid
@@ -220,6 +221,9 @@ class Qwen2VLFamily:
     def media_rule(self, config: Qwen2VLConfig, preprocessor: Mapping[str, Any] | None = None) -> MediaRule:
         """With preprocessor_config.json: its bounds, mean, deviation and filter. ConfigError names an unknown key or value."""
         return processor.media_rule(self.media, config.vision, preprocessor)
+
+    def plan(self, config: Qwen2VLConfig) -> Plan:
+        return decoder.plan(config.text)
 
     def cache_spec(self, config: Qwen2VLConfig) -> dict[str, int]:
         return decoder.cache_spec(config.text)
