@@ -188,6 +188,24 @@ def test_a_row_depends_on_nothing_beside_it() -> None:
             row += 1
 
 
+def test_threads_wait_for_each_other() -> None:
+    """Long attention between short products, many times: who went on too soon would read what is not there yet."""
+    decoder, head = make(replace(CONFIG, num_hidden_layers=6, hidden_size=256, intermediate_size=768))
+    past, before = (3000, 900), torch.get_num_threads()
+    cache = filled(decoder.config, past)
+    try:
+        for turn in range(12):
+            x, new = batch(past, (1, 1), 256)
+            x = x + turn  # not what an earlier turn left in the scratch
+            torch.set_num_threads(1)
+            wanted = compiled(decoder, head, cache, x, new)[1]
+            compiled(decoder, head, cache, x + 0.5, new)
+            torch.set_num_threads(3)
+            assert torch.equal(compiled(decoder, head, cache, x, new)[1], wanted), turn
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_slabs_that_grow_move_and_return() -> None:
     decoder, head = make()
     mine, theirs = filled(CONFIG, (250, 30)), filled(CONFIG, (250, 30))
