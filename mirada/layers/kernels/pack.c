@@ -126,6 +126,7 @@ void mr_widen(const mr_matrix *w, int begin, int count, float *to) {
 static float as_half(float value) { return mr_half_to_float(float_to_half(value)); }
 
 typedef float four_floats __attribute__((vector_size(16)));
+typedef int32_t four_ints __attribute__((vector_size(16)));
 #define QUADS(width) ((width) / 4) /* widths here are padded with zeros to blocks */
 
 /* To whole numbers, ties to even, for magnitudes below 2^22: sums of this size have no bits left for fractions. */
@@ -136,9 +137,13 @@ static inline four_floats whole(four_floats x) {
 
 static inline four_floats same(float x) { return (four_floats){x, x, x, x}; }
 
+static inline four_floats chosen(four_ints where, four_floats yes, four_floats no) {
+    return (four_floats)(((four_ints)yes & where) | ((four_ints)no & ~where));
+}
+
 static inline four_floats clamped(four_floats x, float low, float high) {
-    for (int k = 0; k < 4; k++) x[k] = x[k] < low ? low : x[k] > high ? high : x[k];
-    return x;
+    x = chosen(x < same(low), same(low), x);
+    return chosen(x > same(high), same(high), x);
 }
 
 static inline float total(four_floats x) { return (x[0] + x[1]) + (x[2] + x[3]); }
