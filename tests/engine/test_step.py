@@ -7,13 +7,14 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from engine.mixes import mix
+from engine.mixes import mix, patched
 
 from mirada import VLM, Image, Message, Sampling, Text
 from mirada.engine import scheduler as scheduling
 from mirada.engine import step as stepping
 from mirada.engine.sequence import Sequence
 from mirada.errors import OutOfMemory, RequestFailed
+from mirada.types import Prompt, Span
 
 ENDLESS = {"ignore_eos": True, "max_repeats": None}
 OFF = {"prefix_cache_bytes": 0, "encoder_cache_bytes": 0}
@@ -76,9 +77,27 @@ def test_text_does_not_wait_behind_pictures(vlm):
     assert seen.output().tokens == vlm.generate([pictures(12)], Sampling(max_tokens=2, **ENDLESS))[0].tokens
 
 
+def test_a_prompt_that_ends_in_a_picture_waits_for_it(vlm):
+    """Of its tokens only the last is left, yet it does not decode: that one is the picture."""
+    pad, flat = vlm.parts.model.config.image_token_id, vlm.parts.renderer.format.flat_positions
+    prompt = Prompt((5, 6, 7, 8, pad), (Span("image", 4, (1, 2, 2), 0, flat=flat),))
+    _, media = patched(np.random.default_rng(1), prompt, [(1, 2, 2)], vlm.parts.rule.grid.frames)
+    sampling = Sampling(max_tokens=3, **ENDLESS)
+    alone = vlm.submit(prompt, sampling, media=media).result()
+    assert alone.error is None
+    engine = small(vlm, step_patches=24)
+    first = line_up(engine, pictures(3), max_tokens=1)
+    made = engine._requests.make(prompt, sampling, "auto", media)
+    engine._engine.engine.scheduler.waiting.append(made)
+    step(engine, 2)
+    assert made.left == 1 and not made.tokens and made.error is None
+    finish(engine)
+    assert made.output().tokens == alone.tokens and first.done
+
+
 def test_features_are_kept_until_their_tokens_are_computed(vlm):
     """And the tokens of a picture that is encoded are computed while the next one is."""
-    engine = small(vlm, step_patches=24, step_tokens=16)
+    engine = small(vlm, step_patches=240, step_tokens=8)
     seen = line_up(engine, pictures(12), max_tokens=1)
     held = []
     while not seen.done:
@@ -87,7 +106,7 @@ def test_features_are_kept_until_their_tokens_are_computed(vlm):
             held.append(sum(len(features) for _, features in seen.features._held))
             assert all(first + len(x) > np.searchsorted(seen.features.rows, seen.computed) for first, x in seen.features._held)
     # A picture is 6 tokens; encoding runs ahead of the tokens by two steps and a picture at most.
-    assert 0 < max(held) <= 2 * 16 + 6 and held[-1] < 6
+    assert 0 < max(held) <= 2 * 8 + 6 and held[-1] < 6
 
 
 def test_a_step_takes_no_more_than_it_may(vlm, monkeypatch):
