@@ -16,6 +16,7 @@ from mirada.engine.adapters import Adapters
 from mirada.engine.guide import Guide
 from mirada.engine.handle import EngineHandle
 from mirada.engine.load import Parts, assemble, load
+from mirada.engine.parallel import lead, serve
 from mirada.engine.prefix import PrefixCache, Weights
 from mirada.engine.prepare import Preparing, most_bytes
 from mirada.engine.request import Requests
@@ -25,7 +26,7 @@ from mirada.engine.settings import EngineSettings
 from mirada.engine.step import Engine
 from mirada.engine.thread import EngineThread
 from mirada.engine.vision import EncoderCache
-from mirada.errors import MessageError, MiradaError, SettingsError
+from mirada.errors import MessageError, MiradaError, NotAvailable, SettingsError
 from mirada.layers.cache import make_cache
 from mirada.media.cache import PixelCache
 from mirada.media.fetch import FetchLimits
@@ -58,7 +59,8 @@ class VLM:
     ``dtype`` on load (faster, larger) instead of staying packed. ``quant`` says how matrices are kept on a CPU: ``exact`` (as
     stored, with float32 activations), ``int8``, ``int4`` or, with groups of 64, ``int4:64``; see docs/quantise.md.
     ``load_in_8bit`` and ``load_in_4bit`` are other names of int8 and int4. ``limits`` say what may be fetched, and from where.
-    ``adapters``: names and directories of LoRA adapters, see ``load_adapter``.
+    ``adapters``: names and directories of LoRA adapters, see ``load_adapter``. ``tensor_parallel``: processes that share the
+    model, of which this is the first; the others call ``follow`` (docs/parallel.md).
     ``engine``: bounds of the engine, see ``EngineSettings``. Its thread ends with ``close()``, at the end of a ``with`` block,
     or when neither this object nor a handle of it is left.
     Raises CheckpointError, NotAvailable, SettingsError or OutOfMemory.
@@ -78,6 +80,7 @@ class VLM:
         quant: str | None = None,
         load_in_8bit: bool = False,
         load_in_4bit: bool = False,
+        tensor_parallel: int | None = None,
         hub: HubOptions | Mapping[str, Any] | None = None,
         limits: FetchLimits | None = None,
         engine: EngineSettingsLike = None,
@@ -85,7 +88,7 @@ class VLM:
     ) -> None:
         settings = _engine_settings(engine)
         mode = parse_mode(quant, load_in_8bit, load_in_4bit)
-        parts = load(model, device, dtype, min_pixels, max_pixels, widen, hub, device_map, attn, mode)
+        parts = load(model, device, dtype, min_pixels, max_pixels, widen, hub, device_map, attn, mode, tensor_parallel)
         self._set_up(parts, limits, settings)
         for name, path in (adapters or {}).items():
             self.load_adapter(name, path)
@@ -111,11 +114,23 @@ class VLM:
         made._set_up(assemble(model, renderer, rule, eos), limits, settings)
         return made
 
+    @classmethod
+    def follow(
+        cls, model: str | Path, tensor_parallel: int, *, device: Any = None, dtype: Any = "auto", **options: Any
+    ) -> None:
+        """Hold this process's share of ``model`` and compute what the first process asks, until that closes its engine.
+
+        ``options``: ``attn`` and ``hub`` as there. Raises what opening a model does, RequestFailed if the first is gone.
+        """
+        serve(load(model, device, dtype, tensor_parallel=tensor_parallel, **options))
+
     def _set_up(self, parts: Parts, limits: FetchLimits | None, settings: EngineSettings) -> None:
         weight = next(parts.model.parameters())
         cache = make_cache(parts.cache_spec, weight.dtype, weight.device, kv=settings.kv, budget=settings.cache_bytes)
         if parts.placement is not None:
             cache.spread(parts.placement.layers)
+        if parts.group is not None:
+            cache: Any = lead(parts, cache, settings.kv)
         self.parts = _bounded(parts, settings.max_length)
         self.limits = limits or FetchLimits()
         self._pool = Pool(settings.workers)
@@ -124,7 +139,9 @@ class VLM:
         self._features = EncoderCache(settings.encoder_cache_bytes, self._weights, weight.dtype)
         features = self._features if settings.encoder_cache_bytes else None
         self._prefix = PrefixCache(cache, settings.prefix_cache_bytes, self._weights)
-        prefix = self._prefix if settings.prefix_cache_bytes else None
+        # Pages that a sequence takes from kept blocks in the middle of a forward cannot be said to other ranks.
+        keeps = settings.prefix_cache_bytes and not (parts.group and hasattr(cache, "reclaim"))
+        prefix = self._prefix if keeps else None
         self._adapters = Adapters(parts.model)
         runner = Runner(parts.model, cache, parts.eos, self._adapters)
         self._engine = EngineThread(Engine(runner, parts.rule.grid, settings, prefix, features))
@@ -134,6 +151,8 @@ class VLM:
         """End the engine's thread and all requests, which fail with RequestFailed. Nothing can be asked any more."""
         self._preparing.close()
         self._engine.close()
+        if self.parts.group is not None:
+            self.parts.group.end()
 
     def __enter__(self) -> VLM:
         return self
@@ -177,7 +196,11 @@ class VLM:
     def load_adapter(self, name: str, path: str | Path) -> None:
         """Make the LoRA adapter in directory ``path`` (as PEFT saves it) answer requests with ``adapter=name``; others do not
         notice. Raises SettingsError for a name that is taken, CheckpointError and its kinds for an adapter that this model
-        cannot take whole, OutOfMemory."""
+        cannot take whole, OutOfMemory, NotAvailable where several processes share the model."""
+        if self.parts.group is not None:
+            raise NotAvailable(
+                "adapters are not divided among processes", "merge it into the model, or leave tensor_parallel out"
+            )
         self._adapters.load(name, path)
 
     def unload_adapter(self, name: str) -> None:

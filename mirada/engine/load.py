@@ -13,6 +13,7 @@ from mirada import adapt
 from mirada.adapt.mode import Mode
 from mirada.adapt.mode import parse as parse_mode
 from mirada.engine import memory
+from mirada.engine.parallel import check_alone, join, load_shared, own_device, spec_of
 from mirada.engine.place import Plan, Room, install, measure, plan, rooms
 from mirada.errors import CheckpointError, NotAvailable, SettingsError
 from mirada.layers.attention import check_kind, set_kind
@@ -52,6 +53,8 @@ class Parts:
     """Where layers lie, if they lie on devices of their own."""
     advised: Sampling | None = None
     """How the release advises to sample; None: it says nothing."""
+    group: Any = None
+    """The processes that share the model (``parallel.group.Group``), if several do."""
 
 
 def load(
@@ -65,6 +68,7 @@ def load(
     device_map: str | None = None,
     attn: str = "auto",
     quant: str | Mode | None = None,
+    tensor_parallel: int | None = None,
 ) -> Parts:
     """Read the checkpoint ``name``: a directory, a model inside the package (``mini``), or org/name on a hub.
 
@@ -72,8 +76,15 @@ def load(
     spreads layers over all GPUs and the CPU instead of taking one ``device``. ``attn``: see ``layers.attention.check_kind``.
     ``quant``: how matrices are kept on a CPU, see ``adapt.mode`` and ``check_mode``.
 
+    ``tensor_parallel``: so many processes hold a share each, see ``engine.parallel``.
+
     Raises CheckpointError, NotAvailable (device), SettingsError, or OutOfMemory before any weight is read.
     """
+    group = None
+    if tensor_parallel is not None:
+        check_alone(device_map=device_map, quant=quant, widen=widen or None)
+        group = join(tensor_parallel)
+        device = own_device(device, group.share)
     directory = find(name, hub)
     found = _rooms(device_map, device)
     place = found[0].device if found else pick_device(device)
@@ -82,7 +93,10 @@ def load(
     mode = check_mode(parse_mode(quant), adapt.read(mapping, str(directory / "config.json")), place, kind, bool(found), widen)
     family = family_of(mapping, str(directory / "config.json"))
     attention = check_kind(attn, place, kind)
-    if found:
+    if group is not None:
+        made = None
+        model = load_shared(directory, kind, place, group)
+    elif found:
         made = plan(measure(directory, kind, widen), found)
         for other in made.devices:
             check_kind(attn, other, kind)
@@ -104,7 +118,7 @@ def load(
         rule.bounded(min_pixels, max_pixels) if min_pixels or max_pixels else rule,
         eos=_eos(generation),
     )
-    return replace(parts, placement=made, advised=advised([name, directory.resolve()], generation, str(file)))
+    return replace(parts, placement=made, group=group, advised=advised([name, directory.resolve()], generation, str(file)))
 
 
 def check_mode(
@@ -162,7 +176,7 @@ def assemble(model: Any, renderer: Renderer, rule: MediaRule | None = None, eos:
         rule=rule or family.media_rule(model.config),
         eos=frozenset(ends),
         context=model.config.text.max_position_embeddings,
-        cache_spec=dict(family.cache_spec(model.config)),
+        cache_spec=spec_of(model, family.cache_spec(model.config)),
     )
 
 

@@ -25,7 +25,7 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class Piece:
-    """What a rank takes of one stored tensor, and where it goes: entry ``index`` of ``rule``, which has the rank's own shapes."""
+    """What a rank takes of one stored tensor, and where it goes: entry ``index`` of ``rule``, in its own shapes."""
 
     name: str
     cut: Cut | None
@@ -90,7 +90,7 @@ def _read(directory: Path) -> tuple[dict[str, Any], Layout, dict[str, Stored]]:
     return mapping, layout, stored
 
 
-def cut(model: nn.Module, layout: Layout, share: Share) -> list[Piece]:
+def cut(model: Any, layout: Layout, share: Share) -> list[Piece]:
     """Shrinks the modules of ``model``, which lie on meta, to a rank's share; returns what fills them."""
     config: Any = model.config
     plan, made = plan_of(config), []

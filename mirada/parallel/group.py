@@ -6,14 +6,14 @@ Words travel as JSON over gloo on the CPU, tensors over the default group beside
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mirada.errors import NotAvailable, SettingsError
+from mirada.errors import NotAvailable, RequestFailed, SettingsError
 from mirada.parallel.plan import Share
 
 FIRST_BYTES = 1024
@@ -40,11 +40,12 @@ class Group:
                 f"start {ranks} processes, or say tensor_parallel={dist.get_world_size()}",
             )
         self.share = Share(dist.get_rank(), ranks)
+        self._ended = False
         self._words: Any = dist.new_group(backend="gloo", timeout=IDLE)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' ``x``, in place; the same bits on every rank."""
-        self._dist.all_reduce(x)
+        self._call(self._dist.all_reduce, x)
         return x
 
     def say(self, what: str, facts: dict[str, Any] | None = None, tensors: Sequence[Tensor] = ()) -> None:
@@ -55,33 +56,49 @@ class Group:
         first[:8] = torch.tensor([len(text)]).view(torch.uint8)
         head = torch.frombuffer(bytearray(text[: FIRST_BYTES - 8]), dtype=torch.uint8)
         first[8 : 8 + len(head)] = head
-        self._dist.broadcast(first, 0, group=self._words)
+        self._call(self._dist.broadcast, first, 0, group=self._words)
         if len(text) > FIRST_BYTES - 8:
             rest = torch.frombuffer(bytearray(text[FIRST_BYTES - 8 :]), dtype=torch.uint8)
-            self._dist.broadcast(rest, 0, group=self._words)
+            self._call(self._dist.broadcast, rest, 0, group=self._words)
         for tensor in tensors:
-            self._dist.broadcast(tensor.contiguous(), 0)
+            self._call(self._dist.broadcast, tensor.contiguous(), 0)
 
     def hear(self, device: torch.device) -> tuple[str, dict[str, Any], list[Tensor]]:
         """What the first rank says next; waits for it. Its tensors come to lie on ``device``."""
         first = torch.empty(FIRST_BYTES, dtype=torch.uint8)
-        self._dist.broadcast(first, 0, group=self._words)
+        self._call(self._dist.broadcast, first, 0, group=self._words)
         length = int(first[:8].view(torch.int64))
         text = bytes(first[8 : 8 + length].tolist())
         if length > FIRST_BYTES - 8:
             rest = torch.empty(length - (FIRST_BYTES - 8), dtype=torch.uint8)
-            self._dist.broadcast(rest, 0, group=self._words)
+            self._call(self._dist.broadcast, rest, 0, group=self._words)
             text += bytes(rest.tolist())
         what, facts, described = json.loads(text)
         tensors = [torch.empty(shape, dtype=getattr(torch, dtype), device=device) for dtype, shape in described]
         for tensor in tensors:
-            self._dist.broadcast(tensor, 0)
+            self._call(self._dist.broadcast, tensor, 0)
         return what, facts, tensors
+
+    @staticmethod
+    def _call(call: Callable[..., Any], *args: Any, **options: Any) -> None:
+        """RequestFailed if it fails: then another process is gone, or has been waited for too long."""
+        try:
+            call(*args, **options)
+        except RuntimeError as error:
+            raise RequestFailed(
+                "another process of this model is gone", "see its own message; then start all of them again"
+            ) from error
+
+    def end(self) -> None:
+        """Let the others go; once."""
+        if not self._ended:
+            self._ended = True
+            self.say("end")
 
     def join_columns(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """[R, own columns] of every rank, side by side: [R, sum of ``sizes``] on the first rank, ``x`` itself on the others."""
         most = max(sizes)
         padded = x if x.shape[1] == most else torch.nn.functional.pad(x, (0, most - x.shape[1]))
         made = [torch.empty_like(padded) for _ in sizes] if self.share.leads else None
-        self._dist.gather(padded.contiguous(), made, 0)
+        self._call(self._dist.gather, padded.contiguous(), made, 0)
         return x if made is None else torch.cat([part[:, :size] for part, size in zip(made, sizes, strict=True)], 1)

@@ -100,15 +100,12 @@ class LeadStore:
 
 
 def follow(model: Any, cache: Any, group: Group) -> None:
-    """Do on this rank's share what the first rank says, until it says that it is over. RequestFailed if it falls silent."""
+    """Do on this rank's share what the first rank says, until it says that it is over. RequestFailed if it is gone."""
     device = next(model.parameters()).device
     store: Any = None
     with torch.inference_mode():
         while True:
-            try:
-                what, facts, tensors = group.hear(device)
-            except RuntimeError as error:
-                raise RequestFailed("the first rank is gone", "see its own message; start all processes again") from error
+            what, facts, tensors = group.hear(device)
             if what == "end":
                 return
             if what == "tokens":
