@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -75,17 +76,26 @@ def sample(
 
 
 def more_questions(drawn: Sample, count: int, seed: int, index: int, phrasing: Split = "train") -> list[Sample]:
-    """The same picture with ``count`` further questions; none for text, which is only read."""
+    """The same picture with up to ``count`` further questions, all different; none for text, which is only read."""
     if drawn.task not in ASKED:
         return []
-    from mirada.synth.scene import choose_question  # drawn with the task; not needed to import the room
+    from mirada.synth.scene import PRACTICE, choose_question  # drawn with the task; not needed to import the room
 
     rng, made = stream("more", drawn.task, seed, index, phrasing), []
-    for _ in range(count):
+    asked = {_asked(drawn.facts)}
+    for _ in range(4 * count):
         facts = dict(drawn.facts)
-        question, answer = choose_question(rng, facts, ASKED[drawn.task], phrasing)
-        made.append(replace(drawn, question=question, answer=answer, facts=facts))
+        question, answer = choose_question(rng, facts, ASKED[drawn.task], phrasing, PRACTICE)
+        if _asked(facts) not in asked:  # a question asked again would be answered by copying
+            asked.add(_asked(facts))
+            made.append(replace(drawn, question=question, answer=answer, facts=facts))
+        if len(made) == count:
+            break
     return made
+
+
+def _asked(facts: dict[str, Any]) -> tuple[Any, ...]:
+    return facts["question_type"], *sorted((key, str(value)) for key, value in facts["question_arguments"].items())
 
 
 def _padded(rng: random.Random, drawn: Sample) -> Sample:

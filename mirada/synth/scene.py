@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mirada.synth import effects
@@ -241,13 +241,23 @@ QUESTIONS: dict[str, Callable[[random.Random, dict[str, Any]], Question | None]]
 }  # fmt: skip
 EXERCISES = QUESTIONS | {"what_at": _what_at, "list_across": _list_across, "list_down": _list_down}
 """What further turns ask: beside the questions, exercises that say many places with one answer."""
+PRACTICE = {"where": 5, "compare": 4, "count_all": 2, "count_shape": 3, "count_colour": 3, "count_both": 2, "exists": 2,
+            "what_at": 2, "colour_of": 2, "list_across": 0.15, "list_down": 0.15}  # fmt: skip
+"""How often further turns ask a type, against 1 for the others: often what is learnt last, seldom what takes many tokens."""
 
 
-def choose_question(rng: random.Random, facts: dict[str, Any], questions: dict[str, Any], phrasing: str) -> tuple[str, str]:
-    """Pick a question type that suits the facts, note it there, and return (question, answer)."""
+def choose_question(
+    rng: random.Random,
+    facts: dict[str, Any],
+    questions: dict[str, Any],
+    phrasing: str,
+    often: Mapping[str, float] | None = None,
+) -> tuple[str, str]:
+    """Pick a question type that suits the facts, note it there, and return (question, answer). ``often``: weights against 1."""
     kinds = list(questions)
+    weights = None if often is None else [often.get(kind, 1) for kind in kinds]
     while True:
-        kind = rng.choice(kinds)
+        kind = rng.choice(kinds) if weights is None else rng.choices(kinds, weights)[0]
         made = questions[kind](rng, facts)
         if made is not None:
             values, arguments, answer = made
