@@ -3,6 +3,7 @@
 MiradaError
 ├── InputError (ValueError)          the caller can fix it
 │   ├── SettingsError                a setting, option or sampling value is unknown or out of range
+│   │   └── ParameterError           a parameter of a request as JSON; ``param`` names it
 │   ├── UnknownName                  a table has no entry of that name; the nearest are listed
 │   ├── MessageError                 a chat or message does not have the stated form
 │   └── MediaError                   one picture or video cannot be used
@@ -22,6 +23,14 @@ MiradaError
 │   └── HubError                     a hub did not deliver a model
 │       ├── HubNotFound              it has no such model or revision, or nothing is cached while offline
 │       └── HubRefused               the token is wrong, or the model is gated or private
+├── RemoteError                      a model behind an address did not answer: it broke off, failed, or sent no answer
+│   ├── RemoteUnreachable            nothing could be connected to
+│   ├── RemoteTimeout (TimeoutError) it took longer than it may
+│   ├── RemoteBusy                   it has no room, and had none at each further attempt
+│   ├── RemoteRefused                the key is missing, wrong, or lacks a right
+│   ├── RemoteRejected (InputError)  it finds fault with the request
+│   ├── RemoteNotFound (InputError)  it has no such model or address
+│   └── NotRecorded                  a log holds no answer to this request
 ├── NotAvailable                     an optional dependency, device or later capability is absent
 ├── ReplyTimeout (TimeoutError)      a reply was not there in the time that its reader gave; the request goes on
 └── RequestFailed                    a request that was accepted died (cancelled, worker lost)
@@ -52,6 +61,14 @@ class InputError(MiradaError, ValueError):
 
 class SettingsError(InputError):
     """A setting, option or sampling value is unknown or out of range."""
+
+
+class ParameterError(SettingsError):
+    """A parameter of a request as JSON is unknown, or its value does not do. ``param`` is its path: ``stream_options``."""
+
+    def __init__(self, problem: str, fix: str = "", *, param: str) -> None:
+        super().__init__(problem, fix)
+        self.param = param
 
 
 class UnknownName(InputError):
@@ -134,6 +151,45 @@ class HubNotFound(HubError):
 
 class HubRefused(HubError):
     """The token is wrong, or the model is gated or private."""
+
+
+class RemoteError(MiradaError):
+    """A model behind an address did not answer: it broke off, failed, or sent what is no answer.
+
+    ``status`` is what the server answered over HTTP, if it answered at all.
+    """
+
+    def __init__(self, problem: str, fix: str = "", *, status: int | None = None) -> None:
+        super().__init__(problem, fix)
+        self.status = status
+
+
+class RemoteUnreachable(RemoteError):
+    """Nothing could be connected to."""
+
+
+class RemoteTimeout(RemoteError, TimeoutError):
+    """It took longer than it may: to connect, to the first token, between two tokens, or in all."""
+
+
+class RemoteBusy(RemoteError):
+    """It has no room for the request, and had none at each further attempt."""
+
+
+class RemoteRefused(RemoteError):
+    """The key is missing, wrong, or lacks a right."""
+
+
+class RemoteRejected(RemoteError, InputError):
+    """It finds fault with the request, and says what."""
+
+
+class RemoteNotFound(RemoteError, InputError):
+    """It has no such model, or nothing lies at that address."""
+
+
+class NotRecorded(RemoteError):
+    """A log of exchanges holds no answer to this request."""
 
 
 class NotAvailable(MiradaError):
