@@ -72,7 +72,7 @@ def test_a_lost_request_and_growth_are_noticed(monkeypatch):
     tally.done(fourth, Output(finish="error"), ("error",))  # an error that is none
     assert len(tally.faults) == 3
     recorder = soak.Recorder(None, tally)
-    recorder.rows = [{"rss_mb": 100.0 + (i > 50) * 15, "children_mb": 1.0} for i in range(100)]
+    recorder.rows = [{"rss_mb": 100.0 + (i >= 88) * 15, "children_mb": 1.0} for i in range(100)]
     before, after = recorder.growth()
     assert (before, after) == (101.0, 116.0) and after > soak.GROWTH * before
 
