@@ -1,0 +1,132 @@
+"""Outputs and errors as OpenAI's ``/v1/chat/completions`` says them, for the server and for batches."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mirada import errors
+from mirada.errors import MiradaError
+from mirada.types import Finish, Logprob, Output, ToolCall, Usage
+
+LEAST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON cannot say (OpenAI's own choice)."""
+FINISH: dict[Finish, str] = {"stop": "stop", "length": "length", "tool_calls": "tool_calls", "repetition": "length"}
+"""OpenAI has no word for an answer that was ended because it repeated itself: ``stop_reason`` beside it says so."""
+
+TokenBytes = Callable[[int], bytes]
+
+
+def completion_to_openai(
+    outputs: Output | Sequence[Output],
+    *,
+    model: str,
+    id: str,
+    created: int,
+    token_bytes: TokenBytes | None = None,
+    return_token_ids: bool = False,
+) -> dict[str, Any]:
+    """A whole ``chat.completion``: one choice for each output. ``created``: seconds since 1970. ``token_bytes``: the bytes
+    behind a token id, for logprobs. Raises the error of an output that failed: failure is no completion."""
+    outputs = [outputs] if isinstance(outputs, Output) else list(outputs)
+    for output in outputs:
+        if output.error is not None:
+            raise output.error
+    return {
+        "id": id,
+        "object": "chat.completion",
+        "created": created,
+        "model": model,
+        "choices": [choice_to_openai(output, index, token_bytes, return_token_ids) for index, output in enumerate(outputs)],
+        "usage": usage_to_openai([output.usage for output in outputs]),
+    }
+
+
+def choice_to_openai(
+    output: Output, index: int = 0, token_bytes: TokenBytes | None = None, return_token_ids: bool = False
+) -> dict[str, Any]:
+    """One entry of ``choices``."""
+    calls = output.message.tool_calls
+    text = output.message.text
+    message: dict[str, Any] = {"role": "assistant", "content": None if calls and not text else text, "refusal": None}
+    if output.message.reasoning:
+        message["reasoning_content"] = output.message.reasoning
+    if calls:
+        message["tool_calls"] = [call_to_openai(call, number) for number, call in enumerate(calls)]
+    choice = {"index": index, "message": message, "logprobs": None, "finish_reason": finish_to_openai(output.finish)}
+    if output.finish == "repetition":
+        choice["stop_reason"] = "repetition"
+    if output.logprobs is not None:
+        choice["logprobs"] = logprobs_to_openai(output.logprobs, token_bytes)
+    if return_token_ids:
+        choice["token_ids"] = list(output.tokens)
+    return choice
+
+
+def finish_to_openai(finish: Finish) -> str:
+    return FINISH.get(finish, "stop")
+
+
+def call_to_openai(call: ToolCall, number: int = 0) -> dict[str, Any]:
+    """One entry of ``tool_calls``."""
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id or f"call_{number}", "type": "function", "function": function}
+
+
+def logprobs_to_openai(logprobs: Sequence[Logprob], token_bytes: TokenBytes | None = None) -> dict[str, Any]:
+    """``logprobs`` of a choice. Without ``token_bytes`` tokens are named ``token_id:N``, as vLLM does when asked."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        data = None if token_bytes is None else token_bytes(token)
+        text = f"token_id:{token}" if data is None else data.decode("utf-8", "replace")
+        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": None if data is None else list(data)}
+
+    content = [entry(one.token, one.logprob) | {"top_logprobs": [entry(*top) for top in one.top]} for one in logprobs]
+    return {"content": content, "refusal": None}
+
+
+def usage_to_openai(usages: Sequence[Usage]) -> dict[str, Any]:
+    """``usage`` of all choices of one request: the prompt counts once. Beside OpenAI's fields: image and video tokens, and
+    the frames and timestamps (seconds, per video) that were used."""
+    first = usages[0]
+    completion = sum(usage.completion_tokens for usage in usages)
+    made: dict[str, Any] = {
+        "prompt_tokens": first.prompt_tokens,
+        "completion_tokens": completion,
+        "total_tokens": first.prompt_tokens + completion,
+        "prompt_tokens_details": {"image_tokens": first.image_tokens, "video_tokens": first.video_tokens},
+        "completion_tokens_details": {"reasoning_tokens": sum(usage.reasoning_tokens for usage in usages)},
+    }
+    if first.num_frames:
+        made["num_frames"] = first.num_frames
+        made["timestamps"] = [list(times) for times in first.timestamps]
+    return made
+
+
+_STATUS: tuple[tuple[type[MiradaError], int, str], ...] = (
+    # The first that fits counts: kinds before their parents.
+    (errors.RemoteRefused, 502, "server_error"),
+    (errors.RemoteBusy, 503, "server_error"),
+    (errors.RemoteTimeout, 504, "server_error"),
+    (errors.InputError, 400, "invalid_request_error"),
+    (errors.ContextOverflow, 400, "invalid_request_error"),
+    (errors.QueueFull, 429, "rate_limit_error"),
+    (errors.OutOfMemory, 503, "server_error"),
+    (errors.RemoteError, 502, "server_error"),
+    (errors.ReplyTimeout, 504, "server_error"),
+    (errors.NotAvailable, 501, "server_error"),
+)
+
+
+def error_to_openai(error: MiradaError) -> tuple[int, dict[str, Any]]:
+    """(HTTP status, body) of an error in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+    status, kind = next(((code, kind) for cls, code, kind in _STATUS if isinstance(error, cls)), (500, "server_error"))
+    param = getattr(error, "param", None)
+    if param is None and isinstance(error, errors.MessageError | errors.MediaError | errors.ContextOverflow):
+        param = "messages"
+    if isinstance(error, errors.ContextOverflow):
+        code = "context_length_exceeded"
+    else:
+        code = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).lower()
+    return status, {"error": {"message": str(error), "type": kind, "param": param, "code": code}}

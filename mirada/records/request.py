@@ -1,0 +1,342 @@
+"""Bodies of OpenAI's ``/v1/chat/completions`` -> types, with what users of vLLM send beside it; ``answer`` is the way back.
+
+The one reader of such bodies, for the server and for batches. Facts: OpenAI's API reference
+(``CreateChatCompletionRequest``) and vLLM's OpenAI-compatible server (``SamplingParams`` beside OpenAI's fields,
+``guided_*``, ``structured_outputs``, ``chat_template_kwargs``, ``mm_processor_kwargs``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple
+
+from mirada.errors import MessageError, ParameterError, SettingsError, nearest
+from mirada.records.wire import messages_from_openai
+from mirada.types import Image, Message, Sampling, Thinking, Video
+
+MOST_CHOICES = 128
+"""Most answers to one request (``n``), as OpenAI's."""
+
+_SAMPLING = {field.name for field in fields(Sampling)} - {"logprobs", "max_tokens"}
+_MEDIA = ("fps", "nframes", "min_pixels", "max_pixels")
+_GUIDES = {"guided_json": "schema", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
+_STRUCTURED = {"json": "schema", "json_object": "json", "regex": "regex", "choice": "choice", "grammar": "grammar"}
+_OWN = (
+    "messages", "model", "stream", "stream_options", "n", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs",
+    "response_format", "structured_outputs", "tools", "tool_choice", "parallel_tool_calls", "thinking", "reasoning_effort",
+    "adapter", "chat_template_kwargs", "mm_processor_kwargs", "return_token_ids",
+)  # fmt: skip
+# Known, and without effect on an answer.
+_IDLE = (
+    "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "include_reasoning", "priority", "request_id",
+)  # fmt: skip
+KNOWN = frozenset((*_OWN, *_IDLE, *_SAMPLING, *_MEDIA, *_GUIDES))
+"""Every parameter that is understood."""
+
+_TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "an object", list: "a list"}
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """What the answer must look like: any JSON object, JSON of a schema (a mapping, or ``True``: anything), a regular
+    expression, one of some strings (a tuple), or a Lark grammar."""
+
+    kind: Literal["json", "schema", "regex", "choice", "grammar"]
+    value: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """What a body asks for beside messages and sampling."""
+
+    model: str | None = None
+    stream: bool = False
+    include_usage: bool = False
+    """``stream_options.include_usage``."""
+    n: int = 1
+    thinking: Thinking = "auto"
+    adapter: str | None = None
+    structure: Structure | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    tool_choice: Literal["auto", "none", "required", "named"] = "auto"
+    tool_name: str | None = None
+    """The function that must be called, where ``tool_choice`` is ``named``."""
+    parallel_tool_calls: bool = True
+    return_token_ids: bool = False
+    unknown: tuple[str, ...] = ()
+    """Parameters that were not understood, where that is allowed."""
+
+
+class ChatRequest(NamedTuple):
+    messages: list[Message]
+    sampling: Sampling
+    options: RequestOptions
+
+
+def request_from_openai(
+    body: Mapping[str, Any], *, defaults: Sampling | None = None, allow_unknown: bool = False
+) -> ChatRequest:
+    """A body of ``/v1/chat/completions`` -> (messages, sampling, options). ``null`` is as good as absent.
+
+    ``defaults``: sampling where the body says nothing. ``fps``, ``nframes``, ``min_pixels``, ``max_pixels`` (also inside
+    ``mm_processor_kwargs``) become settings of every picture and video that has none of its own. ``allow_unknown`` collects
+    unknown parameters in ``options.unknown``. Raises ParameterError naming the parameter, or MessageError.
+    """
+    if not isinstance(body, Mapping):
+        raise MessageError(f"the request is a {type(body).__name__}", "send a JSON object")
+    given = {str(key): value for key, value in body.items() if value is not None}
+    unknown = tuple(key for key in given if key not in KNOWN)
+    if unknown and not allow_unknown:
+        raise ParameterError(f"the parameter {unknown[0]!r} is unknown", nearest(unknown[0], KNOWN), param=unknown[0])
+    if "messages" not in given:
+        raise ParameterError("the request has no messages", "give a list of objects with role and content", param="messages")
+    messages = messages_from_openai(given["messages"])
+    if not messages:
+        raise ParameterError("the list of messages is empty", "give at least one", param="messages")
+    tool_choice, tool_name = _tool_choice(given)
+    options = RequestOptions(
+        model=_take(given, "model", str),
+        stream=_take(given, "stream", bool, False),
+        include_usage=_include_usage(given),
+        n=_count(given),
+        thinking=_thinking(given),
+        adapter=_take(given, "adapter", str),
+        structure=_structure(given),
+        tools=_tools(given),
+        tool_choice=tool_choice,
+        tool_name=tool_name,
+        parallel_tool_calls=_take(given, "parallel_tool_calls", bool, True),
+        return_token_ids=_take(given, "return_token_ids", bool, False),
+        unknown=unknown,
+    )
+    _check_tool_name(options)
+    return ChatRequest(_with_media_settings(messages, given), _sampling(given, defaults or Sampling()), options)
+
+
+def _take(given: Mapping[str, Any], name: str, kind: type, default: Any = None, where: str = "") -> Any:
+    """``given[name]`` if it is a ``kind``; ParameterError otherwise."""
+    value = given.get(name)
+    if value is None:
+        return default
+    kinds = {dict: Mapping, list: list | tuple, float: int | float}.get(kind, kind)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+        raise _wrong(where + name, value, _TYPE_WORDS[kind])
+    return value
+
+
+def _wrong(param: str, value: Any, wanted: str) -> ParameterError:
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else shown[:79] + "…"
+    return ParameterError(f"{param}={shown} does not do", f"give {wanted}", param=param)
+
+
+def _count(given: Mapping[str, Any]) -> int:
+    n = _take(given, "n", int, 1)
+    if not 1 <= n <= MOST_CHOICES:
+        raise _wrong("n", n, f"a number from 1 to {MOST_CHOICES}")
+    return n
+
+
+def _include_usage(given: Mapping[str, Any]) -> bool:
+    options = _take(given, "stream_options", dict, {})
+    if options and given.get("stream") is not True:
+        raise ParameterError("stream_options is for a stream", "set stream, or leave it out", param="stream_options")
+    known = ("include_usage", "include_obfuscation", "continuous_usage_stats")
+    _only(options, known, "stream_options")
+    return _take(options, "include_usage", bool, False, "stream_options.")
+
+
+def _only(value: Mapping[str, Any], known: Sequence[str], param: str) -> None:
+    for key, item in value.items():
+        if key not in known and item is not None:
+            path = f"{param}.{key}"
+            raise ParameterError(f"the parameter {path!r} is unknown", nearest(str(key), known), param=path)
+
+
+def _sampling(given: Mapping[str, Any], sampling: Sampling) -> Sampling:
+    values: dict[str, Any] = {name: given[name] for name in given if name in _SAMPLING}
+    if values.get("top_k") in (0, -1) and not isinstance(values["top_k"], bool):
+        values["top_k"] = None  # vLLM's words for off
+    if "logit_bias" in values:
+        values["logit_bias"] = _bias(values["logit_bias"])
+    for name in ("max_tokens", "max_completion_tokens"):  # the newer name wins, as at OpenAI
+        if name in given:
+            sampling = _set(sampling, "max_tokens", given[name], name)
+    for name, value in values.items():
+        sampling = _set(sampling, name, value, name)
+    top = _take(given, "top_logprobs", int)
+    if _take(given, "logprobs", bool, False):
+        return _set(sampling, "logprobs", top or 0, "top_logprobs")
+    if top:
+        raise ParameterError("top_logprobs needs logprobs", "set logprobs to true", param="top_logprobs")
+    return sampling
+
+
+def _set(sampling: Sampling, name: str, value: Any, param: str) -> Sampling:
+    try:
+        return replace(sampling, **{name: value})
+    except SettingsError as error:
+        raise ParameterError(
+            error.problem.replace("sampling setting ", "").replace(name, param), error.fix, param=param
+        ) from error
+
+
+def _bias(value: Any) -> dict[int, float]:
+    try:
+        return {int(token): bias for token, bias in value.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise _wrong("logit_bias", value, "an object of token ids and numbers") from None
+
+
+def _thinking(given: Mapping[str, Any]) -> Thinking:
+    kwargs = _take(given, "chat_template_kwargs", dict, {})
+    _only(kwargs, ("enable_thinking", "thinking"), "chat_template_kwargs")
+    effort = _take(given, "reasoning_effort", str)
+    if effort not in (None, "none", "minimal", "low", "medium", "high", "xhigh"):
+        raise _wrong("reasoning_effort", effort, "none, minimal, low, medium, high or xhigh")
+    enable = _take(kwargs, "enable_thinking", bool, None, "chat_template_kwargs.")
+    said: Thinking = "auto"
+    if effort is not None:
+        said = "off" if effort == "none" else "on"
+    if enable is not None:
+        said = "on" if enable else "off"
+    for param, value in (("chat_template_kwargs.thinking", kwargs.get("thinking")), ("thinking", given.get("thinking"))):
+        if isinstance(value, bool):
+            said = "on" if value else "off"
+        elif value in ("auto", "on", "off"):
+            said = value
+        elif value is not None:
+            raise _wrong(param, value, "auto, on or off")
+    return said
+
+
+def _structure(given: Mapping[str, Any]) -> Structure | None:
+    """The one form that is asked for; two are an error."""
+    found: dict[str, Structure] = {}
+    for name, kind in _GUIDES.items():
+        if name in given:
+            found[name] = _made_structure(kind, given[name], name)
+    outputs = _take(given, "structured_outputs", dict, {})
+    _only(outputs, tuple(_STRUCTURED), "structured_outputs")
+    for name, kind in _STRUCTURED.items():
+        if outputs.get(name) not in (None, False) or (name == "json" and outputs.get(name) is False):
+            found[f"structured_outputs.{name}"] = _made_structure(kind, outputs[name], f"structured_outputs.{name}")
+    form = _response_format(_take(given, "response_format", dict))
+    if form is not None:
+        found["response_format"] = form
+    if len(found) > 1:
+        raise ParameterError(f"{' and '.join(found)} ask for two forms", "give one of them", param=list(found)[1])
+    return next(iter(found.values()), None)
+
+
+def _made_structure(kind: Any, value: Any, param: str) -> Structure:
+    if kind == "json":
+        return Structure("json")
+    if kind == "schema":
+        return Structure("schema", _schema(value, param))
+    if kind == "choice":
+        if not isinstance(value, list | tuple) or not value or not all(isinstance(one, str) and one for one in value):
+            raise _wrong(param, value, "a list of at least one non-empty text")
+        return Structure("choice", tuple(value))
+    if not isinstance(value, str) or not value:
+        raise _wrong(param, value, "a non-empty text")
+    return Structure(kind, value)
+
+
+def _schema(value: Any, param: str) -> Any:
+    if isinstance(value, str):  # vLLM takes the schema as text too
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ParameterError(f"{param} is not JSON: {error}", "give a JSON schema", param=param) from error
+    if not isinstance(value, Mapping | bool):
+        raise _wrong(param, value, "a JSON schema: an object")
+    return value
+
+
+def _response_format(form: Mapping[str, Any] | None) -> Structure | None:
+    if form is None:
+        return None
+    kind = form.get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return Structure("json")
+    if kind != "json_schema":
+        raise _wrong("response_format.type", kind, "text, json_object or json_schema")
+    inner = _take(form, "json_schema", dict, {}, "response_format.")
+    if not isinstance(inner.get("schema"), Mapping | bool):
+        raise _wrong("response_format.json_schema.schema", inner.get("schema"), "a JSON schema: an object")
+    return Structure("schema", inner["schema"])
+
+
+def _tools(given: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    tools = _take(given, "tools", list, [])
+    for index, tool in enumerate(tools):
+        where = f"tools[{index}]"
+        if not isinstance(tool, Mapping) or tool.get("type", "function") != "function":
+            raise _wrong(where, tool, 'an object such as {"type": "function", "function": {"name": ..., "parameters": {...}}}')
+        function = tool.get("function")
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise _wrong(f"{where}.function", function, 'an object such as {"name": ..., "parameters": {...}}')
+        _take(function, "parameters", dict, None, f"{where}.function.")
+        _take(function, "description", str, None, f"{where}.function.")
+    return tuple(tools)
+
+
+def _tool_choice(given: Mapping[str, Any]) -> tuple[Any, str | None]:
+    choice = given.get("tool_choice", "auto")
+    if choice in ("auto", "none", "required"):
+        return choice, None
+    function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str):
+        raise _wrong("tool_choice", choice, 'auto, none, required or {"type": "function", "function": {"name": ...}}')
+    return "named", name
+
+
+def _check_tool_name(options: RequestOptions) -> None:
+    names = [tool["function"]["name"] for tool in options.tools]
+    if options.tool_choice == "required" and not names:
+        raise ParameterError("tool_choice asks for a call, and there are no tools", "give tools", param="tool_choice")
+    if options.tool_name is not None and options.tool_name not in names:
+        raise ParameterError(
+            f"tool_choice names {options.tool_name!r}, which is no tool", nearest(options.tool_name, names), param="tool_choice"
+        )
+
+
+def _with_media_settings(messages: list[Message], given: Mapping[str, Any]) -> list[Message]:
+    kwargs = _take(given, "mm_processor_kwargs", dict, {})
+    _only(kwargs, _MEDIA, "mm_processor_kwargs")
+    settings = {f"mm_processor_kwargs.{name}": kwargs[name] for name in kwargs if kwargs[name] is not None}
+    settings |= {name: given[name] for name in _MEDIA if name in given}
+    checked = {param.rpartition(".")[2]: _media_number(param, value) for param, value in settings.items()}
+    if "fps" in checked and "nframes" in checked:
+        raise ParameterError("both fps and nframes are given", "give one of them", param="nframes")
+    if not checked:
+        return messages
+
+    def part(one: Any) -> Any:
+        if not isinstance(one, Image | Video):
+            return one
+        has_rate = isinstance(one, Video) and (one.fps is not None or one.nframes is not None)
+        new = {
+            name: value
+            for name, value in checked.items()
+            if getattr(one, name, 0) is None and not (has_rate and name in ("fps", "nframes"))
+        }
+        return replace(one, **new)
+
+    return [Message(m.role, tuple(map(part, m.parts)), m.reasoning, m.tool_call_id) for m in messages]
+
+
+def _media_number(param: str, value: Any) -> int | float:
+    whole = not param.endswith("fps")
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    if not number or (whole and value != int(value)):
+        raise _wrong(param, value, "a positive whole number" if whole else "a positive number")
+    return int(value) if whole else float(value)
