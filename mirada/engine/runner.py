@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,14 +33,15 @@ class Chunk:
     sequence: Sequence
     count: int
 
+    rows: int = field(init=False)
+    """Rows whose logits are wanted: none in the middle of a prompt, one at its end, and one more per token of a draft."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", max(0, self.end - self.sequence.num_tokens + 1))
+
     @property
     def end(self) -> int:
         return self.sequence.computed + self.count
-
-    @property
-    def rows(self) -> int:
-        """Rows whose logits are wanted: none in the middle of a prompt, one at its end, and one more per token of a draft."""
-        return max(0, self.end - self.sequence.num_tokens + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,23 +69,23 @@ class Runner:
         """Compute the chunks by one forward, and choose the tokens that follow. Changes nothing but the cache, where it
         overwrites, so it may be done again."""
         batch, features = self._batch(chunks)
-        wanted = [chunk for chunk in chunks if chunk.rows]
         with self.adapters.tokens([(chunk.sequence.lora, chunk.count, chunk.rows) for chunk in chunks]):
-            if all(chunk.rows == chunk.count for chunk in chunks):
-                logits = self.model.next_logits(batch, features, self.cache)
-            else:
-                hidden = self._forward(batch, features)
-                logits = self.model.logits(self._rows(chunks, hidden)) if wanted else None
+            logits = self._forward(batch, features, _rows(chunks))
         if logits is None:
             return [Choice()] * len(chunks)
-        made = iter(self._sample(wanted, logits))
+        made = iter(self._sample([chunk for chunk in chunks if chunk.rows], logits))
         return [next(made) if chunk.rows else Choice() for chunk in chunks]
 
-    def _forward(self, batch: Batch, features: Tensor | None) -> Tensor:
-        """Hidden values [T, D]."""
-        return self.model.forward(batch, features, self.cache)
+    def _forward(self, batch: Batch, features: Tensor | None, rows: np.ndarray | None) -> Tensor | None:
+        """Logits [R, V] of the ``rows`` of ``batch`` that are wanted: None means all, and none are None."""
+        if rows is None:
+            return self.model.next_logits(batch, features, self.cache)
+        hidden = self.model.forward(batch, features, self.cache)
+        return self.model.logits(hidden[torch.from_numpy(rows).to(self.device)]) if len(rows) else None
 
     def _batch(self, chunks: Seq[Chunk]) -> tuple[Batch, Tensor | None]:
+        if all(chunk.count == 1 and chunk.sequence.computed >= len(chunk.sequence.prompt.tokens) for chunk in chunks):
+            return self._decoding([chunk.sequence for chunk in chunks]), None
         tokens: list[int] = []
         places, rows, features = [], [], []
         for chunk in chunks:
@@ -104,11 +105,16 @@ class Runner:
             feature_rows=torch.from_numpy(np.concatenate(rows)).to(self.device) if features else None,
         ), torch.cat(features) if features else None
 
-    def _rows(self, chunks: Seq[Chunk], hidden: Tensor) -> Tensor:
-        """Hidden values [R, D] of the rows whose logits are wanted."""
-        ends = np.cumsum([chunk.count for chunk in chunks])
-        wanted = [np.arange(end - chunk.rows, end) for chunk, end in zip(chunks, ends, strict=True)]
-        return hidden[torch.from_numpy(np.concatenate(wanted)).to(self.device)]
+    def _decoding(self, sequences: Seq[Sequence]) -> Batch:
+        """The last token of each sequence."""
+        place = [s.first_position + len(s.tokens) - 1 for s in sequences]
+        return Batch(
+            tokens=torch.tensor([s.tokens[-1] for s in sequences], dtype=torch.int64, device=self.device),
+            positions=torch.tensor([place, place, place], dtype=torch.int64, device=self.device),
+            lengths=(1,) * len(sequences),
+            past=tuple(s.computed for s in sequences),
+            slots=tuple(s.slot for s in sequences),
+        )
 
     def _sample(self, chunks: Seq[Chunk], logits: Tensor) -> list[Choice]:
         """Tokens from ``logits`` [R, V], of which each chunk has its rows, at least one; those of a draft are the likeliest."""
@@ -136,3 +142,11 @@ class Runner:
 
     def is_end(self, sequence: Sequence, token: int) -> bool:
         return token in self.eos and not sequence.sampling.ignore_eos
+
+
+def _rows(chunks: Seq[Chunk]) -> np.ndarray | None:
+    """int64 [R]: the rows whose logits are wanted; None: all."""
+    if all(chunk.rows == chunk.count for chunk in chunks):
+        return None
+    ends = np.cumsum([chunk.count for chunk in chunks])
+    return np.concatenate([np.arange(end - chunk.rows, end) for chunk, end in zip(chunks, ends, strict=True)])

@@ -47,8 +47,8 @@ class Traffic(RuleBasedStateMachine):
         runner = self.engine.runner
         forward, pick = runner._forward, runner._pick
 
-        def checked(batch, features):
-            made = forward(batch, features)
+        def checked(batch, *rest):
+            made = forward(batch, *rest)
             assert runner.cache.bytes_held <= self.most
             assert len(set(batch.slots)) == len(batch.slots)
             return made

@@ -113,7 +113,7 @@ def test_a_step_takes_no_more_than_it_may(vlm, monkeypatch):
     engine = small(vlm, step_tokens=20, max_running=8)
     runner, sizes, rows = engine._engine.engine.runner, [], []
     forward, pick = runner._forward, runner._pick
-    monkeypatch.setattr(runner, "_forward", lambda batch, x: sizes.append(batch.lengths) or forward(batch, x))
+    monkeypatch.setattr(runner, "_forward", lambda batch, *rest: sizes.append(batch.lengths) or forward(batch, *rest))
     monkeypatch.setattr(runner, "_pick", lambda who, logits, how: rows.append(len(logits)) or pick(who, logits, how))
     made = [line_up(engine, f"number {i}", max_tokens=4) for i in range(10)]
     finish(engine)
@@ -139,8 +139,8 @@ def watched(vlm: VLM):
     runner = vlm._engine.engine.runner
     forward, most = runner._forward, vlm._engine.engine.settings.cache_bytes
 
-    def checked(batch, features):
-        made = forward(batch, features)
+    def checked(*args):
+        made = forward(*args)
         assert runner.cache.bytes_held <= most
         return made
 
