@@ -82,7 +82,7 @@ def load(
     """
     group = None
     if tensor_parallel is not None:
-        check_alone(device_map=device_map, quant=quant, widen=widen or None)
+        check_alone(device_map=device_map, quant=None if quant is None else str(quant), widen=widen or None)
         group = join(tensor_parallel)
         device = own_device(device, group.share)
     directory = find(name, hub)

@@ -5,6 +5,7 @@ Words travel as JSON over gloo on the CPU, tensors over the default group beside
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -41,6 +42,8 @@ class Group:
             )
         self.share = Share(dist.get_rank(), ranks)
         self._ended = False
+        self.gone = False
+        """Whether a call has failed: nothing can be computed together any more."""
         self._words: Any = dist.new_group(backend="gloo", timeout=IDLE)
 
     def sum(self, x: Tensor) -> Tensor:
@@ -79,21 +82,30 @@ class Group:
             self._call(self._dist.broadcast, tensor, 0)
         return what, facts, tensors
 
-    @staticmethod
-    def _call(call: Callable[..., Any], *args: Any, **options: Any) -> None:
+    def tell(self, what: str, facts: dict[str, Any] | None = None) -> None:
+        """As ``say``, of what must be done here in any case: if others are gone, the next forward will tell."""
+        if not self.gone:
+            with contextlib.suppress(RequestFailed):
+                self.say(what, facts)
+
+    def _call(self, call: Callable[..., Any], *args: Any, **options: Any) -> None:
         """RequestFailed if it fails: then another process is gone, or has been waited for too long."""
         try:
-            call(*args, **options)
+            if not self.gone:
+                call(*args, **options)
+                return
+            cause = None
         except RuntimeError as error:
-            raise RequestFailed(
-                "another process of this model is gone", "see its own message; then start all of them again"
-            ) from error
+            cause, self.gone = error, True
+        raise RequestFailed(
+            "another process of this model is gone", "see its own message; then start all of them again"
+        ) from cause
 
     def end(self) -> None:
         """Let the others go; once."""
         if not self._ended:
             self._ended = True
-            self.say("end")
+            self.tell("end")
 
     def join_columns(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """[R, own columns] of every rank, side by side: [R, sum of ``sizes``] on the first rank, ``x`` itself on the others."""

@@ -65,15 +65,15 @@ class LeadCache:
         return getattr(self._cache, name)
 
     def allocate(self, slot: int) -> None:
-        self._group.say("allocate", {"slot": slot})
+        self._group.tell("allocate", {"slot": slot})
         self._cache.allocate(slot)
 
     def free(self, slot: int) -> None:
-        self._group.say("free", {"slot": slot})
+        self._group.tell("free", {"slot": slot})
         self._cache.free(slot)
 
     def store(self, most: int, block: int) -> LeadStore:
-        self._group.say("store", {"most": most, "block": block})
+        self._group.tell("store", {"most": most, "block": block})
         return LeadStore(self._cache.store(most, block), self._group)
 
 
@@ -87,15 +87,15 @@ class LeadStore:
         return getattr(self._store, name)
 
     def keep(self, slot: int, first: int, count: int) -> list[int]:
-        self._group.say("keep", {"slot": slot, "first": first, "count": count})
+        self._group.tell("keep", {"slot": slot, "first": first, "count": count})
         return self._store.keep(slot, first, count)
 
     def reuse(self, slot: int, handles: Sequence[int]) -> None:
-        self._group.say("reuse", {"slot": slot, "handles": list(handles)})
+        self._group.tell("reuse", {"slot": slot, "handles": list(handles)})
         self._store.reuse(slot, handles)
 
     def drop(self, handle: int) -> None:
-        self._group.say("drop", {"handle": handle})
+        self._group.tell("drop", {"handle": handle})
         self._store.drop(handle)
 
 

@@ -94,9 +94,17 @@ def answers(vlm: Any, asked: list[Any], tokens: int) -> list[dict[str, Any]]:
 Work = Callable[..., Any]
 
 
-def generate(rank: int, ranks: int, directory: str, kv: str = "auto") -> Any:
+def generate_all(rank: int, ranks: int, cases: dict[str, tuple[str, str]]) -> Any:
+    """Case -> what ``generate`` makes of (directory, kind of cache), one model after another in the same processes."""
+    return {name: generate(rank, ranks, *case) for name, case in cases.items()} | {
+        "refused": refuse(rank, ranks, *cases["qwen2_vl"])
+    }
+
+
+def generate(rank: int, ranks: int, directory: str, kv: str) -> Any:
     """The engine on the first rank, twice over the same requests (the second time from what was kept)."""
     from mirada import VLM
+    from mirada.errors import NotAvailable
 
     if rank:
         VLM.follow(directory, ranks, device="cpu")
@@ -106,10 +114,16 @@ def generate(rank: int, ranks: int, directory: str, kv: str = "auto") -> Any:
         made = answers(vlm, prompts, 6)
         again = answers(vlm, prompts, 6)
         held = sum(p.nbytes for p in vlm.parts.model.decoder.layers.parameters())
-        return {"made": made, "again": again, "layers": held, "hits": vlm.stats()["prefix_cache_hits"]}
+        try:
+            vlm.load_adapter("a", directory)
+            adapter = "taken"
+        except NotAvailable as error:
+            adapter = str(error)
+        hits = vlm.stats()["prefix_cache_hits"]
+        return {"made": made, "again": again, "layers": held, "hits": hits, "adapter": adapter}
 
 
-def refuse(rank: int, ranks: int, directory: str) -> Any:
+def refuse(rank: int, ranks: int, directory: str, _: str) -> Any:
     """Whatever each rank is told when it is asked for what cannot be."""
     from mirada import VLM
     from mirada.errors import MiradaError
