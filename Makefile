@@ -3,6 +3,7 @@
 #   make demo     a question about a picture, answered by the model inside the package
 #   make test     the default test suite
 #   make check    formatting, lint, types, and who may import whom
+#   make test-distributed    the tests that start several processes, on loopback
 #
 # PIP_ARGS is handed to pip, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for the small CPU torch.
 
@@ -14,7 +15,7 @@ DEMO_QUESTION ?= What does the sign say?
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-distributed check format clean
 
 demo: $(STAMP)
 	@echo "picture   $(DEMO_PICTURE)"
@@ -24,6 +25,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --durations=15 $(PYTEST_ARGS)
+
+test-distributed: $(STAMP)
+	$(BIN)/python -m pytest -m distributed --durations=5 $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -16,6 +16,7 @@ BUDGET = {  # seconds on two idle cores; together about six minutes
     "layers": 20,
     "adapt": 10,
     "hub": 20,
+    "parallel": 15,
     "models": 70,
     "engine": 50,
     "parity": 50,
