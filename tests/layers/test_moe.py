@@ -139,6 +139,16 @@ def grouped(module: Experts, x, chosen, weights) -> torch.Tensor:
     return module._grouped(x, order // chosen.shape[1], shares, order, counts)
 
 
+def divided_grouped(module: Experts, x, chosen, weights) -> torch.Tensor:
+    """``grouped`` as ``forward`` calls it where some experts lie elsewhere."""
+    own, here = chosen - module.first, len(module.down)
+    chosen = torch.where((own >= 0) & (own < here), own, here)
+    order = chosen.flatten().argsort(stable=True)
+    shares = weights.flatten()[order].to(x.dtype)[:, None]
+    counts = torch.bincount(chosen.flatten(), minlength=here)[:here]
+    return module._grouped(x, order // chosen.shape[1], shares, order, counts)
+
+
 @pytest.mark.parametrize("form", [lambda m, *a: m(*a), grouped])
 def test_gradients_reach_tokens_weights_and_the_experts_that_were_used(form) -> None:
     module, x, chosen, weights = drawn(7, 9, 8, 2, dim=16, inner=8)
@@ -161,6 +171,23 @@ def test_the_grouped_form_gives_the_same() -> None:
         got = grouped(module, x.to(dtype), chosen, weights)
         assert got.dtype == dtype
         torch.testing.assert_close(got.float(), module(x.to(dtype), chosen, weights).float(), atol=near, rtol=near)
+
+
+@pytest.mark.parametrize("form", [lambda m, *a: m(*a), divided_grouped])
+@torch.no_grad()
+def test_experts_in_several_places_add_up(form) -> None:
+    """Each place leaves out what the experts elsewhere would add, even where none of its own was chosen."""
+    module, x, chosen, weights = drawn(5, 17, 8, 3, dim=16, inner=8)
+    for tokens in (slice(None), (chosen < 4).all(1)):
+        x_, chosen_, weights_ = x[tokens], chosen[tokens], weights[tokens]
+        made = torch.zeros_like(x_)
+        for first, end in ((0, 3), (3, 4), (4, 8)):
+            part = Experts(end - first, 16, 8)
+            part.gate_up.copy_(module.gate_up[first:end])
+            part.down.copy_(module.down[first:end])
+            part.first = first
+            made += form(part, x_, chosen_, weights_)
+        torch.testing.assert_close(made, module(x_, chosen_, weights_), atol=2e-6, rtol=1e-5)
 
 
 @torch.no_grad()
