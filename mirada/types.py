@@ -269,6 +269,8 @@ class Logprob:
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    texts: tuple[str, ...] = ()
+    """The chosen token and each of ``top`` as text, where a server names tokens so; ids that it does not say are -1."""
 
 
 @dataclass(frozen=True, slots=True)

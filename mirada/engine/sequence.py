@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from mirada.client.handle import Listener, fold, join
 from mirada.engine.loops import LoopGuard
 from mirada.engine.thinking import ThinkingBudget
 from mirada.errors import MiradaError
-from mirada.types import Delta, Finish, Logprob, Message, Output, Prompt, Sampling, Text, ToolCall, Usage
+from mirada.types import Delta, Finish, Logprob, Output, Prompt, Sampling, Usage
 
 if TYPE_CHECKING:
     from mirada.media.grid import Patches
@@ -119,10 +120,6 @@ class Reply:
         pieces = self._parser.feed(text)
         self.has_calls = self.has_calls or any(piece.tool_calls for piece in pieces)
         return pieces
-
-
-Listener = Callable[[bool], None]
-"""Called in the engine's thread when a sequence has news; the flag says that they were the last."""
 
 
 @dataclass(eq=False)
@@ -293,38 +290,3 @@ class Sequence:
         logprobs = self.sampling.logprobs is not None
         made = fold(self.deltas, usage=usage, metrics=dict(self.metrics), raw=raw, logprobs=logprobs)
         return replace(made, notes=self.notes)
-
-
-def join(deltas: Iterable[Delta]) -> Delta:
-    """Several pieces as one."""
-    deltas = list(deltas)
-    return Delta(
-        text="".join(d.text for d in deltas),
-        reasoning="".join(d.reasoning for d in deltas),
-        tokens=tuple(token for d in deltas for token in d.tokens),
-        logprobs=tuple(logprob for d in deltas for logprob in d.logprobs),
-        tool_calls=tuple(call for d in deltas for call in d.tool_calls),
-        finish=next((d.finish for d in reversed(deltas) if d.finish), None),
-    )
-
-
-def fold(
-    deltas: Iterable[Delta],
-    *,
-    usage: Usage | None = None,
-    metrics: dict[str, float] | None = None,
-    raw: str = "",
-    logprobs: bool = False,
-) -> Output:
-    """A stream as a whole reply."""
-    whole = join(deltas)
-    parts: list[Text | ToolCall] = [Text(whole.text)] if whole.text else []
-    return Output(
-        message=Message("assistant", [*parts, *whole.tool_calls], reasoning=whole.reasoning),
-        tokens=whole.tokens,
-        logprobs=whole.logprobs if logprobs else None,
-        finish=whole.finish or "stop",
-        usage=usage or Usage(),
-        metrics=metrics or {},
-        raw=raw,
-    )

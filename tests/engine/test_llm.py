@@ -316,7 +316,7 @@ def test_leaving_a_stream_early_ends_the_request(vlm):
 
 def test_a_handle_that_is_dropped_ends_its_request(vlm):
     handle = vlm.submit(HI, ENDLESS)
-    sequence = handle._sequence
+    sequence = handle._reply
     deltas = iter(handle)
     next(deltas)
     del handle

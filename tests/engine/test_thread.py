@@ -118,7 +118,7 @@ def test_an_async_reader_that_leaves_ends_its_request(tiny):
         handle = tiny.submit(HI, ENDLESS)
         async for _ in handle:
             break
-        sequence = handle._sequence
+        sequence = handle._reply
         del handle
         gc.collect()
         await asyncio.sleep(0)
