@@ -97,6 +97,42 @@ def chat(
 
 
 @app.command()
+def serve(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", "-m", help="'mini', a folder, org/name, or NAME=one of these; may be given again. Default: mini."
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen at. Others than 127.0.0.1 need an API key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port to listen at; 0: any that is free.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--api-key", help="A key that clients must send; may be given again. Others see this line: prefer a file."
+        ),
+    ] = None,
+    api_key_file: Annotated[str | None, typer.Option("--api-key-file", help="File of such keys, one a line.")] = None,
+    media_root: Annotated[str | None, typer.Option("--media-root", help="Folder whose files requests may name.")] = None,
+    private_media: Annotated[
+        bool,
+        typer.Option("--private-media", help="Fetch media from private addresses too. Only where all clients are trusted."),
+    ] = False,
+    device: Device = None,
+    config: Annotated[
+        str | None, typer.Option("--config", help="Yaml file of further server settings, see docs/serve.md.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Serve models over OpenAI's HTTP API."""
+    from mirada.cli.serve import run
+
+    run(model or [], host, port, api_key or [], api_key_file, media_root, private_media, device, config)
+
+
+@app.command()
 def download(
     model: Annotated[str, typer.Argument(metavar="ID", help="A model on a hub, as org/name.")],
     source: Annotated[str, typer.Option("--from", help="hf (Hugging Face) or modelscope.")] = "hf",

@@ -1,0 +1,117 @@
+"""The application: routes of OpenAI's API over models that are open."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+import mirada
+from mirada.errors import MiradaError, SettingsError
+from mirada.serve import chat, openai
+from mirada.serve.errors import HttpError, error_reply, reply
+from mirada.serve.guard import Gate, Guard, read_body
+from mirada.serve.metrics import CONTENT_TYPE, Metrics
+from mirada.serve.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from mirada.engine.llm import VLM
+
+
+def create_app(models: Mapping[str, VLM], settings: ServeSettings | None = None) -> FastAPI:
+    """An ASGI application for ``models`` by the names that requests use. ``app.state.gate`` says what is under way.
+
+    Raises SettingsError for a model that would read any file a stranger names: open it with
+    ``limits=FetchLimits.serving()``.
+    """
+    settings = settings or ServeSettings()
+    check_models(models)
+    gate, metrics = Gate(), Metrics(models)
+    metrics.under_way.set_function(lambda: gate.num_requests)
+    app = FastAPI(title="Mirada", version=mirada.__version__, docs_url=None, redoc_url=None)
+    app.state.gate = gate
+    app.add_middleware(Guard, settings=settings, gate=gate, metrics=metrics)
+    for kind in (HttpError, MiradaError):
+        app.add_exception_handler(kind, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    desk = chat.Desk(models, settings, metrics, gate, int(time.time()))
+    _add_model_routes(app, desk)
+    _add_state_routes(app, desk)
+    _add_answer_routes(app, desk)
+    return app
+
+
+def check_models(models: Mapping[str, VLM]) -> None:
+    if not models:
+        raise SettingsError("there is no model to serve", "give at least one")
+    for name, vlm in models.items():
+        if vlm.limits.allow_files and vlm.limits.file_root is None:
+            raise SettingsError(
+                f"{name} may read any file of this machine", "open it with limits=FetchLimits.serving(), or with a file_root"
+            )
+
+
+def _add_answer_routes(app: FastAPI, desk: chat.Desk) -> None:
+    body = {"required": True, "content": {"application/json": {"schema": openai.schema("OpenAI's chat completions")}}}
+
+    @app.post("/v1/chat/completions", openapi_extra={"requestBody": body}, response_model=None)
+    async def chat_completions(request: Request) -> Any:
+        """Answer a chat about text, pictures and videos, whole or (``stream``) as server-sent events."""
+        data = await read_body(request, desk.gate, desk.settings)
+        return await chat.complete(request, openai.read_json(data), desk)
+
+
+def _add_model_routes(app: FastAPI, desk: chat.Desk) -> None:
+    def card(name: str) -> dict[str, Any]:
+        vlm = desk.models[name]
+        return openai.model_card(name, desk.created, vlm.parts.context, vlm.adapters)
+
+    @app.get("/v1/models", response_model=None)
+    async def models() -> Response:
+        """The models that are served here."""
+        return reply({"object": "list", "data": [card(name) for name in desk.models]})
+
+    @app.get("/v1/models/{name:path}", response_model=None)
+    async def model(name: str) -> Response:
+        """One of them."""
+        if name not in desk.models:
+            raise openai.no_model(name, tuple(desk.models))
+        return reply(card(name))
+
+
+def _add_state_routes(app: FastAPI, desk: chat.Desk) -> None:
+    @app.get("/health", response_model=None)
+    async def health() -> Response:
+        """Whether the process lives."""
+        return reply({"status": "ok"})
+
+    @app.get("/ready", response_model=None)
+    async def ready() -> Response:
+        """Whether requests are taken: 503 once the server was told to stop."""
+        draining = desk.gate.draining
+        return reply({"status": "draining" if draining else "ready"}, 503 if draining else 200)
+
+    @app.get("/metrics", response_model=None)
+    async def metrics() -> Response:
+        """Figures for Prometheus."""
+        return Response(desk.metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, MiradaError):
+        request.scope["mirada.ticket"].facts["error"] = type(error).__name__
+    return error_reply(error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path = request.url.path[:200]
+    said = {404: f"there is no {path!r} here", 405: f"{path!r} does not take {request.method}"}
+    message = said.get(error.status_code, str(error.detail))
+    return error_reply(
+        HttpError(error.status_code, message, code="not_found" if error.status_code == 404 else None, headers=error.headers)
+    )

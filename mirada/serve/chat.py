@@ -1,0 +1,210 @@
+"""One chat completion: read the body, ask the engine, answer whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mirada.errors import MiradaError, ParameterError, nearest
+from mirada.records.answer import completion_to_openai
+from mirada.records.request import ChatRequest, request_from_openai
+from mirada.serve import openai
+from mirada.serve.errors import as_json, http_error, reply
+from mirada.serve.guard import Gate, Ticket
+from mirada.serve.guides import guide_for
+from mirada.serve.metrics import Metrics
+from mirada.serve.settings import ServeSettings
+from mirada.serve.stream import BEAT, Choices, EventStream, Pace, beating, unless_gone
+from mirada.types import Output, Sampling
+
+if TYPE_CHECKING:
+    from mirada.engine.llm import VLM
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What every request needs of the server."""
+
+    models: Mapping[str, VLM]
+    settings: ServeSettings
+    metrics: Metrics
+    gate: Gate
+    created: int
+    """When the server began (seconds since 1970)."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that was read and checked: of whom, what, and how."""
+
+    name: str
+    vlm: VLM
+    chat: ChatRequest
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Parameters that were left aside, where the server allows that."""
+        ignored = ", ".join(name for name in self.chat.options.unknown if name.isascii() and name.isprintable())
+        return {"X-Mirada-Ignored": ignored[:1000]} if ignored else {}
+
+
+async def complete(request: Request, body: Mapping[str, Any], desk: Desk) -> Response | EventStream:
+    """The answer to a body of ``/v1/chat/completions``. Raises MiradaError, HttpError or ClientGone."""
+    asked = read(body, desk)
+    ticket: Ticket = request.scope["mirada.ticket"]
+    ticket.facts |= {"model": asked.name, "stream": asked.chat.options.stream}
+    id = f"chatcmpl-{secrets.token_hex(12)}"
+    choices = await submit(asked)
+    if asked.chat.options.stream:
+        return await _streamed(request, choices, asked, id, desk)
+    outputs = await whole(request, choices, asked, desk)
+    made = completion_to_openai(
+        [openai.with_ids(output, id, index) for index, output in enumerate(outputs)],
+        model=asked.name, id=id, created=int(time.time()), token_bytes=token_bytes(asked.vlm),
+        return_token_ids=asked.chat.options.return_token_ids,
+    )  # fmt: skip
+    if notes := outputs[0].notes:
+        made["notes"] = list(notes)
+    return reply(made, headers=asked.headers)
+
+
+def read(body: Mapping[str, Any], desk: Desk) -> Asked:
+    """Everything that can be said about a body before the engine sees it. Raises MiradaError or HttpError."""
+    name = openai.check_model_name(body, tuple(desk.models))
+    vlm = desk.models[name]
+    context = vlm.parts.context
+    defaults = replace(vlm.recommended_sampling or Sampling(), max_tokens=min(desk.settings.max_tokens or context, context))
+    chat = request_from_openai(body, defaults=defaults, allow_unknown=desk.settings.unknown_parameters == "warn")
+    options, parts = chat.options, vlm.parts
+    if options.tools and options.tool_choice != "none" and not parts.renderer.template.knows("tools"):
+        raise ParameterError(f"{name} takes no tools: its template has no place for them", "leave tools out", param="tools")
+    modes = dict(parts.renderer.format.thinking_suffix)
+    if options.thinking not in modes:
+        raise ParameterError(
+            f"{name} has no thinking mode {options.thinking!r}", nearest(options.thinking, modes), param="thinking"
+        )
+    if options.adapter is not None and options.adapter not in vlm.adapters:
+        raise ParameterError(
+            f"there is no adapter {options.adapter!r}", nearest(options.adapter, vlm.adapters), param="adapter"
+        )
+    if not options.parallel_tool_calls and options.tools:
+        raise ParameterError(
+            "parallel_tool_calls=false is not kept to yet", "leave it out, and take the first call", param="parallel_tool_calls"
+        )
+    return Asked(name, vlm, chat)
+
+
+async def submit(asked: Asked) -> Choices:
+    """Hand all choices to the engine. Rendering and counting tokens take long for long texts: that is done in a thread."""
+    messages, sampling, options = asked.chat
+    tools = options.tools if options.tool_choice != "none" else ()
+
+    def start(index: int):
+        own = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index)
+        guide = guide_for(asked.vlm, options)
+        return asked.vlm.submit(
+            messages, own, thinking=options.thinking, tools=tools or None, guide=guide, adapter=options.adapter
+        )
+
+    # A caller that goes while the thread works leaves handles that nobody holds, and those end by themselves.
+    return Choices(await asyncio.to_thread(lambda: [start(index) for index in range(options.n)]))
+
+
+async def whole(request: Request, choices: Choices, asked: Asked, desk: Desk) -> list[Output]:
+    """All outputs, or the error of one; a client that goes meanwhile ends them."""
+    try:
+        outputs = await unless_gone(request.receive, choices.outputs())
+    finally:
+        choices.end()
+    note(request, outputs, asked, desk)
+    return outputs
+
+
+def note(request: Request, outputs: list[Output], asked: Asked, desk: Desk) -> None:
+    """Count and log what was used."""
+    for output in outputs:
+        desk.metrics.note(asked.name, output)
+    ticket: Ticket = request.scope["mirada.ticket"]
+    ticket.facts["prompt_tokens"] = outputs[0].usage.prompt_tokens
+    ticket.facts["completion_tokens"] = sum(output.usage.completion_tokens for output in outputs)
+
+
+async def _streamed(request: Request, choices: Choices, asked: Asked, id: str, desk: Desk) -> EventStream:
+    options = asked.chat.options
+    chunks = openai.Chunks(
+        id, int(time.time()), asked.name, options.include_usage, asked.chat.sampling.logprobs is not None,
+        token_bytes(asked.vlm), options.return_token_ids,
+    )  # fmt: skip
+    events = _events(request, choices, chunks, asked, desk)
+    return await first_then_all(request, events, choices, asked, desk)
+
+
+async def first_then_all(
+    request: Request, events: AsyncGenerator[bytes, None], choices: Choices, asked: Asked, desk: Desk
+) -> EventStream:
+    """A stream that begins once its first event is there: what fails before is a plain error with a status of its own."""
+    choices.begin()
+    try:
+        first = await unless_gone(request.receive, _next(events))
+    except BaseException:
+        choices.end()
+        raise
+    return EventStream(_chain(first, events), choices.end, asked.headers, desk.settings.send_seconds)
+
+
+async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
+    return await anext(events)
+
+
+async def _chain(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes]:
+    async with aclosing(rest):
+        yield first
+        async for one in rest:
+            yield one
+
+
+def event(value: Any, name: str | None = None) -> bytes:
+    """One server-sent event."""
+    return (b"" if name is None else f"event: {name}\n".encode()) + b"data: " + as_json(value) + b"\n\n"
+
+
+async def _events(
+    request: Request, choices: Choices, chunks: openai.Chunks, asked: Asked, desk: Desk
+) -> AsyncGenerator[bytes, None]:
+    """The events of one reply. An error before the first piece is raised; a later one is an event, and the stream ends."""
+    begun = False
+    pace = Pace(desk.metrics.inter_token.labels(asked.name).observe)
+    try:
+        async with aclosing(beating(choices)) as news:
+            async for one in news:
+                opening = b"" if begun else b"".join(event(chunks.opening(i)) for i in range(asked.chat.options.n))
+                begun = True
+                if one is None:
+                    yield opening + BEAT
+                    continue
+                index, delta = one
+                pace.piece(index)
+                said = opening + b"".join(event(chunk) for chunk in chunks.pieces(index, delta))
+                if said:
+                    yield said
+        outputs = await choices.outputs()
+        note(request, outputs, asked, desk)
+        yield (event(chunks.usage(outputs)) if chunks.include_usage else b"") + openai.DONE
+    except MiradaError as error:
+        if not begun:
+            raise
+        request.scope["mirada.ticket"].facts["error"] = str(error)[:200]
+        yield event(http_error(error).body) + openai.DONE
+
+
+def token_bytes(vlm: VLM):
+    """The bytes behind a token id."""
+    return lambda token: vlm.parts.renderer.tokenizer.decode_bytes((token,))

@@ -1,0 +1,154 @@
+"""OpenAI's chat completions on the wire, and our types; nothing else. Whole bodies are read and written by room ``records``.
+
+A streamed tool call comes in one piece: the parser lets it go when it is whole, for only then is it known to be a call.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mirada.errors import ParameterError, nearest
+from mirada.records.answer import TokenBytes, call_to_openai, finish_to_openai, logprobs_to_openai, usage_to_openai
+from mirada.records.request import KNOWN
+from mirada.serve.errors import HttpError
+from mirada.types import Delta, Message, Output, ToolCall
+
+DONE = b"data: [DONE]\n\n"
+
+
+def read_json(data: bytes) -> dict[str, Any]:
+    """A body as an object; HttpError 400 for anything else, for numbers that JSON does not know, and for a key given twice."""
+    try:
+        value = json.loads(data, parse_constant=_no_constant, object_pairs_hook=_no_key_twice)
+    except (ValueError, RecursionError) as error:
+        raise HttpError(400, f"the body is not valid JSON: {str(error) or 'nested too deeply'}", code="not_json") from error
+    if not isinstance(value, dict):
+        raise HttpError(400, f"the body is a JSON {type(value).__name__}; send an object", code="not_json")
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return made
+
+
+def with_ids(output: Output, base: str, index: int) -> Output:
+    """``output`` whose tool calls have names that no other reply of this server uses; a stream makes the same ones."""
+    if not output.message.tool_calls:
+        return output
+    numbers = iter(range(len(output.message.tool_calls)))
+    parts = [replace(p, id=call_id(base, index, next(numbers))) if isinstance(p, ToolCall) else p for p in output.message.parts]
+    return replace(output, message=Message("assistant", parts, reasoning=output.message.reasoning))
+
+
+def call_id(base: str, index: int, number: int) -> str:
+    """Name of tool call ``number`` of choice ``index`` of the reply ``base``."""
+    return f"call_{base.rpartition('-')[2]}_{index}_{number}"
+
+
+@dataclass
+class Chunks:
+    """Makes the ``chat.completion.chunk`` objects of one reply."""
+
+    id: str
+    created: int
+    model: str
+    include_usage: bool = False
+    logprobs: bool = False
+    token_bytes: TokenBytes | None = None
+    return_token_ids: bool = False
+
+    def __post_init__(self) -> None:
+        self._num_calls: dict[int, int] = {}
+
+    def opening(self, index: int) -> dict[str, Any]:
+        """The first of choice ``index``: who speaks."""
+        return self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
+
+    def pieces(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
+        """What ``delta`` adds to choice ``index``; nothing for one that holds nothing to show yet."""
+        said: dict[str, Any] = {}
+        if delta.reasoning:
+            said["reasoning_content"] = delta.reasoning
+        if delta.text:
+            said["content"] = delta.text
+        if delta.tool_calls:
+            said["tool_calls"] = [self._call(index, call) for call in delta.tool_calls]
+        beside: dict[str, Any] = {}
+        if self.logprobs and delta.logprobs:
+            beside["logprobs"] = logprobs_to_openai(delta.logprobs, self.token_bytes)
+        if self.return_token_ids and delta.tokens:
+            beside["token_ids"] = list(delta.tokens)
+        if said or beside:
+            yield self._chunk(index, said, **beside)
+        if delta.finish is not None:
+            yield self._chunk(index, {}, finish_reason=finish_to_openai(delta.finish), **_detail(delta.finish))
+
+    def usage(self, outputs: Sequence[Output]) -> dict[str, Any]:
+        """The last one where ``include_usage`` is set."""
+        return self._head() | {"choices": [], "usage": usage_to_openai([output.usage for output in outputs])}
+
+    def _call(self, index: int, call: ToolCall) -> dict[str, Any]:
+        number = self._num_calls.get(index, 0)
+        self._num_calls[index] = number + 1
+        return {"index": number, **call_to_openai(replace(call, id=call_id(self.id, index, number)), number)}
+
+    def _head(self) -> dict[str, Any]:
+        return {"id": self.id, "object": "chat.completion.chunk", "created": self.created, "model": self.model}
+
+    def _chunk(self, index: int, delta: dict[str, Any], **beside: Any) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **beside}
+        return self._head() | {"choices": [choice]} | ({"usage": None} if self.include_usage else {})
+
+
+def _detail(finish: str) -> dict[str, str]:
+    return {"stop_reason": "repetition"} if finish == "repetition" else {}
+
+
+def model_card(name: str, created: int, context: int, adapters: Sequence[str]) -> dict[str, Any]:
+    """One entry of ``/v1/models``; context and adapters are said beside OpenAI's fields, as vLLM does."""
+    card = {"id": name, "object": "model", "created": created, "owned_by": "mirada", "max_model_len": context}
+    return card | {"adapters": list(adapters)}
+
+
+def check_model_name(body: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Which model a body asks for. Raises ParameterError, or HttpError 404 for one that is not here."""
+    name = body.get("model")
+    if not isinstance(name, str):
+        raise ParameterError("the request names no model", f"give model, one of {', '.join(names)}", param="model")
+    if name not in names:
+        raise no_model(name, names)
+    return name
+
+
+def no_model(name: str, names: Sequence[str]) -> HttpError:
+    shown = name if len(name) <= 80 else name[:79] + "…"
+    return HttpError(
+        404, f"the model {shown!r} is not served here; {nearest(shown, names)}", param="model", code="model_not_found"
+    )
+
+
+def schema(description: str) -> dict[str, Any]:
+    """The form of a body in the server's own OpenAPI document: what it needs, and every parameter that it knows."""
+    optional = {name: {} for name in sorted(KNOWN)}
+    needed: dict[str, Any] = {
+        "model": {"type": "string"},
+        "messages": {"type": "array", "minItems": 1, "items": {"type": "object"}},
+    }
+    return {
+        "type": "object",
+        "description": description,
+        "required": list(needed),
+        "properties": optional | needed,
+        "additionalProperties": False,
+    }

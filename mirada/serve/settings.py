@@ -1,0 +1,101 @@
+"""What may be set about a server; the defaults are safe for a machine on which strangers can reach nothing."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+from mirada.config import env
+from mirada.errors import SettingsError
+
+MB = 1 << 20
+KEYS_VARIABLE = "MIRADA_API_KEYS"
+LEAST_KEY = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ServeSettings:
+    """Bounds and rules of one server. Raises SettingsError for a value out of range, and for a ``host`` that other machines
+    reach without an API key."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0: any that is free."""
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    """Any one of them opens the door; none is needed on a loopback address."""
+    unknown_parameters: Literal["refuse", "warn"] = "refuse"
+    """Parameters of a request that nobody knows: an error 400, or named in the header ``X-Mirada-Ignored``."""
+    max_tokens: int | None = None
+    """Longest answer where a request names none; None: what the model's context leaves."""
+    max_requests: int = 256
+    """Requests under way, those that wait included; one more is answered 429."""
+    max_body_bytes: int = 100 * MB
+    """Largest body of one request."""
+    max_bodies_bytes: int = 512 * MB
+    """Bodies of all requests under way together; what does not fit is answered 429."""
+    body_seconds: float = 60.0
+    """In which a body must have arrived."""
+    send_seconds: float = 60.0
+    """In which a client must take what is sent to it; then it counts as gone."""
+    drain_seconds: float = 120.0
+    """How long requests under way may take to end once the server was told to stop."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "max_requests", "max_body_bytes", "max_bodies_bytes", "body_seconds", "send_seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise SettingsError(f"server setting {name}={value!r} is out of range", "give a number above 0")
+        if self.drain_seconds < 0 or not 0 <= self.port <= 65535:
+            name = "drain_seconds" if self.drain_seconds < 0 else "port"
+            raise SettingsError(f"server setting {name}={getattr(self, name)!r} is out of range", "see docs/serve.md")
+        object.__setattr__(self, "api_keys", tuple(self.api_keys))
+        for number, key in enumerate(self.api_keys, 1):
+            if len(key) < LEAST_KEY or not key.isascii() or not key.isprintable() or " " in key:
+                raise SettingsError(
+                    f"API key {number} does not do",
+                    f"give at least {LEAST_KEY} characters of printable ASCII without spaces: openssl rand -hex 24",
+                )
+        if not self.api_keys and not is_loopback(self.host):
+            raise SettingsError(
+                f"host {self.host!r} can be reached from other machines, and no API key is set",
+                f"give --api-key-file FILE, or set {KEYS_VARIABLE}; or leave the host at 127.0.0.1",
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every setting."""
+        return tuple(one.name for one in fields(self))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches ``host``."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def find_keys(given: tuple[str, ...] = (), file: str | Path | None = None) -> tuple[str, ...]:
+    """API keys that were given, those in ``file`` (one a line, ``#`` begins a comment) and those in ``MIRADA_API_KEYS``
+    (with commas between). Raises SettingsError for a file that cannot be read or that other users of the machine can."""
+    keys = [*given, *(env(KEYS_VARIABLE, "") or "").split(",")]
+    if file is not None:
+        keys += _read(Path(file))
+    return tuple(dict.fromkeys(key.strip() for key in keys if key.strip()))
+
+
+def _read(file: Path) -> list[str]:
+    try:
+        mode, text = file.stat().st_mode, file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"the file of API keys {str(file)!r} cannot be read: {error}", "check its path") from error
+    if mode & 0o077:
+        raise SettingsError(f"the file of API keys {str(file)!r} is open to other users", f"run: chmod 600 {file}")
+    keys = [key for line in text.splitlines() if (key := line.partition("#")[0].strip())]
+    if not keys:
+        raise SettingsError(f"the file of API keys {str(file)!r} holds none", "write one a line")
+    return keys
