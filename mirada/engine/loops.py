@@ -18,6 +18,8 @@ MAX_PERIOD = 256
 """Tokens of the longest piece whose copies are noticed."""
 LOOP_TOKENS = 32
 """Tokens that the copies must fill, per allowed copy."""
+NEVER = 1 << 40
+"""Copies that no reply comes to; more would pass the end of a machine word."""
 
 
 def loop_length(period: int, max_repeats: int) -> int:
@@ -33,6 +35,7 @@ class LoopGuard:
     """
 
     def __init__(self, max_repeats: int) -> None:
+        max_repeats = min(max_repeats, NEVER)
         periods = np.arange(1, MAX_PERIOD + 1)
         # A stretch of length L has period p when its last L - p tokens equal those p before them.
         self._needed = np.maximum(periods, LOOP_TOKENS) * max_repeats - periods

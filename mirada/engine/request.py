@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mirada.engine.given import check_media, check_prompt, check_tools
 from mirada.engine.load import Parts
 from mirada.engine.sequence import Reply, Sequence
 from mirada.engine.thinking import ThinkingBudget
@@ -48,7 +49,9 @@ class Requests:
         """A sequence without a prompt yet, the media to prepare for it, and what makes it whole: to be called once, in any
         thread. Raises MessageError or SettingsError for a chat of no known form; ``finish`` raises as ``make``."""
         sequence = Sequence(Prompt(()), sampling, None)
+        check_tools(tools)
         if isinstance(chat, Prompt):
+            check_media(media, self.parts.rule.grid)
             given = [self._keyed(patches) for patches in media]
             return sequence, [], lambda cancel: self._fill(sequence, chat, given)
         messages = check_chat(chat, thinking)
@@ -103,13 +106,9 @@ class Requests:
             )
 
     def _check(self, prompt: Prompt, media: Seq[Patches]) -> None:
-        num_tokens, vocabulary = len(prompt.tokens), self.parts.model.config.text.vocab_size
-        if not num_tokens:
-            raise MessageError("the prompt has no tokens", "give at least one message")
-        if not 0 <= min(prompt.tokens) <= max(prompt.tokens) < vocabulary:
-            raise MessageError(
-                f"the prompt has a token outside the vocabulary of {vocabulary}", "render it for this very model"
-            )
+        config = self.parts.model.config
+        check_prompt(prompt, config.text.vocab_size, self.parts.rule.grid.merge)
+        num_tokens = len(prompt.tokens)
         if num_tokens >= self.parts.context:
             visual = sum(span.num_tokens for span in prompt.spans)
             raise ContextOverflow(

@@ -27,6 +27,10 @@ OFF_P = 2.0
 """A top-p that no rounding of a sum of probabilities can reach."""
 COLDEST = 1e-20
 """A temperature below this is drawn as if it were this."""
+SMALLEST = 1e-30
+"""Least repetition penalty; float32 holds its inverse."""
+LARGEST = 1e30
+"""Bound of logits after penalties and bias: beyond it all is certain or impossible, and their differences stay finite."""
 NUCLEUS = 256
 """Logits that top-p looks at first; most nuclei are smaller."""
 
@@ -51,10 +55,12 @@ class Tally:
     penalty, and bias. Work is per distinct token of the request, not per token of the vocabulary."""
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
-        self._repetition = float(sampling.repetition_penalty)
+        self._repetition = max(float(sampling.repetition_penalty), SMALLEST)
         self._presence = float(sampling.presence_penalty)
         self._frequency = float(sampling.frequency_penalty)
-        self._bias = {int(token): float(bias) for token, bias in (sampling.logit_bias or {}).items()}
+        self._bias = {
+            int(token): min(max(float(bias), -LARGEST), LARGEST) for token, bias in (sampling.logit_bias or {}).items()
+        }
         seen = np.unique(np.asarray(prompt, np.int64)).tolist() if self._repetition != 1 else []
         first = list(dict.fromkeys([*seen, *self._bias]))
         self._counts: dict[int, int] = {}
@@ -264,7 +270,8 @@ def edit(logits: Tensor, rows: Sequence[int], tallies: Sequence[Tally]) -> None:
         torch.from_numpy(ids).to(device),
     )
     old, factor = logits[where], torch.from_numpy(factors).to(device)
-    logits[where] = torch.where(old > 0, old / factor, old * factor) + torch.from_numpy(shifts).to(device)
+    made = torch.where(old > 0, old / factor, old * factor) + torch.from_numpy(shifts).to(device)
+    logits[where] = made.clamp_(-LARGEST, LARGEST)
 
 
 def draw(board: Board, rows: Sequence[int], choices: Sequence[Choice]) -> Tensor:

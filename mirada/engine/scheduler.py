@@ -6,6 +6,7 @@ goes back to the head of the line. So the oldest always moves on, and every requ
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -25,6 +26,8 @@ KNOBS = (
     "shorten the prompt, lower max_tokens or max_pixels (or fps for a video), raise the engine's cache_bytes if it is set,"
     " or load the model in a quantised mode"
 )
+
+_log = logging.getLogger(__name__)
 
 
 class PrefixCache(Protocol):
@@ -105,14 +108,21 @@ class Scheduler:
         self.cache.allocate(sequence.slot)
         self.running.append(sequence)
         sequence.spent("queue", time.perf_counter() - sequence.queued)
+
+    def restore(self, sequence: Sequence) -> None:
+        """Take from the prefix cache what earlier requests computed of one that was just admitted."""
         if self.prefix is not None:
             sequence.computed, restore = self.prefix.match(sequence)
             restore(sequence.slot)
 
     def share(self, sequence: Sequence) -> None:
-        """Offer what is computed of a running sequence to others."""
-        if self.prefix is not None and sequence.error is None:
+        """Offer what is computed of a running sequence to others. Its reply is the same whether that can be kept or not."""
+        if self.prefix is None or sequence.error is not None:
+            return
+        try:
             self.prefix.offer(sequence)
+        except Exception:
+            _log.exception("the beginning of a request could not be kept for later ones")
 
     def leave(self, sequence: Sequence) -> None:
         """Take its slot from a sequence, and offer what is there to later ones."""

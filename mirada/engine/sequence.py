@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
@@ -18,6 +19,8 @@ from mirada.types import Delta, Finish, Logprob, Output, Prompt, Sampling, Usage
 
 if TYPE_CHECKING:
     from mirada.media.grid import Patches
+
+_log = logging.getLogger(__name__)
 
 
 class StopStrings:
@@ -278,7 +281,10 @@ class Sequence:
             self.lora = None
             self.done = True  # last: whoever sees it may read all the rest
         for listener in tuple(self.listeners):
-            listener(self.done)
+            try:
+                listener(self.done)
+            except BaseException:  # of whoever listens; the others are to be told all the same
+                _log.exception("a call at the end of a request failed")
 
     def output(self) -> Output:
         """The whole reply: the fold of the deltas, with what was used."""

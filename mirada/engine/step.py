@@ -65,6 +65,7 @@ class Engine:
         scheduler.reap()
 
     def _open(self, sequence: Sequence) -> None:
+        self.scheduler.restore(sequence)
         sequence.features = self.encoder.open(sequence)
         self.runner.begin(sequence)
 
@@ -73,7 +74,7 @@ class Engine:
         running = self.scheduler.running
         if not self.settings.speculate or not running:
             return
-        rows = min(self.settings.speculate, FLAT_ROWS // len(running) - 1)
+        rows = min(self.settings.speculate, min(FLAT_ROWS, self.settings.step_tokens) // len(running) - 1)
         for sequence in running:
             most = min(rows, sequence.limit - len(sequence.tokens) - 1)
             if sequence.left == 1 and most > 0 and not sequence.done and sequence.chooser.plain:
@@ -98,7 +99,8 @@ class Engine:
         choices = self.runner.run(chunks)
         seconds = time.perf_counter() - began
         for chunk in chunks:
-            chunk.sequence.spent("decode" if chunk.sequence.left == 1 else "prefill", seconds)
+            decodes = chunk.sequence.left == 1 and chunk.sequence.tokens
+            chunk.sequence.spent("decode" if decodes else "prefill", seconds)
         return list(zip(chunks, choices, strict=True))
 
     def _publish(self, chunk: Chunk, choice: Choice) -> None:
