@@ -84,9 +84,8 @@ def test_equals_merged_weights(kind, adapted, folders):
     vlm = adapted[kind]
     asked = [one for one in mix(vlm, 3, 6) if one[1]][:2]
     plain = VLM.from_parts(vlm.parts.model, vlm.parts.renderer, vlm.parts.rule)
-    for name in NAMES:
+    for name in NAMES if kind in ("qwen2_vl", "kimi_vl") else NAMES[:1]:
         tokens, logits = ask(vlm, asked, [name] * len(asked))
-        plain.parts = vlm.parts
         other = VLM.from_parts(merged(vlm.parts.model, folders[kind][name]), vlm.parts.renderer, vlm.parts.rule)
         for ours, theirs, base in zip(
             logits, plain_logits(other, asked, tokens), plain_logits(plain, asked, tokens), strict=True
@@ -98,8 +97,8 @@ def test_equals_merged_weights(kind, adapted, folders):
 @pytest.mark.parametrize("kind", MODEL_TYPES)
 def test_three_adapters_and_none_together_equal_one_by_one(kind, adapted):
     vlm = adapted[kind]
-    asked = mix(vlm, 21, 6)
-    names = ["a", None, "b", "c", "a", "c"]
+    asked = mix(vlm, 21, 5)
+    names = ["a", None, "b", "c", "a"]
     tokens, logits = ask(vlm, asked, names)
     for one, name, ids, rows in zip(asked, names, tokens, logits, strict=True):
         alone, alone_rows = ask(vlm, [one], [name])
