@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
+from mirada.layers import fused
 from mirada.layers.kernels import library
 from mirada.layers.kernels.matrix import BLOCK, Format, Matrix
 from mirada.layers.linear import TILE_BYTES, linear, refuse_moves
@@ -155,6 +156,9 @@ class PackedRows(nn.Module):
         if self.matrix is not None:
             return linear(x, self.matrix)
         packed = self.packed
+        made = fused.packed(x, packed)
+        if made is not None:
+            return made
         return torch.cat([linear(x, packed.widen(a, b).to(x.dtype)) for a, b in packed.tiles()], -1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedRows:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirada.errors import NotAvailable, SettingsError, nearest
+from mirada.layers import fused
 
 CAUSAL_SLACK = 0.25
 """Causal sequences share a padded batch while the shorter lacks at most this share of the longer."""
@@ -27,8 +28,9 @@ def attend_packed(
 ) -> Tensor:
     """softmax(q kᵀ · scale) v inside each of the consecutive segments ``lengths``: q [T, H, d], k and v [T, K, d] -> [T, H, d].
 
-    Segments never see each other. Bidirectional ones are batched with others of exactly equal length; causal ones are
-    padded on the right, where no real query looks. So no mask is ever built. Differentiable.
+    Segments never see each other. On CUDA they lie end to end as they are, where torch has a kernel for it. Else bidirectional
+    ones are batched with others of exactly equal length, and causal ones padded on the right, where no real query looks. So no
+    mask is ever built. Differentiable.
     """
     if q.shape[1] != k.shape[1]:
         share = q.shape[1] // k.shape[1]
@@ -36,6 +38,9 @@ def attend_packed(
     if min(lengths) == max(lengths):
         shape = (len(lengths), lengths[0], *q.shape[1:])
         return _attend(q.reshape(shape), k.reshape(shape), v.reshape(shape), causal, scale, kind).reshape(q.shape)
+    made = fused.varlen(q, k, v, tuple(lengths), causal, scale) if kind == DEFAULT else None
+    if made is not None:
+        return made
     parts = [x.split(list(lengths)) for x in (q, k, v)]
     pieces: dict[int, Tensor] = {}
     for group in groups(lengths, CAUSAL_SLACK if causal else 0.0):

@@ -9,7 +9,7 @@ T tokens, D width, H query and K key-value heads, d head width, I inner width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from mirada.errors import SettingsError
 
 if TYPE_CHECKING:
     from mirada.layers.norm import RMSNorm
+    from mirada.layers.paged import PagedCache, PagedLatentCache, Tables
 
 SETTING = "MIRADA_GPU_KERNELS"
 """Environment: auto (on CUDA where Triton is installed), off, or interpret: on the CPU too, in Triton's interpreter, which
@@ -97,6 +98,106 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def turn_and_keep(
+    cache: Any,
+    layer: int,
+    qkv: Tensor,
+    heads: int,
+    turn: tuple[Tensor, Tensor],
+    norms: tuple[RMSNorm, RMSNorm] | None,
+    batch: Any,
+) -> Tensor | None:
+    """qkv [T, (H + 2 K) d] -> turned queries [T, H, d], the keys and values being in the pages of ``cache``; None, and nothing
+    is written, where ``cache`` is of another kind or no kernel computes."""
+    from mirada.layers.paged import PagedCache
+
+    if not isinstance(cache, PagedCache) or cache.kv != "auto" or not on(qkv):
+        return None
+    weights = None
+    if norms is not None:
+        weights = norms[0].weight, norms[1].weight, norms[0].eps
+        if norms[0].eps != norms[1].eps or any(w.dtype != qkv.dtype for w in weights[:2]):
+            return None
+    from mirada.layers.kernels import triton_rope
+
+    tables = cache.tables(batch).on(qkv.device)
+    return triton_rope.rope_write(qkv, heads, turn, weights, tables.rows, *cache.pools(layer))
+
+
+def write(pool: Tensor, rows: Tensor, new: Tensor) -> None:
+    """new [T, heads, width] to places ``rows`` (int64 [T], negative: nowhere) of ``pool`` [pages, page, heads, width]."""
+    from mirada.layers.kernels import triton_rope
+
+    triton_rope.write(pool, rows, new.contiguous())
+
+
+def attend_pages(cache: PagedCache, layer: int, q: Tensor, tables: Tables, scale: float) -> Tensor | None:
+    """Causal attention of new tokens whose keys and values are in their pages: q [T, H, d] -> [T, H, d]; None where no kernel
+    computes: for many tokens also where keys are kept as int8."""
+    decodes = max(tables.counts) == 1
+    if not on(q) or (cache.kv == "int8" and not decodes) or q.shape[1] // cache.num_kv_heads > 64:
+        return None
+    from mirada.layers.kernels import triton_paged
+
+    tables, pools = tables.on(q.device), cache.pools(layer)
+    if decodes:
+        return triton_paged.paged_decode(q, pools, tables.block_tables, tables.lengths, scale)
+    if (made := _varlen_pages(q, pools, tables, scale)) is not None:
+        return made
+    if tables.places is None:
+        tables.places = triton_paged.tiles(tables.counts, q.shape[1], cache.num_kv_heads, q.device)
+    return triton_paged.paged_prefill(q, pools[0], pools[1], tables.block_tables, tables.lengths, tables.places, scale)
+
+
+def attend_latents(cache: PagedLatentCache, layer: int, q: Tensor, tables: Tables, rank: int, scale: float) -> Tensor | None:
+    """One new token of each sequence over latents in pages: q [B, H, W] -> [B, H, rank]; None where no kernel computes."""
+    if not on(q) or cache.kv != "auto":
+        return None
+    from mirada.layers.kernels import triton_mla
+
+    tables = tables.on(q.device)
+    return triton_mla.latent_decode(q, cache.pools(layer)[0], tables.block_tables, tables.lengths, rank, scale)
+
+
+MOST_GROUPED = 4096
+"""Rows (tokens times experts per token) up to which experts are multiplied by our kernel, which fuses more; torch's grouped
+product for more. A guess that no GPU has checked: ``benchmarks/gpu_kernels.py`` times both."""
+
+
+def experts(
+    x: Tensor, gate_up: Tensor, down: Tensor, tokens: Tensor, shares: Tensor, order: Tensor, counts: Tensor
+) -> Tensor | None:
+    """See ``triton_moe.grouped_experts``; None where no kernel computes, or for so many rows that torch's is better."""
+    grouped = x.device.type == "cuda" and x.dtype == torch.bfloat16
+    if not on(x) or x.dtype != gate_up.dtype or not x.numel() or (grouped and len(tokens) > MOST_GROUPED):
+        return None
+    from mirada.layers.kernels import triton_moe
+
+    return triton_moe.grouped_experts(x, gate_up, down, tokens, shares, order, counts)
+
+
+def packed(x: Tensor, form: Any) -> Tensor | None:
+    """x [.., C] times ``adapt.packed.Packed`` [R, C] transposed -> [.., R]; None where no kernel reads its form."""
+    if (
+        not on(x)
+        or form.values.dtype != torch.uint8
+        or form.groups is not None
+        or form.row_block != 1
+        or form.bits not in (4, 8)
+    ):
+        return None
+    group, rest = divmod(form.columns, form.scales.shape[1])
+    if rest or form.group_size not in (0, group):
+        return None
+    from mirada.layers.kernels import triton_packed
+
+    if not triton_packed.takes(form.columns, group):
+        return None
+    rows = x.reshape(-1, form.columns).contiguous()
+    made = triton_packed.packed_linear(rows, form.values, form.scales, form.zeros, form.columns, form.bits)
+    return made.view(*x.shape[:-1], -1)
+
+
 @cache
 def _varlen() -> Any:
     """torch's attention over segments of one tensor, or None: torch < 2.10, or a build without it."""
@@ -107,8 +208,9 @@ def _varlen() -> Any:
     return varlen_attn
 
 
+@lru_cache(maxsize=16)
 def segments(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 [segments + 1]: where each begins, and the end of the last."""
+    """Kept for the layers of a forward: int32 [segments + 1]: where each begins, and the end of the last."""
     ends = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return ends.to(device)
 
@@ -153,3 +255,42 @@ def _varlen_works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
         return False
     return True
+
+
+def _varlen_pages(q: Tensor, pools: tuple[Tensor, ...], tables: Tables, scale: float) -> Tensor | None:
+    """New tokens over pages by torch's kernel, or None: it wants block tables (torch >= 2.11), and pages of a size that depends
+    on the build (its second version of flash attention takes multiples of 256 only, so not ours)."""
+    attend = _varlen()
+    if q.device.type != "cuda" or q.dtype not in _TYPES[1:] or attend is None or "block_table" not in _parameters(attend):
+        return None
+    if not _varlen_pages_work(q.device, q.dtype, q.shape[1], *pools[0].shape[1:]):
+        return None
+    most = tables.block_tables.shape[1] * pools[0].shape[1]
+    ends = segments(tables.counts, q.device)
+    return attend(
+        q, pools[0], pools[1], ends, None, max(tables.counts), most, scale=scale, window_size=(-1, 0),
+        enable_gqa=True, seqused_k=tables.lengths, block_table=tables.block_tables,
+    )  # fmt: skip
+
+
+@cache
+def _varlen_pages_work(device: torch.device, dtype: torch.dtype, heads: int, page: int, kv_heads: int, width: int) -> bool:
+    """Tried once: a context of two pages in the wrong order, of which the last token must find its own value."""
+    random = torch.Generator(device).manual_seed(0)
+    q, keys, values = (
+        torch.randn(*shape, generator=random, device=device, dtype=dtype)
+        for shape in ((2, heads, width), (2, page, kv_heads, width), (2, page, kv_heads, width))
+    )
+    tables = torch.tensor([[1, 0]], dtype=torch.int32, device=device)
+    lengths = torch.tensor([page + 1], dtype=torch.int32, device=device)
+    try:
+        made = _varlen()(
+            q, keys, values, segments((2,), device), None, 2, 2 * page, scale=0.1, window_size=(-1, 0), enable_gqa=True,
+            seqused_k=lengths, block_table=tables,
+        )  # fmt: skip
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        return False
+    from mirada.layers.past import attend_one
+
+    k, v = (x[[1, 0]].flatten(0, 1)[: page + 1].transpose(0, 1) for x in (keys, values))
+    return torch.allclose(made.float(), attend_one(q, k, v, 0.1).float(), atol=0.05)

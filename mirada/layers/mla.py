@@ -21,6 +21,7 @@ from mirada.layers.kv_int8 import Quantised
 from mirada.layers.latent_cache import LatentCache, Rows
 from mirada.layers.linear import Linear, linear
 from mirada.layers.norm import RMSNorm
+from mirada.layers.paged import PagedLatentCache
 from mirada.layers.past import TILE, Read, attend_one, attend_pieces, in_pieces, merge, tiles, written_piece
 from mirada.layers.rope import Rotation, pairs_to_halves, rotate
 
@@ -89,6 +90,8 @@ class MLA(nn.Module):
                 q, k, self._as_wide(v), batch.lengths, causal=True, scale=self.scale, kind=self.attention_kind
             )
             return self.out(mixed[..., : self.sizes.value].flatten(1))
+        if not self.variants and (made := self._decode(q, rows, batch, cache)) is not None:
+            return self.out(made.flatten(1))
         so_far = cache.extend(self.index, rows, batch)
         attend = self._attend_variants if self.variants else self._attend
         return self.out(attend(q, so_far, batch.lengths).flatten(1))
@@ -143,6 +146,13 @@ class MLA(nn.Module):
     def attend_absorbed(self, q: Tensor, rows: Rows) -> Tensor:
         """As ``attend_expanded``."""
         return self._leave(attend_latents(self._enter(q), rows, self.sizes.kv_rank, self.scale))
+
+    def _decode(self, q: Tensor, rows: Tensor, batch: Batch, cache: LatentCache) -> Tensor | None:
+        """A step of decoding over pages: [B, H, value]; None where the rows of each sequence are to be brought together."""
+        if not isinstance(cache, PagedLatentCache) or not cache.decodes(batch, q):
+            return None
+        mixed = cache.attend_kept(self.index, self._enter(q), rows, batch, self.sizes.kv_rank, self.scale)
+        return self._leave(mixed)
 
     def _attend(self, q: Tensor, so_far: list[Rows], lengths: tuple[int, ...]) -> Tensor:
         """Each sequence in the form that suits it; which one depends on nothing but that sequence."""

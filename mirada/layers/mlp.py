@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mirada.layers import fused
 from mirada.layers.linear import Linear
 
 Gelu = Literal["tanh", "none", "quick"]
@@ -41,5 +42,4 @@ class GatedMLP(nn.Module):
         self.down = Linear(inner, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+        return self.down(fused.swiglu(self.gate_up(x)))

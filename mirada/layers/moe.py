@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mirada.layers import fused
 from mirada.layers.linear import linear
 from mirada.layers.mlp import GatedMLP
 
@@ -93,11 +94,22 @@ class Experts(nn.Module):
             chosen = torch.where((own >= 0) & (own < len(self.down)), own, len(self.down))
         order = chosen.flatten().argsort(stable=True)
         tokens, shares = order // chosen.shape[1], weights.flatten()[order].to(x.dtype)[:, None]
-        counts = torch.bincount(chosen.flatten(), minlength=len(self.down))[: len(self.down)]
+        counts = self._counts(chosen.flatten())
+        if isinstance(self.gate_up, Tensor) and isinstance(self.down, Tensor) and self.first is None and not self.adapted:
+            made = fused.experts(x, self.gate_up, self.down, tokens, shares[:, 0], order, counts)
+            if made is not None:
+                return made
         # Experts that are held packed (adapt.packed.PackedStack) stand in place of the parameters; they come one at a time.
         if x.device.type == "cuda" and x.dtype == torch.bfloat16 and isinstance(self.gate_up, Tensor) and not self.adapted:
             return self._grouped(x, tokens, shares, order, counts)
         return self._one_by_one(x, tokens, shares, counts.tolist())
+
+    def _counts(self, chosen: Tensor) -> Tensor:
+        """int64 [E]: how often each expert is in ``chosen``. ``bincount`` would wait for a GPU to say the largest."""
+        here = len(self.down)
+        if chosen.device.type == "cpu":
+            return torch.bincount(chosen, minlength=here)[:here]
+        return chosen.new_zeros(here + 1).scatter_add_(0, chosen, torch.ones_like(chosen))[:here]
 
     def _one_by_one(self, x: Tensor, tokens: Tensor, shares: Tensor, counts: list[int]) -> Tensor:
         """``tokens`` and ``shares`` [T * k], sorted by expert, of which expert e takes ``counts[e]``."""

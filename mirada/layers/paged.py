@@ -6,15 +6,17 @@ B sequences; T new tokens of all; S past + new tokens of one; K key-value heads;
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mirada.errors import OutOfMemory, SettingsError
+from mirada.layers import fused
 from mirada.layers.attention import DEFAULT
 from mirada.layers.cache import Cache, Store
+from mirada.layers.kv_int8 import Quantised
 from mirada.layers.latent_cache import Extends
 from mirada.layers.past import attend_one
 
@@ -25,23 +27,33 @@ PAGE = 32
 """Tokens of a page; also the least that a prefix shares."""
 
 
-DECODE: dict[str, Callable[..., Tensor]] = {}
-"""By type of device, what attends one new token of each of B sequences: (q [B, H, d], k_pages, v_pages [pages, page, K, d],
-block_tables int32 [B, M], lengths int32 [B], scale) -> [B, H, d]. A module of ``layers.kernels`` enters itself here; without
-one the pages are gathered."""
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Tables:
     """Where the tokens of one batch lie, made once for all layers."""
 
     batch: Batch
+    counts: tuple[int, ...]
+    """New tokens of each sequence."""
     rows: Tensor
-    """int64 [T]: page * PAGE + offset of each new token."""
+    """int64 [T]: page * PAGE + offset of each new token; of a fixed batch negative where there is none."""
     block_tables: Tensor
     """int32 [B, most pages of a sequence]; behind a sequence's own, zeros."""
     lengths: Tensor
     """int32 [B]: past + new tokens."""
+    fixed: bool = False
+    """The tensors are refilled from step to step (``engine.graphs``): nothing but them may be read, and rows may be empty."""
+    places: tuple[Tensor, ...] | None = None
+    """What a kernel makes of the sizes, once for all layers."""
+    _elsewhere: dict[torch.device, Tables] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> Tables:
+        """The same with its tensors on ``device``."""
+        if device == self.rows.device:
+            return self
+        if device not in self._elsewhere:
+            rows, tables, lengths = (x.to(device) for x in (self.rows, self.block_tables, self.lengths))
+            self._elsewhere[device] = Tables(self.batch, self.counts, rows, tables, lengths, self.fixed)
+        return self._elsewhere[device]
 
 
 class Pages(Cache):
@@ -135,6 +147,13 @@ class Pages(Cache):
 
     def put(self, layer: int, rows: Tensor, *new: Tensor) -> None:
         """Each side's ``new`` [T, heads, width] to the places ``rows`` [T] of the pool."""
+        if fused.on(new[0]):
+            for pool, fresh in zip(self.pools(layer), self._stored(new), strict=True):
+                fused.write(pool, rows.to(pool.device), fresh)
+            return
+        if self._last is not None and self._last.fixed:
+            held = rows >= 0
+            rows, new = rows[held], tuple(side[held] for side in new)
         for pool, fresh in zip(self.pools(layer), self._stored(new), strict=True):
             pool.flatten(0, 1).index_copy_(0, rows.to(pool.device), fresh.to(pool.dtype))
 
@@ -155,11 +174,28 @@ class Pages(Cache):
             padded = [(self._tables[slot] + [0] * most)[:most] for slot in batch.slots]
             self._last = Tables(
                 batch,
+                tuple(batch.lengths),
                 torch.tensor(rows, device=self.device),
                 torch.tensor(padded, dtype=torch.int32, device=self.device),
                 torch.tensor(totals, dtype=torch.int32, device=self.device),
             )
         return self._last
+
+    def place(self, tables: Tables) -> None:
+        """Use ``tables`` for their batch, in place of what ``tables()`` would make of it."""
+        self._last = tables
+
+    def place_of(self, slot: int, token: int) -> tuple[int, list[int]]:
+        """The row of ``token``, the next one of ``slot``, with room made for it; and the slot's pages."""
+        self.grow(slot, token + 1)
+        return self._rows(slot, token, token + 1)[0], self._tables[slot]
+
+    def gather_tables(self, layer: int, tables: Tables) -> tuple[list[Tensor], Tensor]:
+        """Every row's pages side by side, [B, heads, M * page, width] of each side, and bool [B, M * page]: what is a token.
+        As it is written, with no word to the host: the reference of kernels that read block tables."""
+        sides = [pool[tables.block_tables.long()].flatten(1, 2).transpose(1, 2) for pool in self.pools(layer)]
+        live = torch.arange(sides[0].shape[2], device=tables.lengths.device) < tables.lengths[:, None]
+        return [_floats(side) for side in self._sides(sides)], live
 
     def store(self, most: int, block: int) -> Store:
         return SharedStore(self, most)
@@ -225,17 +261,38 @@ class PagedCache(Pages):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float, kind: str = DEFAULT) -> Tensor:
         """See KVCache. All new tokens are written at once; a step of decoding is one call of a kernel where there is one."""
+        self.put(layer, self.tables(batch).rows, k, v)
+        return self.attend_kept(layer, q, batch, scale, kind)
+
+    def attend_kept(self, layer: int, q: Tensor, batch: Batch, scale: float, kind: str = DEFAULT) -> Tensor:
+        """``attend`` where the new keys and values are in their places already."""
         tables = self.tables(batch)
-        self.put(layer, tables.rows, k, v)
-        kernel = DECODE.get(q.device.type) if self.kv == "auto" and max(batch.lengths) == 1 else None
-        if kernel is not None:
-            return kernel(q, *self.pools(layer), tables.block_tables, tables.lengths, scale)
+        made = fused.attend_pages(self, layer, q, tables, scale) if kind == DEFAULT else None
+        if made is not None:
+            return made
+        if tables.fixed:
+            (keys, values), live = self.gather_tables(layer, tables)
+            rows = q.unflatten(1, (self.num_kv_heads, -1))
+            return attend_rows(rows, keys.to(q.dtype), values.to(q.dtype), live, scale).flatten(1, 2)
         parts, totals = q.split(batch.lengths), map(sum, zip(batch.past, batch.lengths, strict=True))
         out: list[Tensor] = []
         for part, slot, total in zip(parts, batch.slots, totals, strict=True):
             keys, values = self.gather(layer, slot, total)
             out.append(attend_one(part, keys, values, scale, kind))
         return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def attend_rows(q: Tensor, keys: Tensor, values: Tensor, live: Tensor, scale: float) -> Tensor:
+    """One token of each sequence: q [B, K, G, d], keys and values [B, K, S, .], live [B, S] -> [B, K, G, .]; zeros where none
+    is live. Softmax in float32."""
+    scores = (q @ keys.transpose(-1, -2)).float() * scale
+    shares = scores.masked_fill(~live[:, None, None], float("-inf")).softmax(-1).nan_to_num(0.0)
+    # What a page holds behind its tokens may be anything.
+    return shares.to(q.dtype) @ values.masked_fill(~live[:, None, :, None], 0.0)
+
+
+def _floats(side: Any) -> Tensor:
+    return side.to(torch.float32) if isinstance(side, Quantised) else side
 
 
 class PagedLatentCache(Extends, Pages):
@@ -256,3 +313,18 @@ class PagedLatentCache(Extends, Pages):
         super().__init__(num_layers, sides, dtype, device, kv, budget, parts, page=page)
         self.latent_dim = latent_dim
         self.rope_dim = rope_dim
+
+    def decodes(self, batch: Batch, q: Tensor) -> bool:
+        """Whether a step is attended by ``attend_kept``: one new token each, and a kernel or a fixed batch."""
+        return max(batch.lengths) == 1 and (self.tables(batch).fixed or (self.kv == "auto" and fused.on(q)))
+
+    def attend_kept(self, layer: int, q: Tensor, rows: Tensor, batch: Batch, rank: int, scale: float) -> Tensor:
+        """Keep the new ``rows`` [B, W], then attend: queries in the space of the latents [B, H, W] -> [B, H, rank]."""
+        tables = self.tables(batch)
+        self.put(layer, tables.rows, rows[:, None])
+        made = fused.attend_latents(self, layer, q, tables, rank, scale)
+        if made is not None:
+            return made
+        (keys,), live = self.gather_tables(layer, tables)
+        keys = keys.to(q.dtype)
+        return attend_rows(q[:, None], keys, keys[..., :rank], live, scale)[:, 0]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mirada.errors import ConfigError
 from mirada.keys import Keys
+from mirada.layers import fused
 from mirada.layers.attention import DEFAULT, attend_packed
 from mirada.layers.batch import Batch
 from mirada.layers.cache import KVCache
@@ -76,8 +77,13 @@ class DecoderAttention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        keys = self.heads + self.kv_heads
-        qk, v = self.qkv(x).view(len(x), keys + self.kv_heads, -1).split((keys, self.kv_heads), 1)
+        keys, qkv = self.heads + self.kv_heads, self.qkv(x)
+        norms = (self.q_norm, self.k_norm) if self.qk_norm else None
+        q = fused.turn_and_keep(ctx.cache, self.index, qkv, self.heads, ctx.turn, norms, ctx.batch)
+        if q is not None:
+            cache: Any = ctx.cache
+            return self.out(cache.attend_kept(self.index, q, ctx.batch, self.scale, self.attention_kind).flatten(1))
+        qk, v = qkv.view(len(x), keys + self.kv_heads, -1).split((keys, self.kv_heads), 1)
         if self.qk_norm:
             qk = norm_heads(qk, self.q_norm, self.k_norm, self.heads)
         q, k = rotate(qk, ctx.turn).split((self.heads, self.kv_heads), 1)
@@ -99,8 +105,8 @@ class DecoderLayer(nn.Module):
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        x = x + self.attention(self.norm1(x), ctx)
-        return x + self.mlp(self.norm2(x))
+        x, normed = fused.add_norm(x, self.attention(self.norm1(x), ctx), self.norm2)
+        return x + self.mlp(normed)
 
 
 class Decoder(nn.Module):

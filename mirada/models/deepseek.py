@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mirada.errors import ConfigError
+from mirada.layers import fused
 from mirada.layers.batch import Batch
 from mirada.layers.latent_cache import LatentCache
 from mirada.layers.mla import MLA, LatentSizes
@@ -102,8 +103,8 @@ class DeepseekLayer(nn.Module):
         )
 
     def forward(self, x: Tensor, turn: Rotation, batch: Batch, cache: LatentCache | None) -> Tensor:
-        x = x + self.attention(self.norm1(x), turn, batch, cache)
-        return x + self.mlp(self.norm2(x))
+        x, normed = fused.add_norm(x, self.attention(self.norm1(x), turn, batch, cache), self.norm2)
+        return x + self.mlp(normed)
 
 
 class DeepseekDecoder(nn.Module):

@@ -86,6 +86,17 @@ def test_heads_are_normalised_turned_and_written(dtype, normed):
         assert bool((flat == 7.0).all()), "written elsewhere"
 
 
+@pytest.mark.parametrize("dtype", (*TYPES, torch.int8))
+def test_rows_are_written(dtype):
+    new = noise(3, 2, 600).mul(20).to(dtype)
+    pool = torch.full((4, PAGE, 2, 600), 7, dtype=dtype, device=DEVICE)
+    triton_rope.write(pool, torch.tensor([17, -1, 3], device=DEVICE), new)
+    flat = pool.flatten(0, 1)
+    assert torch.equal(flat[[17, 3]], new[[0, 2]])
+    flat[[17, 3]] = 7
+    assert bool((flat == 7).all()), "written elsewhere"
+
+
 def pages(lengths: tuple[int, ...], kv_heads: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Keys and values [pages, PAGE, K, d], a block table whose pages are shuffled, and lengths. Unused places are infinite."""
     most = -(-max(lengths) // PAGE) + 1

@@ -73,3 +73,20 @@ def rope_write(
         qkv.stride(0), HEADS=heads, KV_HEADS=kv_heads, WIDTH=width, BLOCK=power(width), NORM=norms is not None, num_warps=1,
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _write(new, rows, pool, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    token, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(rows + token)
+    kept = at < tl.where(row < 0, 0, WIDTH)
+    value = tl.load(new + token * WIDTH + at, mask=kept, other=0)
+    tl.store(pool + row * WIDTH + at, value.to(pool.dtype.element_ty), mask=kept)
+
+
+def write(pool: Tensor, rows: Tensor, new: Tensor) -> None:
+    """new [T, heads, width] to places ``rows`` (int64 [T], negative: nowhere) of ``pool`` [pages, page, heads, width]."""
+    width = new.shape[1] * new.shape[2]
+    block = min(1024, power(width))
+    grid = (len(new), triton.cdiv(width, block))
+    launch(_write, grid, new, rows, pool, WIDTH=width, BLOCK=block, num_warps=min(4, max(1, block // 256)))
