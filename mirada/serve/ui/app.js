@@ -15,7 +15,10 @@ let underWay = null; // AbortController of the answer that is being streamed
 
 const question = byId("question");
 const scroller = byId("scroll");
-const live = new Live(byId("live"), () => byId("model").value, () => byId("go-live").classList.toggle("on", live.active));
+const live = new Live(byId("live"), () => byId("model").value, () => {
+  byId("go-live").classList.toggle("on", live.shown);
+  byId("go-live").setAttribute("aria-expanded", String(live.shown));
+});
 
 // ---- attachments
 
@@ -235,7 +238,7 @@ function watchComposer() {
     if (event.key === "Escape" && underWay && !document.querySelector("dialog[open]")) underWay.abort();
   });
   byId("new").addEventListener("click", reset);
-  byId("go-live").addEventListener("click", () => (byId("live").hidden ? live.open() : live.close()));
+  byId("go-live").addEventListener("click", () => (live.shown ? live.close() : live.open()));
 }
 
 // ---- around it: models, settings, theme, code, examples

@@ -57,7 +57,7 @@ function place(mark, index, layer, list, width, height) {
     shape.style.bottom = percent(height - Math.max(y1, y2), height);
     if (Math.min(y1, y2) < 0.08 * height) shape.classList.add("below");
   }
-  if (Math.min(x1, x2) > 0.7 * width) shape.classList.add("leftward");
+  if (Math.min(x1, x2) > 0.5 * width) shape.classList.add("leftward");
   layer.append(shape);
   const item = el("li", {}, el("strong", { text: name }), ` ${(mark.box || mark.point).map(Math.round).join(", ")}`);
   item.addEventListener("pointerenter", () => shape.classList.add("lit"));

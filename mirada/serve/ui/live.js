@@ -9,6 +9,12 @@ const FRAMES_PER_SECOND = 2;
 const LONGEST_SIDE = 640;
 const HELD_BACK = 1_000_000; // bytes that may wait in the socket: beyond that a frame is skipped, not queued
 
+/** A browser cannot send headers with a WebSocket: the key travels as a subprotocol, which the server never names back. */
+function protocols() {
+  const key = btoa(apiKey()).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
+  return ["mirada.live", ...(key ? [`mirada.key.${key}`] : [])];
+}
+
 export class Live {
   /** `panel` is filled with the controls; `model()` names the model; `changed()` is told of start and end. */
   constructor(panel, model, changed) {
@@ -21,6 +27,10 @@ export class Live {
 
   get active() {
     return Boolean(this.socket);
+  }
+
+  get shown() {
+    return !this.panel.hidden;
   }
 
   /** Shows the choice between camera and screen. */
@@ -39,6 +49,7 @@ export class Live {
     this.panel.replaceChildren(this.video, el("div", { class: "live-side" }, this.state, this.problem, this.choices, el("div", { class: "live-row" }, window, end)));
     this.panel.hidden = false;
     this.choices.firstChild.focus();
+    this.changed();
   }
 
   async start(what) {
@@ -61,9 +72,9 @@ export class Live {
   connect() {
     const address = new URL("v1/live", location.href);
     address.protocol = address.protocol === "https:" ? "wss:" : "ws:";
-    this.socket = new WebSocket(address);
+    this.socket = new WebSocket(address, protocols());
     this.socket.binaryType = "arraybuffer";
-    this.socket.onopen = () => this.say({ type: "start", model: this.model(), ...(apiKey() ? { api_key: apiKey() } : {}) });
+    this.socket.onopen = () => this.say({ type: "start", model: this.model() });
     this.socket.onmessage = (event) => this.hear(JSON.parse(event.data));
     this.socket.onclose = (event) => this.lost(event.reason || "The live connection ended.");
     this.changed();
