@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-LIMIT = timedelta(seconds=60)
+LIMIT = timedelta(seconds=120)
 """After which a rank that waits for another gives up."""
 
 
