@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 from mirada.errors import MessageError, NotAvailable, SettingsError, nearest
 from mirada.records.wire import message_from_json, message_to_json
@@ -179,10 +179,10 @@ def _with_members(record: Record, members: Mapping[str, bytes]) -> Record:
     return Record(record.id, messages, record.meta)
 
 
-class JsonlWriter:
-    """Appends records, each whole line flushed; on opening, a torn last line of an earlier run is cut off.
+class JsonLines:
+    """Appends values, each as one whole line in one write; on opening, a torn last line of an earlier run is cut off.
 
-    ``count`` is how many records the file holds, so a run resumes with ``itertools.islice(source, writer.count, None)``.
+    ``count`` is how many lines the file holds.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -191,20 +191,30 @@ class JsonlWriter:
         self._file: BinaryIO = self.path.open("a+b")
         self.count = _cut_torn_line(self._file)
 
-    def append(self, record: Record) -> None:
-        line = json.dumps(record_to_json(record), ensure_ascii=False).encode() + b"\n"
-        self._file.write(line)
+    def append_json(self, value: Any) -> None:
+        try:
+            line = json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # half a surrogate pair, which JSON can say and UTF-8 cannot
+            line = json.dumps(value).encode()
+        self._file.write(line + b"\n")
         self._file.flush()
         self.count += 1
 
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> JsonlWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class JsonlWriter(JsonLines):
+    """Appends records; a run resumes with ``itertools.islice(source, writer.count, None)``."""
+
+    def append(self, record: Record) -> None:
+        self.append_json(record_to_json(record))
 
 
 def _cut_torn_line(file: BinaryIO) -> int:

@@ -159,6 +159,8 @@ def _only(value: Mapping[str, Any], known: Sequence[str], param: str) -> None:
 
 def _sampling(given: Mapping[str, Any], sampling: Sampling) -> Sampling:
     values: dict[str, Any] = {name: given[name] for name in given if name in _SAMPLING}
+    if values.get("max_repeats") == 0 and not isinstance(values["max_repeats"], bool):
+        values["max_repeats"] = None
     if values.get("top_k") in (0, -1) and not isinstance(values["top_k"], bool):
         values["top_k"] = None  # vLLM's words for off
     if "logit_bias" in values:
