@@ -2,6 +2,7 @@
 #
 #   make demo     a question about a picture, answered by the model inside the package
 #   make test     the default test suite
+#   make test-browser   the playground in Chromium (installed by .ci/run where it may)
 #   make check    formatting, lint, types, and who may import whom
 #   make test-distributed    the tests that start several processes, on loopback
 #
@@ -15,7 +16,7 @@ DEMO_QUESTION ?= What does the sign say?
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-distributed check format clean
+.PHONY: demo test test-browser test-distributed check format clean
 
 demo: $(STAMP)
 	@echo "picture   $(DEMO_PICTURE)"
@@ -28,6 +29,9 @@ test: $(STAMP)
 
 test-distributed: $(STAMP)
 	$(BIN)/python -m pytest -m distributed --durations=5 $(PYTEST_ARGS)
+
+test-browser: $(STAMP)
+	$(BIN)/python -m pytest -m browser tests/serve/browser $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -15,7 +15,9 @@ from mirada.errors import MiradaError, SettingsError
 from mirada.serve import chat, openai
 from mirada.serve.errors import HttpError, error_reply, reply
 from mirada.serve.guard import Gate, Guard, read_body
+from mirada.serve.live import mount_live
 from mirada.serve.metrics import CONTENT_TYPE, Metrics
+from mirada.serve.page import mount_page
 from mirada.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ def create_app(models: Mapping[str, VLM], settings: ServeSettings | None = None)
     _add_model_routes(app, desk)
     _add_state_routes(app, desk)
     _add_answer_routes(app, desk)
+    mount_live(app, desk)
+    mount_page(app)
     return app
 
 

@@ -6,6 +6,9 @@ A plain ASGI layer, for layers that Starlette makes out of functions hide that a
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
+import contextlib
 import hashlib
 import hmac
 import logging
@@ -27,6 +30,8 @@ from mirada.serve.settings import ServeSettings, is_loopback
 
 OPEN = frozenset(("/", "/health", "/ready"))
 """Paths that need no key: the page, and what says whether the server lives. ``/ui/...`` is open too."""
+KEY_PREFIX = "mirada.key."
+"""A page cannot send headers with a WebSocket: its API key comes as a subprotocol, in base64url without padding."""
 GONE = 499
 """What the log calls a reply to a client that went away (nginx's number; it is never sent)."""
 HEADERS = {
@@ -168,8 +173,11 @@ class Guard:
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The same door for connections that stay; refused ones are answered 403 before they open."""
+        headers = _headers(scope)
+        if "authorization" not in headers and (key := key_of(headers.get("sec-websocket-protocol", ""))):
+            headers["authorization"] = f"Bearer {key}"
         try:
-            self._admit(scope, _headers(scope), counted=False)
+            self._admit(scope, headers, counted=False)
         except HttpError:
             await receive()
             await send({"type": "websocket.close", "code": 1008})
@@ -191,6 +199,16 @@ class _Sending:
             more.append((b"x-request-id", self._ticket.id.encode()))
             message = {**message, "headers": [*message["headers"], *more]}
         await self._send(message)
+
+
+def key_of(protocols: str) -> str:
+    """The API key among the subprotocols that a client offers; empty where there is none."""
+    for one in protocols.split(","):
+        if (name := one.strip()).startswith(KEY_PREFIX):
+            coded = name.removeprefix(KEY_PREFIX)
+            with contextlib.suppress(binascii.Error, ValueError):
+                return base64.urlsafe_b64decode(coded + "=" * (-len(coded) % 4)).decode("ascii")
+    return ""
 
 
 def busy(problem: str, knob: str) -> HttpError:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 IDLE_SECONDS = 5
 """That a connection is kept open between two requests."""
 
+WS_MESSAGE_BYTES = 2 << 20
+"""Largest message of a live connection: a frame is smaller."""
+
 
 def listen(settings: ServeSettings) -> socket.socket:
     """A socket that listens where ``settings`` say. Raises SettingsError: the port is taken, the address is not ours."""
@@ -82,7 +85,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, settings: ServeSettings, ready: Callable[[str], None] | None, sock: socket.socket) -> None:
         config = uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=IDLE_SECONDS,
-            timeout_graceful_shutdown=5, lifespan="off", http="h11", ws="auto", h11_max_incomplete_event_size=64 * 1024,
+            timeout_graceful_shutdown=5, lifespan="off", http="h11", ws="websockets-sansio", ws_max_size=WS_MESSAGE_BYTES, h11_max_incomplete_event_size=64 * 1024,
         )  # fmt: skip
         super().__init__(config)
         self._gate: Gate = app.state.gate

@@ -66,6 +66,7 @@ class Scripted:
         self.key = key
         self.seen: list[dict[str, Any]] = []
         self.gone = threading.Event()
+        self.go_on = threading.Event()
         self.app = FastAPI()
         self.app.add_api_route("/v1/models", self._models, methods=["GET"], response_model=None)
         self.app.add_api_route("/v1/chat/completions", self._chat, methods=["POST"], response_model=None)
@@ -106,7 +107,7 @@ class Scripted:
 
     async def _events(self, said: str) -> AsyncIterator[str]:
         try:
-            async for delta in _script(said):
+            async for delta in _script(said, self.go_on):
                 yield _event(delta)
         except asyncio.CancelledError:
             self.gone.set()
@@ -119,7 +120,7 @@ def _last_text(body: dict[str, Any]) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
-async def _script(said: str) -> AsyncIterator[dict[str, Any]]:
+async def _script(said: str, go_on: threading.Event) -> AsyncIterator[dict[str, Any]]:
     if "break" in said:
         yield {"choices": [{"delta": {"content": "Half an"}}]}
         yield {"error": {"message": "the worker was lost", "code": "server_error"}}
@@ -132,6 +133,8 @@ async def _script(said: str) -> AsyncIterator[dict[str, Any]]:
         for word in ("Two words ", "are written ", "on the sign. "):
             yield {"choices": [{"delta": {"reasoning_content": word}}]}
             await asyncio.sleep(0.1)
+        while "hold" in said and not go_on.is_set():
+            await asyncio.sleep(0.02)
     text = ATTACK if "attack" in said else RICH if "rich" in said else "The sign says OPEN TODAY."
     for start in range(0, len(text), 7):
         yield {"choices": [{"delta": {"content": text[start : start + 7]}}]}
