@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from mirada import config
 from mirada.adapt.mode import parse as parse_mode
-from mirada.engine import inputs
+from mirada.engine import inputs, memory
 from mirada.engine.adapters import Adapters
+from mirada.engine.graphs import Graphs, pool_bytes
 from mirada.engine.guide import Guide
 from mirada.engine.handle import EngineHandle
 from mirada.engine.load import Parts, assemble, load
@@ -28,6 +29,7 @@ from mirada.engine.thread import EngineThread
 from mirada.engine.vision import EncoderCache
 from mirada.errors import MessageError, MiradaError, NotAvailable, SettingsError
 from mirada.layers.cache import make_cache
+from mirada.layers.paged import Pages
 from mirada.media.cache import PixelCache
 from mirada.media.fetch import FetchLimits
 from mirada.media.grid import Patches
@@ -126,7 +128,11 @@ class VLM:
 
     def _set_up(self, parts: Parts, limits: FetchLimits | None, settings: EngineSettings) -> None:
         weight = next(parts.model.parameters())
-        cache = make_cache(parts.cache_spec, weight.dtype, weight.device, kv=settings.kv, budget=settings.cache_bytes)
+        whole = parts.placement is None and parts.group is None
+        budget = settings.cache_bytes
+        if whole and weight.device.type == "cuda":
+            budget = pool_bytes(weight.device, memory.available(weight.device), budget)
+        cache = make_cache(parts.cache_spec, weight.dtype, weight.device, kv=settings.kv, budget=budget)
         if parts.placement is not None:
             cache.spread(parts.placement.layers)
         if parts.group is not None:
@@ -144,6 +150,10 @@ class VLM:
         prefix = self._prefix if keeps else None
         self._adapters = Adapters(parts.model)
         runner = Runner(parts.model, cache, parts.eos, self._adapters)
+        if isinstance(cache, Pages):
+            cache.pools(0)  # made at once: what is left of the device's memory is what steps may take
+        if whole and weight.device.type == "cuda" and settings.cuda_graphs:
+            runner.graphs = Graphs(parts.model, cache, self.parts.context)
         self._engine = EngineThread(Engine(runner, parts.rule.grid, settings, prefix, features))
         self._preparing = Preparing(self._engine.line, self._pool, settings.prepared_bytes)
 

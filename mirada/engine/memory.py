@@ -14,6 +14,7 @@ from mirada.engine.sequence import Sequence
 from mirada.engine.settings import EngineSettings
 from mirada.errors import OutOfMemory
 from mirada.layers.cache import Cache
+from mirada.layers.paged import Pages
 
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
@@ -64,7 +65,9 @@ class Budget:
         found = []
         for device, own in layers.items():
             left = available(device) - (passing if device == self._main else 0)
-            if own:
+            if own and isinstance(self.cache, Pages) and self.cache.made:
+                found.append(min(left, 0) + (self.cache.budget or 0))
+            elif own:
                 found.append(left * num_layers // own + held)
             elif left < 0:
                 found.append(left)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mirada.engine import sample
 from mirada.engine.adapters import Adapters
+from mirada.engine.graphs import Graphs
 from mirada.engine.ngram import accept
 from mirada.engine.sample import Chooser, Picked
 from mirada.engine.sequence import Sequence
@@ -64,10 +65,14 @@ class Runner:
         self.eos = frozenset(eos)
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
+        self.graphs: Graphs | None = None
+        """Where steps that only decode go in fixed buffers."""
 
     def run(self, chunks: Seq[Chunk]) -> list[Choice]:
         """Compute the chunks by one forward, and choose the tokens that follow. Changes nothing but the cache, where it
         overwrites, so it may be done again."""
+        if self.graphs is not None and self.graphs.takes(chunks) and (fixed := self.graphs.logits(chunks)) is not None:
+            return self._sample(chunks, fixed)
         batch, features = self._batch(chunks)
         with self.adapters.tokens([(chunk.sequence.lora, chunk.count, chunk.rows) for chunk in chunks]):
             logits = self._forward(batch, features, _rows(chunks))

@@ -36,6 +36,8 @@ class EngineSettings:
     """Tokens that n-gram lookup may propose per step for a greedy request; 0: off."""
     prepared_bytes: int = 512 * MB
     """Prepared pixels of requests that have not ended; others are prepared when there is room (one may be larger, alone)."""
+    cuda_graphs: bool = True
+    """On CUDA, steps that only decode are captured once per number of sequences, and replayed."""
     workers: int | None = None
     """Processes that prepare large media; 0: none, None: derived from the number of cores."""
 
@@ -50,5 +52,7 @@ class EngineSettings:
                 raise SettingsError(
                     f"engine setting {name}={value!r} is out of range", f"give a whole number of at least {least}"
                 )
+        if not isinstance(self.cuda_graphs, bool):
+            raise SettingsError(f"engine setting cuda_graphs={self.cuda_graphs!r} is no truth value", "give True or False")
         if self.kv not in ("auto", "int8"):
             raise SettingsError(f"engine setting kv={self.kv!r} is unknown", "use 'auto' or 'int8'")

@@ -91,6 +91,11 @@ class Pages(Cache):
     def bytes_per_page(self) -> int:
         return self.page * self.bytes_per_token
 
+    @property
+    def made(self) -> bool:
+        """Whether the pool is there: its bytes are then taken from the device already."""
+        return bool(self._pools)
+
     def pools(self, layer: int) -> tuple[Tensor, ...]:
         """The planes [pages, page, heads, width] of a layer."""
         if not self._pools:
