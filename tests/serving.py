@@ -1,0 +1,85 @@
+"""A server in a process of its own, and what clients send it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+from PIL import Image
+
+KEY = "sk-of-the-tests"
+
+
+@dataclass
+class Running:
+    """A server under test."""
+
+    process: subprocess.Popen
+    url: str
+    folder: Path
+    log: Path
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, headers={"Authorization": f"Bearer {KEY}"}, timeout=30)
+
+    def stats(self, model: str = "echo") -> dict[str, float]:
+        """The engine's counts, from /metrics."""
+        lines = (line for line in self.get("/metrics").text.splitlines() if line.startswith("mirada_engine_"))
+        pairs = (line.rpartition(" ") for line in lines if f'model="{model}"' in line)
+        return {name.partition("{")[0].removeprefix("mirada_engine_"): float(value) for name, _, value in pairs}
+
+    def logged(self) -> list[dict]:
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+
+@contextmanager
+def start(folder: Path, *words: str, log: str = "log.txt"):
+    """``server.py`` in a process, ended at the end."""
+    path = folder / log if "/" not in log else Path(log)
+    with path.open("w") as err:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "error", Path(__file__).parent / "serve" / "server.py", folder, *words],
+            stdout=subprocess.PIPE, stderr=err, text=True,
+        )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        assert url.startswith("http://127.0.0.1:"), path.read_text()
+        yield Running(process, url, folder, path)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()  # type: ignore[union-attr]
+
+
+def png(size=(90, 60), color=(200, 10, 10)) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", size, color).save(out, "PNG")
+    return out.getvalue()
+
+
+def gif(frames=6) -> bytes:
+    out = io.BytesIO()
+    images = [Image.fromarray(np.full((60, 90, 3), 40 * n, np.uint8)) for n in range(frames)]
+    images[0].save(out, "GIF", save_all=True, append_images=images[1:], duration=250)
+    return out.getvalue()
+
+
+def data_uri(data: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def user(text, *parts):
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}]
+
+
+def image(url):
+    return {"type": "image_url", "image_url": {"url": url}}
