@@ -108,11 +108,11 @@ class VLM:
     ) -> VLM:
         """An engine around a model in memory (it is not copied: what is trained answers with its weights of the moment).
 
-        Beginnings of prompts are kept only where ``engine`` is given: torch's counters show most changes of weights, not
-        those through ``parameter.data``. After one of these, call ``forget``.
+        Beginnings of prompts and features are kept only where ``engine`` is given: torch's counters show most changes of
+        weights, not those through ``parameter.data``. After one of these, call ``forget``.
         """
         made = cls.__new__(cls)
-        settings = EngineSettings(prefix_cache_bytes=0) if engine is None else _engine_settings(engine)
+        settings = EngineSettings(prefix_cache_bytes=0, encoder_cache_bytes=0) if engine is None else _engine_settings(engine)
         made._set_up(assemble(model, renderer, rule, eos), limits, settings)
         return made
 

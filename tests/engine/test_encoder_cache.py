@@ -192,3 +192,18 @@ def test_what_a_caller_says_of_pixels_is_not_believed(fresh, calls):
         for sequence, patches in zip(sequences, made, strict=True)
     ]
     assert len(calls) == 2 and all(output.error is None for output in outputs)
+
+
+def test_a_model_in_memory_encodes_with_the_weights_of_the_moment(fresh, calls):
+    """Torch does not count what is written through ``data``, so unasked nothing is kept."""
+    parts = fresh.parts
+    weight = next(iter(parts.model.visual.parameters()))
+    with VLM.from_parts(parts.model, parts.renderer, parts.rule, eos=parts.eos) as made:
+        image = np.random.default_rng(5).integers(0, 256, (56, 84, 3), dtype=np.uint8)
+        before = made.generate([chat(image)], {"max_tokens": 1, "logprobs": 3, "ignore_eos": True})[0].logprobs
+        weight.data.mul_(-3)
+        try:
+            after = made.generate([chat(image)], {"max_tokens": 1, "logprobs": 3, "ignore_eos": True})[0].logprobs
+        finally:
+            weight.data.div_(-3)
+        assert len(calls) == 2 and before != after
