@@ -23,8 +23,10 @@ def read_json(data: bytes) -> dict[str, Any]:
     """A body as an object; HttpError 400 for anything else, for numbers that JSON does not know, and for a key given twice."""
     try:
         value = json.loads(data, parse_constant=_no_constant, object_pairs_hook=_no_key_twice)
-    except (ValueError, RecursionError) as error:
-        raise HttpError(400, f"the body is not valid JSON: {str(error) or 'nested too deeply'}", code="not_json") from error
+    except ValueError as error:
+        raise HttpError(400, f"the body is not valid JSON: {error}", code="not_json") from error
+    except RecursionError as error:
+        raise HttpError(400, "the body is nested too deeply", code="not_json") from error
     if not isinstance(value, dict):
         raise HttpError(400, f"the body is a JSON {type(value).__name__}; send an object", code="not_json")
     return value
