@@ -1,0 +1,278 @@
+"""Keys, hosts, limits, headers: the application in this process, around a model that says what it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from serving import user
+
+from mirada.engine.handle import EngineHandle
+from mirada.engine.llm import VLM
+from mirada.engine.sequence import Sequence
+from mirada.errors import QueueFull, RequestFailed, SettingsError
+from mirada.media.fetch import FetchLimits
+from mirada.serve import ServeSettings, create_app
+from mirada.serve.log import Lines
+from mirada.serve.settings import find_keys
+from mirada.types import Delta, Prompt, Sampling
+
+BODY = {"model": "mini", "messages": user("hi")}
+KEY = "0123456789abcdef"
+
+
+class Scripted:
+    """mini's files around an engine that never runs: ``sequences`` are what was asked, for the test to move."""
+
+    adapters = ()
+    recommended_sampling = None
+    limits = FetchLimits.serving()
+
+    def __init__(self, parts) -> None:
+        self.parts = parts
+        self.sequences: list[Sequence] = []
+        self.error = None
+        self.asked = threading.Event()
+
+    def submit(self, chat, sampling, **more):
+        sequence = Sequence(Prompt(()), Sampling(), None)
+        self.sequences.append(sequence)
+        if self.error is not None:
+            sequence.fail(self.error)
+        self.asked.set()
+        return EngineHandle(sequence)
+
+    def say(self, text: str, finish=None) -> None:
+        self.sequences[-1]._publish(Delta(text, tokens=(1,), finish=finish))
+
+    def stats(self):
+        return {"running": len(self.sequences)}
+
+
+@pytest.fixture(scope="module")
+def parts():
+    with VLM("mini", engine={"workers": 0}) as vlm:
+        return vlm.parts
+
+
+@pytest.fixture
+def model(parts):
+    return Scripted(parts)
+
+
+@asynccontextmanager
+async def http(model, **settings):
+    transport = httpx.ASGITransport(create_app({"mini": model}, ServeSettings(**settings)))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
+        yield client
+
+
+def asked(model, *calls, **settings) -> list[httpx.Response]:
+    """Replies to (method, path, options), one after the other."""
+
+    async def run():
+        async with http(model, **settings) as client:
+            return [await client.request(method, path, **options) for method, path, options in calls]
+
+    return asyncio.run(run())
+
+
+def test_a_key_is_needed_where_one_is_set(model):
+    bearer = {"Authorization": f"Bearer {KEY}"}
+    given = [{}, {"Authorization": "Bearer wrong-wrong"}, {"Authorization": KEY}, bearer, {"X-Api-Key": KEY}]
+    paths = [("GET", "/v1/models", {"headers": one}) for one in given]
+    codes = [reply.status_code for reply in asked(model, *paths, api_keys=("another-key", KEY))]
+    assert codes == [401, 401, 401, 200, 200]
+    closed = asked(model, *(("GET", path, {}) for path in ("/metrics", "/openapi.json", "/v1/nothing")), api_keys=(KEY,))
+    assert [reply.status_code for reply in closed] == [401] * 3
+    assert closed[0].json()["error"]["code"] == "invalid_api_key" and closed[0].headers["www-authenticate"] == "Bearer"
+    opened = asked(model, *(("GET", path, {}) for path in ("/health", "/ready")), api_keys=(KEY,))
+    assert [reply.status_code for reply in opened] == [200, 200]
+
+
+def test_without_a_key_only_this_machines_own_pages_may_ask(model):
+    def code(**headers):
+        return asked(model, ("GET", "/v1/models", {"headers": {k.title(): v for k, v in headers.items()}}))[0].status_code
+
+    assert code() == code(host="127.0.0.1:1") == code(host="[::1]:8000") == 200
+    assert code(host="evil.example") == code(host="127.0.0.1.evil.example") == 403  # a name that leads here
+    assert code(origin="http://localhost:8000") == 200
+    assert code(origin="http://evil.example") == code(origin="null") == code(origin="http://localhost:9000") == 403
+
+
+def test_settings_that_are_not_safe_are_refused(model, parts, tmp_path):
+    for host in ("0.0.0.0", "::", "192.168.0.1", "example.org"):
+        with pytest.raises(SettingsError, match="no API key"):
+            ServeSettings(host=host)
+        assert KEY not in repr(ServeSettings(host=host, api_keys=(KEY,)))
+    for key in ("short", "with space", "ключключ"):
+        with pytest.raises(SettingsError, match="API key 1") as error:
+            ServeSettings(api_keys=(key,))
+        assert key not in str(error.value)
+    model.limits = FetchLimits()
+    with pytest.raises(SettingsError, match="any file"):
+        create_app({"mini": model})
+    with pytest.raises(SettingsError, match="no model"):
+        create_app({})
+
+
+def test_keys_come_from_a_file_and_the_environment(tmp_path, monkeypatch):
+    file = tmp_path / "keys"
+    file.write_text("# ours\nfirst-key-1\n\nsecond-key  # of a friend\n")
+    with pytest.raises(SettingsError, match="open to other users"):
+        find_keys(file=file)
+    file.chmod(0o600)
+    monkeypatch.setenv("MIRADA_API_KEYS", "third-key-3, first-key-1")
+    assert find_keys(("zeroth-key",), file) == ("zeroth-key", "third-key-3", "first-key-1", "second-key")
+    with pytest.raises(SettingsError, match="cannot be read"):
+        find_keys(file=tmp_path / "none")
+
+
+def test_every_reply_carries_the_headers(model):
+    for reply in asked(model, ("GET", "/health", {}), ("GET", "/nothing", {}), ("POST", "/v1/chat/completions", {"json": {}})):
+        assert reply.headers["x-content-type-options"] == "nosniff" and reply.headers["x-frame-options"] == "DENY"
+        assert "default-src 'none'" in reply.headers["content-security-policy"]
+        assert reply.headers["x-request-id"].startswith("req_")
+        assert "access-control-allow-origin" not in reply.headers and "server" not in reply.headers
+    preflight = asked(model, ("OPTIONS", "/v1/chat/completions", {"headers": {"Origin": "http://localhost:8000"}}))[0]
+    assert preflight.status_code == 405
+    odd = asked(model, ("GET", "/health", {"headers": {"X-Request-Id": "a b\x7f"}}))[0]
+    assert odd.headers["x-request-id"].startswith("req_")
+
+
+def test_bodies_are_bounded(model):
+    large = {**BODY, "messages": user("x" * 2000)}
+    one = asked(model, ("POST", "/v1/chat/completions", {"json": large}), max_body_bytes=1000)[0]
+    assert one.status_code == 413 and "1,000 bytes" in one.json()["error"]["message"]
+
+    async def pieces():  # no length is said beforehand
+        for _ in range(100):
+            yield b" " * 100
+
+    said = {"content": pieces(), "headers": {"Content-Type": "application/json"}}
+    assert asked(model, ("POST", "/v1/chat/completions", said), max_body_bytes=1000)[0].status_code == 413
+    busy = asked(model, ("POST", "/v1/chat/completions", {"json": large}), max_bodies_bytes=1000)[0]
+    assert busy.status_code == 429 and busy.headers["retry-after"] == "1"
+
+
+def test_a_body_that_drips_is_given_up(model):
+    async def drip():
+        yield b"{"
+        await asyncio.sleep(5)
+
+    said = {"content": drip(), "headers": {"Content-Type": "application/json"}}
+    assert asked(model, ("POST", "/v1/chat/completions", said), body_seconds=0.05)[0].status_code == 408
+
+
+def test_one_more_than_may_be_under_way_is_told_to_come_again(model):
+    async def run():
+        async with http(model, max_requests=1) as client:
+            first = asyncio.create_task(client.post("/v1/chat/completions", json=BODY))
+            await asyncio.to_thread(model.asked.wait, 10)
+            second = await client.post("/v1/chat/completions", json=BODY)
+            look = await client.get("/v1/models")  # what costs nothing is let in
+            model.say("a", "stop")
+            await first
+            model.asked.clear()
+            third = asyncio.create_task(client.post("/v1/chat/completions", json=BODY))
+            await asyncio.to_thread(model.asked.wait, 10)
+            model.say("b", "stop")
+            return first.result(), second, look, await third
+
+    first, second, look, third = asyncio.run(run())
+    assert [reply.status_code for reply in (first, second, look, third)] == [200, 429, 200, 200]
+    assert second.headers["retry-after"] == "1" and second.json()["error"]["type"] == "rate_limit_error"
+
+
+def test_errors_of_the_engine_have_their_status(model):
+    for error, status in ((QueueFull("full"), 429), (RequestFailed("dead"), 500)):
+        model.error = error
+        for stream in (False, True):
+            reply = asked(model, ("POST", "/v1/chat/completions", {"json": {**BODY, "stream": stream}}))[0]
+            assert reply.status_code == status and reply.json()["error"]["message"]
+            assert ("retry-after" in reply.headers) == (status == 429)
+
+
+def test_an_error_in_the_middle_of_a_stream_is_an_event_and_then_done(model):
+    async def run():
+        async with http(model) as client:
+            reading = asyncio.create_task(client.post("/v1/chat/completions", json={**BODY, "stream": True}))
+            await asyncio.to_thread(model.asked.wait, 10)
+            model.say("half ")
+            await asyncio.sleep(0.05)
+            model.sequences[-1].fail(RequestFailed("its worker was lost"))
+            return await reading
+
+    reply = asyncio.run(run())
+    events = [event.removeprefix("data: ") for event in reply.text.split("\n\n")]
+    assert reply.status_code == 200 and events[-2:] == ["[DONE]", ""]
+    assert json.loads(events[-3])["error"]["message"].startswith("its worker was lost")
+    assert "half " in json.loads(events[1])["choices"][0]["delta"]["content"]
+
+
+def test_a_cancelled_answer_is_no_answer(model):
+    async def run():
+        async with http(model) as client:
+            reading = asyncio.create_task(client.post("/v1/chat/completions", json=BODY))
+            await asyncio.to_thread(model.asked.wait, 10)
+            model.sequences[-1].cancel()
+            return await reading
+
+    assert asyncio.run(run()).status_code == 500
+
+
+def test_unknown_parameters_may_be_named_in_a_header_instead(model):
+    model.error = None
+
+    async def run():
+        async with http(model, unknown_parameters="warn") as client:
+            reading = asyncio.create_task(client.post("/v1/chat/completions", json={**BODY, "spell": 1, "heat": 2}))
+            await asyncio.to_thread(model.asked.wait, 10)
+            model.say("a", "stop")
+            return await reading
+
+    reply = asyncio.run(run())
+    assert reply.status_code == 200 and reply.headers["x-mirada-ignored"] == "spell, heat"
+
+
+def test_a_defect_is_a_plain_500_and_the_log_holds_no_secret(model, monkeypatch, caplog):
+    monkeypatch.setattr(model, "submit", lambda *a, **k: 1 / 0)
+    body = {**BODY, "messages": user("my secret")}
+    reply = asked(
+        model, ("POST", "/v1/chat/completions?token=hidden", {"json": body, "headers": {"Authorization": "Bearer k"}})
+    )[0]
+    assert (
+        reply.status_code == 500 and "ZeroDivisionError" not in reply.text and reply.json()["error"]["code"] == "internal_error"
+    )
+    lines = [Lines._line(record) for record in caplog.records if record.name == "mirada.serve"]
+    assert any("ZeroDivisionError" in line for line in lines)
+    assert not any(word in line for line in lines for word in ("my secret", "hidden", "Bearer"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_log_that_cannot_be_written_kills_nothing(model, capfd):
+    import logging
+    import os
+
+    handler = Lines(os.open("/dev/full", os.O_WRONLY))
+    logger = logging.getLogger("mirada.serve")
+    logger.addHandler(handler)
+    try:
+        assert asked(model, ("GET", "/health", {}))[0].status_code == 200
+    finally:
+        logger.removeHandler(handler)
+        os.close(handler.fd)
+    assert "Errno" not in capfd.readouterr().err  # logging's own handler would have complained there
+
+
+def test_each_application_counts_for_itself(model, parts):
+    first = asked(model, ("GET", "/v1/models", {}), ("GET", "/v1/models", {}), ("GET", "/metrics", {}))[-1].text
+    second = asked(Scripted(parts), ("GET", "/metrics", {}))[0].text
+    assert 'mirada_requests_total{path="/v1/models",status="200"} 2.0' in first
+    assert 'path="/v1/models"' not in second
+    assert 'mirada_engine_running{model="mini"} 0.0' in first
