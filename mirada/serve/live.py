@@ -198,7 +198,9 @@ class Session:
             raise ParameterError("the question has no text", "give some", param="text")
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= self._limits.seconds:
             raise ParameterError(
-                f"seconds={str(seconds)[:80]} does not do", f"give more than 0, at most {self._limits.seconds:g}", param="seconds"
+                f"seconds={str(seconds)[:80]} does not do",
+                f"give more than 0, at most {self._limits.seconds:g}",
+                param="seconds",
             )
         rest = {name: value for name, value in asked.items() if name not in ("type", "id", "text", "seconds", "model")}
         request = self._request(text, float(seconds), rest)
@@ -237,7 +239,9 @@ class Session:
     async def _stream(self, id: str, text: str, asked: chat.Asked) -> None:
         choices = await chat.submit(asked)
         token_bytes = chat.token_bytes(asked.vlm)
-        chunks = openai.Chunks(id, int(time.time()), asked.name, True, asked.chat.sampling.logprobs is not None, token_bytes, False)
+        chunks = openai.Chunks(
+            id, int(time.time()), asked.name, True, asked.chat.sampling.logprobs is not None, token_bytes, False
+        )
         said = ""
         try:
             choices.begin()
