@@ -1,7 +1,8 @@
 """Live video: ``/v1/live`` is a WebSocket that takes frames all the time and answers questions about the last seconds.
 
 Messages (docs/serve.md, "Live video"). The client sends ``start`` first; then binary messages, each 8 bytes of milliseconds
-(big endian) and a JPEG; ``question`` and ``stop`` whenever it likes. The server sends ``state``, ``delta``, ``done``, ``error``.
+(big endian) and a JPEG; ``question`` and ``stop`` whenever it likes. The server sends ``state``, ``delta``, ``done`` and
+``error``.
 After the streaming demo of Qwen2-VL, but with a window that is bounded in seconds, frames and bytes.
 """
 

@@ -85,7 +85,9 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, settings: ServeSettings, ready: Callable[[str], None] | None, sock: socket.socket) -> None:
         config = uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=IDLE_SECONDS,
-            timeout_graceful_shutdown=5, lifespan="off", http="h11", ws="websockets-sansio", ws_max_size=WS_MESSAGE_BYTES, h11_max_incomplete_event_size=64 * 1024,
+            timeout_graceful_shutdown=5, lifespan="off", http="h11",
+            ws="websockets-sansio", ws_max_size=WS_MESSAGE_BYTES,
+            h11_max_incomplete_event_size=64 * 1024,
         )  # fmt: skip
         super().__init__(config)
         self._gate: Gate = app.state.gate

