@@ -276,3 +276,39 @@ def test_each_application_counts_for_itself(model, parts):
     assert 'mirada_requests_total{path="/v1/models",status="200"} 2.0' in first
     assert 'path="/v1/models"' not in second
     assert 'mirada_engine_running{model="mini"} 0.0' in first
+
+
+def test_the_message_that_a_client_has_gone_cancels_its_sequence_at_once(model):
+    """Before the loop turns to anything else that waits: the engine looks at the flag before its next step."""
+
+    async def run(stream: bool):
+        app = create_app({"mini": model}, ServeSettings())
+        body = json.dumps({**BODY, "stream": stream}).encode()
+        left: asyncio.Queue = asyncio.Queue()
+        left.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/chat/completions", "raw_path": b"", "query_string": b"",
+            "headers": headers, "scheme": "http", "server": ("localhost", 1), "client": ("127.0.0.1", 1), "http_version": "1.1",
+        }  # fmt: skip
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        model.asked.clear()
+        serving = asyncio.create_task(app(scope, left.get, send))
+        await asyncio.to_thread(model.asked.wait, 10)
+        if stream:
+            model.say("half")
+            while not sent:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert not model.sequences[-1].cancelled and app.state.gate.num_requests == 1
+        left.put_nowait({"type": "http.disconnect"})
+        await asyncio.wait_for(serving, 1)
+        assert model.sequences[-1].cancelled and app.state.gate.num_requests == 0
+        return sent
+
+    assert asyncio.run(run(False)) == []  # nobody is there to be told
+    assert not any(message.get("more_body") is False for message in asyncio.run(run(True)))
