@@ -7,6 +7,7 @@ Nothing heavier than typer is imported here; ``mirada --help`` stays below 0.3 s
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -49,6 +50,16 @@ MaxPixels = Annotated[int | None, typer.Option("--max-pixels", help="Largest are
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps. Default: the best there is.")]
 
 
+Url = Annotated[str | None, typer.Option("--url", help="Ask a server that speaks OpenAI's API: http://host:8000/v1")]
+ApiKey = Annotated[
+    str | None, typer.Option("--api-key", help="Key of --url. Better kept in MIRADA_API_KEY: others see this line.")
+]
+RemoteModel = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="'mini' (default), a checkpoint's folder, or org/name; with --url as the server says."),
+]
+
+
 @app.callback()
 def _mirada(
     debug: Debug = False,
@@ -60,20 +71,45 @@ def _mirada(
 @app.command()
 def ask(
     words: Annotated[list[str], typer.Argument(metavar="MEDIA... QUESTION", help="Paths or addresses, then the question.")],
-    model: Model = "mini",
+    model: RemoteModel = None,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
     think: Think = None,
     fps: Fps = None,
     max_pixels: MaxPixels = None,
     device: Device = None,
+    url: Url = None,
+    api_key: ApiKey = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object once the answer is whole.")] = False,
     debug: Debug = False,
 ) -> None:
     """Ask one question about pictures and videos. The answer appears as it is made."""
     from mirada.cli.ask import run
 
-    run(words, model, _sampling(max_tokens, temperature), think, fps, max_pixels, device, json)
+    run(words, model, _sampling(max_tokens, temperature), think, fps, max_pixels, device, json, url, api_key)
+
+
+@app.command()
+def batch(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Requests as JSON lines, in OpenAI's batch format.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Answers, added line by line; what has one is skipped.")],
+    model: RemoteModel = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    in_flight: Annotated[int, typer.Option("--in-flight", help="Requests under way at once.")] = 16,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="Longest answer where a line does not say. Default: the context.")
+    ] = None,
+    media_root: Annotated[Path | None, typer.Option("--media-root", help="Folder whose files the requests may name.")] = None,
+    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Ask again what has only an error.")] = False,
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Answer a file of requests. Ended early, the same command goes on where it stopped."""
+    from mirada.cli.batch import Batch, run
+
+    chosen = Batch(source, target, model, url, api_key, device, max_tokens, in_flight, media_root, retry_errors)
+    raise typer.Exit(run(chosen))
 
 
 @app.command()

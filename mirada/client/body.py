@@ -99,10 +99,15 @@ def _part(part: Text | Image | Video, limits: FetchLimits, inline: bool) -> dict
 def _address(source: Any, kind: str, limits: FetchLimits, inline: bool) -> str:
     if isinstance(source, str) and (_DATA.match(source) or (_WEB.match(source) and not inline)):
         return source
-    most = limits.bytes if kind == "image" else limits.video_bytes
-    data = _encoded(source) if hasattr(source, "__array__") or hasattr(source, "save") else None
-    if data is None:
-        data = fetch(source, limits, max_bytes=most)
+    return to_data_uri(source, kind, limits)
+
+
+def to_data_uri(source: Any, kind: str, limits: FetchLimits) -> str:
+    """A picture or video (``kind``: image, video) of any form with its bytes inside. Raises MediaError."""
+    if hasattr(source, "__array__") or hasattr(source, "save"):
+        data = _encoded(source)
+    else:
+        data = fetch(source, limits, max_bytes=limits.bytes if kind == "image" else limits.video_bytes)
     return f"data:{mime(data, kind)};base64," + base64.b64encode(data).decode("ascii")
 
 

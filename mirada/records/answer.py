@@ -82,7 +82,16 @@ def logprobs_to_openai(logprobs: Sequence[Logprob], token_bytes: TokenBytes | No
         text = f"token_id:{token}" if data is None else data.decode("utf-8", "replace")
         return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": None if data is None else list(data)}
 
-    content = [entry(one.token, one.logprob) | {"top_logprobs": [entry(*top) for top in one.top]} for one in logprobs]
+    def named(text: str, logprob: float) -> dict[str, Any]:
+        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(text.encode("utf-8", "replace"))}
+
+    def entries(one: Logprob) -> list[dict[str, Any]]:
+        pairs = [(one.token, one.logprob), *one.top]
+        if one.texts:  # as another server said them
+            return [named(text, logprob) for text, (_, logprob) in zip(one.texts, pairs, strict=True)]
+        return [entry(*pair) for pair in pairs]
+
+    content = [{**first, "top_logprobs": rest} for first, *rest in map(entries, logprobs)]
     return {"content": content, "refusal": None}
 
 

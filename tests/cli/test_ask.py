@@ -163,11 +163,32 @@ def test_help_is_quick_and_offers_only_what_exists():
         end = os.times()  # time on the CPU: a busy machine must not turn this red
         best = min(best, end.children_user + end.children_system - start.children_user - start.children_system)
     assert best < 0.3
-    assert all(word in text for word in ("ask", "chat", "doctor"))
-    assert not any(word in text for word in ("serve", "train", "eval", "quantize"))
+    assert all(word in text for word in ("ask", "batch", "chat", "doctor", "serve"))
+    assert not any(word in text for word in ("train", "eval", "quantize"))
 
 
 def test_version(mirada):
     import mirada as package
 
     assert mirada("--version").out == f"mirada {package.__version__}\n"
+
+
+def test_a_server_answers_as_the_engine_would(mirada, picture, monkeypatch):
+    from misbehaving import reply, serving, stream, words
+
+    monkeypatch.setenv("MIRADA_API_KEY", "sk-key")
+    with serving(stream(words("Hel", "lo")), models=["big"]) as server:
+        done = mirada("ask", picture, "What is it?", "--url", server.url, "--max-tokens", 8, "--think", "--max-pixels", 784)
+        assert (done.code, done.out, done.err) == (0, "Hello\n", "")
+        answer = json.loads(mirada("ask", "What?", "--url", server.url, "--api-key", "sk-2", "--json").out)
+    assert answer["text"] == "Hello" and answer["model"] == "big" and answer["usage"]["prompt_tokens"] == 5
+    first, second = server.requests
+    assert (first.headers["authorization"], second.headers["authorization"]) == ("Bearer sk-key", "Bearer sk-2")
+    part = first.body["messages"][0]["content"][0]["image_url"]
+    assert part["url"].startswith("data:image/png;base64,") and part["max_pixels"] == 784
+    assert first.body["max_tokens"] == 8 and first.body["chat_template_kwargs"] == {"enable_thinking": True}
+    for status, code in ((401, 1), (400, 2)):
+        with serving(reply(status, {"error": {"message": "no, sk-key"}})) as server:
+            done = mirada("ask", "What?", "--url", server.url, "-m", "big")
+        assert done.code == code and "no, ***" in done.err and "sk-key" not in done.err and "Traceback" not in done.err
+    assert mirada("ask", "What?", "--api-key", "x").code == 2
