@@ -6,7 +6,7 @@ import { Live } from "./live.js";
 import { attach, closeStream, draw, MAX_PIXELS, MAX_SIDE, openStream, release } from "./media.js";
 import { codeFigure } from "./markdown.js";
 import { preview, problem, questionCard, Reply } from "./reply.js";
-import { SAMPLES, sampleFile } from "./samples.js";
+import { SAMPLES, sampleCanvas, sampleFile } from "./samples.js";
 import { curl, plainName, python, requestBody } from "./snippets.js";
 
 const turns = []; // {role, text, attachments?, tag?, node}
@@ -333,7 +333,7 @@ function watchCode() {
 
 function showSamples() {
   byId("samples").append(...SAMPLES.map((sample) => {
-    const picture = sample.paint();
+    const picture = sampleCanvas(sample, 4);
     picture.setAttribute("aria-hidden", "true");
     const card = el("button", { type: "button", class: "sample" }, picture, el("strong", { text: sample.title }), el("span", { text: sample.question }));
     card.addEventListener("click", async () => {

@@ -112,6 +112,7 @@ export class Reply {
     this.node.removeAttribute("aria-busy");
     this.extra.append(...figures(this.annotations, pictures));
     if (error) this.extra.append(problem(error));
+    else if (!this.text && !stopped) this.extra.append(el("p", { class: "empty", text: "The answer is empty." }));
     const actions = el("div", { class: "actions" });
     if (this.text) actions.append(copyButton("Copy", () => this.text));
     actions.append(el("button", { type: "button", class: "quiet again", onclick: again }, icon("retry"), "Try again"));

@@ -2,87 +2,60 @@
 
 const FONT = '"Helvetica Neue", Helvetica, Arial, "Liberation Sans", sans-serif';
 
-function canvas(width, height, colour) {
-  const node = document.createElement("canvas");
-  node.width = width;
-  node.height = height;
-  const context = node.getContext("2d");
-  context.fillStyle = colour;
-  context.fillRect(0, 0, width, height);
-  return [node, context];
-}
-
-function sign() {
-  const [node, c] = canvas(480, 320, "#dfe9ec");
-  c.fillStyle = "#c9d8cf";
-  c.fillRect(0, 236, 480, 84);
-  c.fillStyle = "#7b8487";
-  c.fillRect(150, 170, 14, 150);
-  c.fillRect(316, 170, 14, 150);
-  c.fillStyle = "#14584f";
+const fill = (c, colour, path) => {
+  c.fillStyle = colour;
   c.beginPath();
-  c.roundRect(54, 66, 372, 128, 14);
+  path();
   c.fill();
-  c.strokeStyle = "#ffffff";
-  c.lineWidth = 5;
-  c.beginPath();
-  c.roundRect(64, 76, 352, 108, 9);
-  c.stroke();
+};
+
+function sign(c) {
+  fill(c, "#145a3c", () => c.rect(0, 0, 112, 28));
   c.fillStyle = "#ffffff";
-  c.font = `bold 50px ${FONT}`;
+  c.font = `19px ${FONT}`;
   c.textAlign = "center";
   c.textBaseline = "middle";
-  c.fillText("OPEN TODAY", 240, 132, 330);
-  return node;
+  c.fillText("Station 42", 56, 15, 102);
 }
 
-function shapes() {
-  const [node, c] = canvas(480, 320, "#ffffff");
-  const fill = (colour, path) => {
-    c.fillStyle = colour;
-    c.beginPath();
-    path();
-    c.fill();
-  };
-  fill("#d62828", () => c.arc(122, 112, 62, 0, 7));
-  fill("#1d5fd1", () => c.rect(262, 54, 132, 116));
-  fill("#208b3a", () => { c.moveTo(116, 286); c.lineTo(216, 286); c.lineTo(166, 200); });
-  fill("#e8a90c", () => c.arc(336, 244, 42, 0, 7));
-  return node;
+function paper(c) {
+  fill(c, "#ffffff", () => c.rect(0, 0, 168, 112));
 }
 
-function chart() {
-  const [node, c] = canvas(480, 320, "#ffffff");
-  const bars = [["Mon", 42], ["Tue", 68], ["Wed", 55], ["Thu", 91], ["Fri", 74]];
-  c.strokeStyle = "#333333";
-  c.lineWidth = 2;
-  c.beginPath();
-  c.moveTo(46, 40);
-  c.lineTo(46, 270);
-  c.lineTo(450, 270);
-  c.stroke();
-  c.textAlign = "center";
-  bars.forEach(([day, value], index) => {
-    const x = 66 + index * 77;
-    const height = value * 2.2;
-    c.fillStyle = "#2a7f9e";
-    c.fillRect(x, 270 - height, 52, height);
-    c.fillStyle = "#222222";
-    c.font = `18px ${FONT}`;
-    c.fillText(day, x + 26, 294);
-    c.fillText(String(value), x + 26, 262 - height);
-  });
-  return node;
+function shapes(c) {
+  paper(c);
+  fill(c, "#dc2828", () => c.arc(30, 56, 20, 0, 7));
+  fill(c, "#2850dc", () => c.rect(66, 38, 37, 37));
+  fill(c, "#28a03c", () => { c.moveTo(138, 34); c.lineTo(118, 76); c.lineTo(158, 76); });
 }
 
+function scene(c) {
+  paper(c);
+  fill(c, "#e6b41e", () => c.arc(44, 34, 19, 0, 7));
+  fill(c, "#2850dc", () => c.arc(124, 34, 19, 0, 7));
+  fill(c, "#dc2828", () => c.rect(106, 70, 36, 36));
+  fill(c, "#28a03c", () => { c.moveTo(44, 66); c.lineTo(24, 106); c.lineTo(64, 106); });
+}
+
+/** Small, for the model inside the package reads small pictures best; `paint` draws in these pixels at any scale. */
 export const SAMPLES = [
-  { name: "sign.png", title: "Read a sign", question: "What does the sign say?", paint: sign },
-  { name: "shapes.png", title: "Find a shape", question: "Where is the red circle?", paint: shapes },
-  { name: "chart.png", title: "Read a chart", question: "Which bar is the highest?", paint: chart },
+  { name: "sign.png", size: [112, 28], title: "Read a sign", question: "What does the sign say?", paint: sign },
+  { name: "shapes.png", size: [168, 112], title: "Find a shape", question: "Is there a green triangle?", paint: shapes },
+  { name: "scene.png", size: [168, 112], title: "Name a colour", question: "What color is the square?", paint: scene },
 ];
+
+/** A canvas with the example, `scale` times its own size. */
+export function sampleCanvas(sample, scale = 1) {
+  const node = document.createElement("canvas");
+  [node.width, node.height] = sample.size.map((side) => side * scale);
+  const context = node.getContext("2d");
+  context.scale(scale, scale);
+  sample.paint(context);
+  return node;
+}
 
 /** The picture of an example as a file. */
 export async function sampleFile(sample) {
-  const blob = await new Promise((resolve) => sample.paint().toBlob(resolve, "image/png"));
+  const blob = await new Promise((resolve) => sampleCanvas(sample).toBlob(resolve, "image/png"));
   return new File([blob], sample.name, { type: "image/png" });
 }

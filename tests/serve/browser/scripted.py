@@ -36,18 +36,19 @@ ATTACK = """<img src=x onerror="window.hurt=1"><script>window.hurt=2</script>
 |---|---|
 | <svg onload=window.hurt=9> | `<b>` |
 """
+BOXES = "Yes, to the right of the blue square."
 RICH = """## What is there
 
 The sign has **two words** in *white* on green, set in `Helvetica`:
 
-1. **OPEN**, on the left
-2. **TODAY**, on the right
+1. **Station**, on the left
+2. **42**, on the right
    - in the same size
 
 | Word | Letters |
 |---|---|
-| OPEN | 4 |
-| TODAY | 5 |
+| Station | 7 |
+| 42 | 2 |
 
 ```python
 from mirada import VLM
@@ -135,13 +136,13 @@ async def _script(said: str, go_on: threading.Event) -> AsyncIterator[dict[str, 
             await asyncio.sleep(0.1)
         while "hold" in said and not go_on.is_set():
             await asyncio.sleep(0.02)
-    text = ATTACK if "attack" in said else RICH if "rich" in said else "The sign says OPEN TODAY."
+    text = BOXES if "green triangle" in said else ATTACK if "attack" in said else RICH if "rich" in said else "The sign says Station 42."
     for start in range(0, len(text), 7):
         yield {"choices": [{"delta": {"content": text[start : start + 7]}}]}
         await asyncio.sleep(0.004)
     last: dict[str, Any] = {"choices": [{"delta": {}, "finish_reason": "stop"}]}
-    if "where" in said.lower():
-        boxes = [("red circle", [60, 50, 184, 174]), ("<i>blue</i> rectangle", [262, 54, 394, 170])]
+    if "green triangle" in said:
+        boxes = [("red circle", [10, 36, 50, 76]), ("<i>blue</i> rectangle", [66, 38, 103, 75])]
         last["choices"][0]["delta"]["annotations"] = [
             {"type": "box", "label": label, "box": box, "image": 0} for label, box in boxes
         ]

@@ -174,7 +174,7 @@ def test_several_turns_are_sent_whole_and_reset_forgets_them(server, open_page):
     page.press("#question", "Enter")
     page.wait_for_selector(".reply:not(.busy) .stats >> nth=1")
     said = [(message["role"], message["content"]) for message in server.seen[1]["messages"]]
-    assert said == [("user", "one"), ("assistant", "The sign says OPEN TODAY."), ("user", "two\nlines")]
+    assert said == [("user", "one"), ("assistant", "The sign says Station 42."), ("user", "two\nlines")]
     page.click("#new")
     assert page.locator(".turn").count() == 0 and page.locator("#welcome").is_visible()
     ask(page, "three")
@@ -202,7 +202,7 @@ def test_the_think_panel_is_open_while_thinking_and_folds_when_the_answer_begins
     assert label.startswith("Thought for ") and label != "Thought for 0.0 s"
     page.locator(".think summary").click()
     assert page.locator(".thoughts").inner_text() == "Two words are written on the sign."
-    assert page.locator(".text").inner_text() == "The sign says OPEN TODAY."
+    assert page.locator(".text").inner_text() == "The sign says Station 42."
 
 
 def test_boxes_lie_where_the_server_says_and_can_be_hidden(server, open_page):
@@ -212,12 +212,12 @@ def test_boxes_lie_where_the_server_says_and_can_be_hidden(server, open_page):
     image, box = page.locator(".stage img").bounding_box(), page.locator(".box").first.bounding_box()
     page.wait_for_timeout(400)  # it fades in
     image, box = page.locator(".stage img").bounding_box(), page.locator(".box").first.bounding_box()
-    scale = image["width"] / 480
-    want = (60, 50, 124, 124)
+    scale = image["width"] / 168
+    want = (10, 36, 40, 40)
     got = ((box["x"] - image["x"]) / scale, (box["y"] - image["y"]) / scale, box["width"] / scale, box["height"] / scale)
     assert got == pytest.approx(want, abs=2)
     assert page.locator(".box span").all_inner_texts() == ["red circle", "<i>blue</i> rectangle"]
-    assert "60, 50, 184, 174" in page.locator(".legend").inner_text()
+    assert "10, 36, 50, 76" in page.locator(".legend").inner_text()
     page.get_by_role("button", name="Marks").click()
     assert page.locator(".box:visible").count() == 0
 
@@ -234,7 +234,7 @@ def test_markdown_becomes_elements_and_code_can_be_copied(server, open_page):
     ask(page, "rich")
     assert page.locator(".text h4").inner_text() == "What is there"
     assert page.locator(".text ol > li").count() == 2 and page.locator(".text ol ul li").count() == 1
-    assert page.locator(".text td").all_inner_texts() == ["OPEN", "4", "TODAY", "5"]
+    assert page.locator(".text td").all_inner_texts() == ["Station", "7", "42", "2"]
     assert page.locator(".text strong").first.inner_text() == "two words"
     assert page.locator(".text blockquote").inner_text() == "Nothing else is written on it."
     page.locator(".code").get_by_role("button", name="Copy").click()
@@ -269,7 +269,7 @@ def test_the_key_is_asked_for_and_kept_in_the_session_alone(open_page):
         page.wait_for_selector("#model:enabled", state="attached")
         page.keyboard.press("Escape")
         ask(page, "one")
-        assert page.locator(".text").inner_text() == "The sign says OPEN TODAY."
+        assert page.locator(".text").inner_text() == "The sign says Station 42."
         assert page.evaluate("JSON.stringify(localStorage)").find("secret") == -1
         assert page.evaluate("document.cookie") == ""
         page.click("#show-code")
@@ -465,7 +465,7 @@ def test_every_control_is_reached_by_tab_in_the_order_of_the_page(server, open_p
 def test_the_answer_is_said_to_a_screen_reader_once_it_is_there(server, open_page):
     page = open_page(server.url)
     ask(page, "one")
-    assert page.locator("#status[role=status]").inner_text() == "The sign says OPEN TODAY."
+    assert page.locator("#status[role=status]").inner_text() == "The sign says Station 42."
 
 
 def test_the_page_is_asked_for_again_only_when_it_changed(server, open_page):

@@ -20,6 +20,7 @@ def test_a_stranger_asks_with_one_click(real, open_page):
     page.wait_for_selector(".reply:not(.busy) .stats", timeout=90_000)
     assert page.locator("div.problem").count() == 0
     assert page.locator(".reply .text").inner_text().strip()
+    assert page.locator(".empty").count() == 0
     stats = page.locator(".stats").inner_text()
     assert "tokens in" in stats and "of pictures" in stats and "out" in stats
 
@@ -36,7 +37,7 @@ def test_live_video_from_the_camera(real, open_page):
     page = open_page(real.url + "/", permissions=["camera"])
     page.select_option("#model", "echo")
     page.click("#go-live")
-    page.get_by_role("button", name="Camera").click()
+    page.get_by_role("button", name="Camera", exact=True).click()
     page.get_by_text("frames of").wait_for(timeout=60_000)
     page.fill("#question", "What is there? say:A green pattern that moves.")
     page.press("#question", "Enter")
