@@ -58,7 +58,7 @@ def test_import_is_quick_and_loads_nothing_heavy():
     assert min(float(fresh(code)) for _ in range(3)) < 0.2
 
 
-@pytest.mark.parametrize("room", ["records", "media", "prompt", "synth", "cli"])
+@pytest.mark.parametrize("room", ["records", "media", "prompt", "client", "synth", "cli"])
 def test_rooms_that_load_without_torch(room):
     folder = ROOT / room
     files = [folder.with_suffix(".py")] if not folder.is_dir() else sorted(folder.rglob("*.py"))
