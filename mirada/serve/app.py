@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 import mirada
 from mirada.errors import MiradaError, SettingsError
-from mirada.serve import chat, openai
+from mirada.serve import chat, openai, responses
 from mirada.serve.errors import HttpError, error_reply, reply
 from mirada.serve.guard import Gate, Guard, read_body
 from mirada.serve.live import mount_live
@@ -67,6 +67,14 @@ def _add_answer_routes(app: FastAPI, desk: chat.Desk) -> None:
         """Answer a chat about text, pictures and videos, whole or (``stream``) as server-sent events."""
         data = await read_body(request, desk.gate, desk.settings)
         return await chat.complete(request, openai.read_json(data), desk)
+
+    form = {"required": True, "content": {"application/json": {"schema": responses.schema()}}}
+
+    @app.post("/v1/responses", openapi_extra={"requestBody": form}, response_model=None)
+    async def create_response(request: Request) -> Any:
+        """The same by OpenAI's newer form. Nothing is stored."""
+        data = await read_body(request, desk.gate, desk.settings)
+        return await responses.respond(request, openai.read_json(data), desk)
 
 
 def _add_model_routes(app: FastAPI, desk: chat.Desk) -> None:
