@@ -2,6 +2,8 @@
 
 import { el } from "./dom.js";
 
+const SMALL = 336;
+
 /** Annotations that can be drawn: {type: "box", box: [x1, y1, x2, y2]} or {type: "point", point: [x, y]}, pixels of the picture. */
 export function usable(annotations) {
   const numbers = (list, count) => Array.isArray(list) && list.length === count && list.every(Number.isFinite);
@@ -36,6 +38,7 @@ function figure(picture, marks) {
     const width = picture.width || image.naturalWidth;
     const height = picture.height || image.naturalHeight;
     if (!width || !height) return;
+    if (width < SMALL) image.style.width = `${SMALL}px`; // marks need room
     layer.replaceChildren();
     list.replaceChildren();
     marks.forEach((mark, index) => place(mark, index, layer, list, width, height));

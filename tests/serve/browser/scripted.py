@@ -22,6 +22,7 @@ USAGE = {
     "prompt_tokens": 280, "completion_tokens": 24, "total_tokens": 304,
     "prompt_tokens_details": {"image_tokens": 256, "video_tokens": 0},
 }  # fmt: skip
+MARKS = [("red circle", [10, 36, 50, 76]), ("<i>blue</i> rectangle", [66, 38, 103, 75])]
 ATTACK = """<img src=x onerror="window.hurt=1"><script>window.hurt=2</script>
 
 [click](javascript:window.hurt=3) [data](data:text/html,<script>window.hurt=4</script>) [ok](https://example.org/a)
@@ -136,15 +137,22 @@ async def _script(said: str, go_on: threading.Event) -> AsyncIterator[dict[str, 
             await asyncio.sleep(0.1)
         while "hold" in said and not go_on.is_set():
             await asyncio.sleep(0.02)
-    text = BOXES if "green triangle" in said else ATTACK if "attack" in said else RICH if "rich" in said else "The sign says Station 42."
+    text = (
+        BOXES
+        if "green triangle" in said
+        else ATTACK
+        if "attack" in said
+        else RICH
+        if "rich" in said
+        else "The sign says Station 42."
+    )
     for start in range(0, len(text), 7):
         yield {"choices": [{"delta": {"content": text[start : start + 7]}}]}
         await asyncio.sleep(0.004)
     last: dict[str, Any] = {"choices": [{"delta": {}, "finish_reason": "stop"}]}
     if "green triangle" in said:
-        boxes = [("red circle", [10, 36, 50, 76]), ("<i>blue</i> rectangle", [66, 38, 103, 75])]
         last["choices"][0]["delta"]["annotations"] = [
-            {"type": "box", "label": label, "box": box, "image": 0} for label, box in boxes
+            {"type": "box", "label": label, "box": box, "image": 0} for label, box in MARKS
         ]
     yield last
     yield {"choices": [], "usage": USAGE}
