@@ -21,7 +21,6 @@ from typing import Any
 
 import httpx
 
-import mirada
 from mirada import config
 from mirada.client.body import Tools, chat_to_body, options_to_body, sampling_to_body
 from mirada.client.handle import Growing, ReplyHandle, join
@@ -106,7 +105,7 @@ class HttpClient:
         self._extra = dict(extra or {})
         self._slots = asyncio.Semaphore(max_in_flight)
         self._naming = asyncio.Lock()
-        given = {"User-Agent": f"mirada/{mirada.__version__}", "Accept-Encoding": "identity", **(headers or {})}
+        given = {"User-Agent": "mirada", "Accept-Encoding": "identity", **(headers or {})}
         self._web = httpx.AsyncClient(
             headers=given | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
             timeout=httpx.Timeout(None, connect=self.timeouts.connect),
