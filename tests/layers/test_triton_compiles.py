@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for sm_90 at the sizes of released models, without spilling: no GPU is needed for that."""
+"""Every Triton kernel compiles for sm_90 at the sizes of released models, in few enough registers: that needs no GPU."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 T tokens, k experts per token, N = T k, E experts, D width, I inner width of an expert.
 """
 
-# pyright: reportOperatorIssue=false, reportArgumentType=false  (inside kernels Triton gives operators other meanings)
+# Inside kernels Triton gives operators other meanings.
+# pyright: reportOperatorIssue=false, reportArgumentType=false
 from __future__ import annotations
 
 import triton

@@ -4,7 +4,8 @@ T tokens, R rows (outputs), C columns (inputs), g columns that share a scale. ``
 with the even column in the low half; ``scales`` [R, C/g]; ``zeros`` uint8 [R, C/g] or None (the middle of the range).
 """
 
-# pyright: reportOperatorIssue=false, reportArgumentType=false  (inside kernels Triton gives operators other meanings)
+# Inside kernels Triton gives operators other meanings.
+# pyright: reportOperatorIssue=false, reportArgumentType=false
 from __future__ import annotations
 
 import torch

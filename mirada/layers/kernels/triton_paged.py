@@ -4,7 +4,8 @@ B sequences, T new tokens of all, H query and K key-value heads, G = H / K, d he
 S splits of a context. The heads that share a key-value head are rows of one product, so every key is read once.
 """
 
-# pyright: reportOperatorIssue=false, reportArgumentType=false  (inside kernels Triton gives operators other meanings)
+# Inside kernels Triton gives operators other meanings.
+# pyright: reportOperatorIssue=false, reportArgumentType=false
 from __future__ import annotations
 
 import math
