@@ -174,7 +174,7 @@ def test_one_more_than_may_be_under_way_is_told_to_come_again(model):
         async with http(model, max_requests=1) as client:
             first = asyncio.create_task(client.post("/v1/chat/completions", json=BODY))
             await asyncio.to_thread(model.asked.wait, 10)
-            second = await client.post("/v1/chat/completions", json=BODY)
+            second = await asyncio.wait_for(client.post("/v1/chat/completions", json=BODY), 10)
             look = await client.get("/v1/models")  # what costs nothing is let in
             model.say("a", "stop")
             await first
