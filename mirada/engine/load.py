@@ -107,18 +107,25 @@ def load(
         check_weights(directory, kind, place, widen, mode)
         model = load_model(directory, kind, place, widen=widen, mode=mode)
     set_kind(model, attention)
-    config: Any = model.config
+    parts = _with_files(model, family, directory, name, min_pixels, max_pixels)
+    return replace(parts, placement=made, group=group)
+
+
+def _with_files(
+    model: Any, family: Any, directory: Path, name: str | Path, min_pixels: int | None, max_pixels: int | None
+) -> Parts:
+    """``model`` with what the other files of its checkpoint say: tokenizer, template, pixels, ends of a reply."""
     preprocessor = directory / "preprocessor_config.json"
-    rule: MediaRule = family.media_rule(config, read_json(preprocessor) if preprocessor.exists() else None)
+    rule: MediaRule = family.media_rule(model.config, read_json(preprocessor) if preprocessor.exists() else None)
     file = directory / "generation_config.json"
     generation = read_json(file) if file.exists() else {}
     parts = assemble(
         model,
-        Renderer.from_directory(directory, family.prompt_format(config)),
+        Renderer.from_directory(directory, family.prompt_format(model.config)),
         rule.bounded(min_pixels, max_pixels) if min_pixels or max_pixels else rule,
         eos=_eos(generation),
     )
-    return replace(parts, placement=made, group=group, advised=advised([name, directory.resolve()], generation, str(file)))
+    return replace(parts, advised=advised([name, directory.resolve()], generation, str(file)))
 
 
 def check_mode(
