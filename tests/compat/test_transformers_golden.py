@@ -17,7 +17,7 @@ from mirada import VLM
 from mirada.compat import features
 from mirada.compat.model import Model
 from mirada.compat.processor import Processor
-from mirada.engine import vision
+from mirada.engine import request, vision
 from mirada.media.rule import KEYE_15
 from mirada.models.family import family_of
 from mirada.prompt.render import Renderer
@@ -136,9 +136,15 @@ def preview(tmp_path: Path) -> Model:
     return opened(tmp_path, "keye_vl", ids_of("model_config.json", "keye_vl"), *names, config="model_config.json")
 
 
-def test_keye_preview_greedy_ids(tmp_path, monkeypatch):
-    monkeypatch.setattr(vision, "normalise", lambda pixels, rule: pixels)  # the recorded pixels are noise, no bytes
+def take_noise(monkeypatch):
+    """The recorded pixels are noise, no bytes."""
+    monkeypatch.setattr(vision, "normalise", lambda pixels, rule: pixels)
     monkeypatch.setattr(features, "denormalise", lambda values, rule, tolerance: values)
+    monkeypatch.setattr(request, "check_media", lambda media, rule: None)
+
+
+def test_keye_preview_greedy_ids(tmp_path, monkeypatch):
+    take_noise(monkeypatch)
     model, seen = preview(tmp_path), 0
     for name, case in cases(GOLDEN / "keye_vl/model_goldens.safetensors").items():
         inputs = {key: case[key] for key in ("input_ids", "attention_mask", *features.MEDIA) if key in case}
@@ -150,8 +156,7 @@ def test_keye_preview_greedy_ids(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("merged", [True, False])
 def test_keye_15_greedy_ids(tmp_path, monkeypatch, merged):
-    monkeypatch.setattr(vision, "normalise", lambda pixels, rule: pixels)
-    monkeypatch.setattr(features, "denormalise", lambda values, rule, tolerance: values)
+    take_noise(monkeypatch)
     pads = ids_of("keye15_config.json", "keye_vl")
     files = ("model_weights.safetensors", "keye15_projector_override.safetensors")
     model = opened(tmp_path, "keye_vl", pads, *files, config="keye15_config.json")
