@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny import make_tiny
 
 from mirada import VLM, Sampling
-from mirada.engine import vision
+from mirada.engine import request, vision
 from mirada.media.grid import Patches
 from mirada.models.family import FAMILIES
 from mirada.prompt.render import Renderer
@@ -68,6 +68,7 @@ def media_of(case: Case) -> list[list[Patches]]:
 def test_greedy_ids(reference, monkeypatch):
     vlm, recorded = reference
     monkeypatch.setattr(vision, "normalise", lambda pixels, rule: pixels)
+    monkeypatch.setattr(request, "check_media", lambda media, rule: None)
     handles, expected = [], []
     for case in recorded.values():
         generated = case.theirs["generated_ids" if "generated_ids" in case.theirs else "generated"].tolist()
@@ -92,6 +93,7 @@ def test_greedy_ids_of_kimi(tmp_path_factory, monkeypatch):
         media.append(Patches("image", pixels, ((1, h, w),), (0, 0), bytes(32)))
         at += h * w
     monkeypatch.setattr(vision, "normalise", lambda pixels, rule: pixels)
+    monkeypatch.setattr(request, "check_media", lambda media, rule: None)
     asked = Prompt(tuple(case.theirs["input_ids"][0].tolist()), case.spans)
     expected = case.theirs["generated_ids"][0].tolist()
     sampling = Sampling(max_tokens=len(expected), ignore_eos=True)
