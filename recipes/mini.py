@@ -75,7 +75,7 @@ TOWER, WHOLE = ("visual",), ("visual", "projector", "decoder", "lm_head")
 LINES = {"line": 0.85, "paragraph": 0.15}
 SEEN = {"line": 0.55, "scene": 0.2, "boxes": 0.08, "chart": 0.09, "paragraph": 0.08}
 READING = {"line": 0.8, "scene": 0.12, "boxes": 0.03, "chart": 0.01, "paragraph": 0.02, "text": 0.02}
-EVERYTHING = {"line": 0.37, "scene": 0.5, "boxes": 0.05, "chart": 0.04, "paragraph": 0.02, "text": 0.02}
+EVERYTHING = {"line": 0.47, "scene": 0.4, "boxes": 0.05, "chart": 0.04, "paragraph": 0.02, "text": 0.02}
 MORE_QUESTIONS = {"scene": 7, "boxes": 4, "chart": 4}
 """Further turns about a picture: it is seen once, its answers teach many times. None about text, which is only read."""
 COMMON = TrainSettings(steps=1, optimizer="muon", save_every=400)
