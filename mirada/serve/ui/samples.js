@@ -41,7 +41,7 @@ function scene(c) {
 export const SAMPLES = [
   { name: "sign.png", size: [112, 28], title: "Read a sign", question: "What does the sign say?", paint: sign },
   { name: "shapes.png", size: [168, 112], title: "Find a shape", question: "Is there a green triangle?", paint: shapes },
-  { name: "scene.png", size: [168, 112], title: "Name a colour", question: "What color is the square?", paint: scene },
+  { name: "scene.png", size: [168, 112], title: "Count shapes", question: "How many circles are there?", paint: scene },
 ];
 
 /** A canvas with the example, `scale` times its own size. */
