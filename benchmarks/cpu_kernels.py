@@ -1,6 +1,6 @@
 """Matrix products of every format at the shapes of Qwen2-VL-2B, beside torch's and the speed of memory.
 
-    python benchmarks/kernels.py [--threads 1] [--rounds 9] [--anyway]
+    python benchmarks/cpu_kernels.py [--threads 1] [--rounds 9] [--anyway]
 
 One row of x reads all of a weight: GB/s, as a share of what a sum over fresh memory reads. Weights are cycled so that together
 they are larger than any cache. Many rows (256) are bound by arithmetic: GF/s. Times are the least of interleaved rounds, of
