@@ -175,7 +175,8 @@ def test_parsing_is_linear():
     for unit in ("<", " ", "<tool_call>", CALL, "a ", "<tool_call>{"):
         for size in (7, 10**9):
             small = min(seconds(unit * 600, size) for _ in range(3))
-            assert seconds(unit * 6000, size) < 10 * small * 4 + 0.02, (unit, size)
+            # The least of a few: a neighbour on the same core slows one of them.
+            assert min(seconds(unit * 6000, size) for _ in range(3)) < 10 * small * 4 + 0.02, (unit, size)
 
 
 # answers as they are graded
