@@ -24,6 +24,7 @@ _SPOKEN = {
     "above": ("above", "over"),
     "below": ("below", "under", "beneath"),
 }
+_ENDS = {"left of": "left", "right of": "right", "above": "up", "below": "down"}
 MARGIN = 10
 """Pixels by which positions must differ before a question relies on them."""
 
@@ -206,6 +207,38 @@ def _compare(rng: random.Random, facts: dict[str, Any]) -> Question | None:
     return values, {"object": name(thing), "other": name(other), "side": side}, "yes" if is_ahead else "no"
 
 
+def _pair(rng: random.Random, facts: dict[str, Any]) -> tuple[Thing, Thing, str] | None:
+    """Two objects, each the only one of its name, and a side on which the first clearly lies of the second."""
+    fitting = _unique(facts["objects"])
+    if len(fitting) < 2:
+        return None
+    thing, other = rng.sample(fitting, 2)
+    sides = [side for side in SIDES if on_side(thing, other, side)]
+    return (thing, other, rng.choice(sides)) if sides else None
+
+
+def _side_of(rng: random.Random, facts: dict[str, Any]) -> Question | None:
+    """What "compare" asks, but the answer is the side: it teaches more than a yes or no."""
+    pair = _pair(rng, facts)
+    if pair is None:
+        return None
+    thing, other, side = pair
+    sides = "left or right of" if side in ("left of", "right of") else "above or below"
+    arguments = {"object": name(thing), "other": name(other), "sides": sides}
+    return arguments, arguments, side.removesuffix(" of")
+
+
+def _further(rng: random.Random, facts: dict[str, Any]) -> Question | None:
+    """Which of two objects lies further to one side."""
+    pair = _pair(rng, facts)
+    if pair is None:
+        return None
+    thing, other, side = pair
+    first, second = rng.sample((name(thing), name(other)), 2)
+    arguments = {"object": first, "other": second, "end": _ENDS[side]}
+    return arguments, arguments, name(thing)
+
+
 def _what_at(rng: random.Random, facts: dict[str, Any]) -> Question | None:
     """What lies in a part of the picture that holds one object alone, clear of the part's border."""
     height, width = facts["height"], facts["width"]
@@ -239,10 +272,12 @@ QUESTIONS: dict[str, Callable[[random.Random, dict[str, Any]], Question | None]]
     "colour_of": _colour_of, "shape_of": _shape_of, "where": _where, "relation": _relation, "exists": _exists,
     "extreme": _extreme, "compare": _compare,
 }  # fmt: skip
-EXERCISES = QUESTIONS | {"what_at": _what_at, "list_across": _list_across, "list_down": _list_down}
-"""What further turns ask: beside the questions, exercises that say many places with one answer."""
-PRACTICE = {"where": 5, "compare": 4, "count_all": 2, "count_shape": 3, "count_colour": 3, "count_both": 2, "exists": 2,
-            "what_at": 2, "colour_of": 2, "list_across": 0.15, "list_down": 0.15}  # fmt: skip
+EXERCISES = QUESTIONS | {
+    "what_at": _what_at, "side_of": _side_of, "further": _further, "list_across": _list_across, "list_down": _list_down,
+}  # fmt: skip
+"""What further turns ask: beside the questions, exercises whose answers say more about places than the questions' do."""
+PRACTICE = {"where": 5, "compare": 5, "side_of": 4, "further": 3, "colour_of": 5, "count_all": 2, "count_shape": 3, "count_colour": 3,
+            "count_both": 2, "exists": 3, "what_at": 2, "list_across": 0.15, "list_down": 0.15}  # fmt: skip
 """How often further turns ask a type, against 1 for the others: often what is learnt last, seldom what takes many tokens."""
 
 

@@ -38,6 +38,13 @@ def solve_scene(kind, given, facts):
     if kind == "what_at":
         (only,) = [t for t in things if _spot(t, facts) == given["spot"]]
         return _name(only)
+    if kind == "side_of":
+        near, far = named[given["object"]], named[given["other"]]
+        dx, dy = near["x"] - far["x"], near["y"] - far["y"]
+        return ("left" if dx < 0 else "right") if "left" in given["sides"] else ("above" if dy < 0 else "below")
+    if kind == "further":
+        key, sign = {"left": ("x", -1), "right": ("x", 1), "up": ("y", -1), "down": ("y", 1)}[given["end"]]
+        return max(given["object"], given["other"], key=lambda n: sign * named[n][key])
     if kind.startswith("list_"):
         return ", ".join(_name(t) for t in sorted(things, key=lambda t: t["x" if kind == "list_across" else "y"]))
     if kind == "relation":
@@ -133,7 +140,7 @@ def test_further_questions_are_about_the_same_picture(task):
             questions.add(more.question)
             kinds.add(more.facts["question_type"])
     assert len(questions) > 40
-    assert task != "scene" or {"what_at", "list_across", "list_down"} <= kinds
+    assert task != "scene" or {"what_at", "side_of", "further", "list_across", "list_down"} <= kinds
     line = synth.sample("line", 8, 0, fonts="builtin")
     assert synth.more_questions(line, 4, 8, 0) == []
 
