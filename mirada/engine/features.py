@@ -24,15 +24,15 @@ from mirada.media.grid import GridRule, Patches
 class FeatureCache(Protocol):
     """Features of whole pictures and videos that earlier requests left."""
 
-    def get(self, item: Patches, adapter: str = "") -> Tensor | None:
-        """[n, D] of ``item`` by the tower with ``adapter``, if they are there."""
+    def get(self, item: Patches, scope: str = "") -> Tensor | None:
+        """[n, D] of ``item`` within ``scope`` (``Sequence.media_scope``), if they are there."""
         ...
 
-    def has(self, item: Patches, adapter: str = "") -> bool:
+    def has(self, item: Patches, scope: str = "") -> bool:
         """Whether ``get`` would find them. To be asked before an item is encoded, if ``get`` was not."""
         ...
 
-    def put(self, item: Patches, features: Tensor, adapter: str = "") -> None: ...
+    def put(self, item: Patches, features: Tensor, scope: str = "") -> None: ...
 
     def takes(self, size: int) -> bool:
         """Whether features of ``size`` bytes could be kept at all."""
@@ -143,13 +143,13 @@ class Encoder:
         if not self._kept(sequence, unit):
             return False
         this = (sequence, unit.item)
-        return leaders.setdefault((sequence.media[unit.item].key, sequence.media_adapter), this) != this
+        return leaders.setdefault((sequence.media[unit.item].key, sequence.media_scope), this) != this
 
     def _there(self, sequence: Sequence, unit: Unit) -> bool:
         """Whether the cache has the item of ``unit``, of which nothing is encoded yet."""
         if self.cache is None or unit.item in sequence.features.gathered:
             return False
-        return self.cache.has(sequence.media[unit.item], sequence.media_adapter)
+        return self.cache.has(sequence.media[unit.item], sequence.media_scope)
 
     def _kept(self, sequence: Sequence, unit: Unit) -> bool:
         """Whether the cache will take the item of ``unit`` when it is whole."""
@@ -162,7 +162,7 @@ class Encoder:
         while self.cache is not None and features.units:
             unit = features.units[0]
             item = sequence.media[unit.item]
-            found = None if unit.item in features.gathered else self.cache.get(item, sequence.media_adapter)
+            found = None if unit.item in features.gathered else self.cache.get(item, sequence.media_scope)
             if found is None:
                 return
             first = unit.first
@@ -192,7 +192,7 @@ class Encoder:
         if not any(other.item == unit.item for other in state.units):
             del state.gathered[unit.item]
             if sum(map(len, pieces)) == _count(sequence, unit):  # not one whose beginning was skipped
-                self.cache.put(sequence.media[unit.item], torch.cat(pieces), sequence.media_adapter)
+                self.cache.put(sequence.media[unit.item], torch.cat(pieces), sequence.media_scope)
 
 
 def _count(sequence: Sequence, unit: Unit) -> int:

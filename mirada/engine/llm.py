@@ -306,12 +306,14 @@ class VLM:
         media: Seq[Patches] = (),
         guide: Guide | None = None,
         adapter: str | None = None,
+        salt: str = "",
     ) -> EngineHandle:
         """Start a request; returns at once, media are prepared meanwhile. Bad input does not raise here: the handle carries
         the error. ``media`` belongs to a Prompt. ``guide`` says token by token what the reply may hold, from its first token
-        on; it serves this request alone. ``adapter`` names one of ``adapters``."""
+        on; it serves this request alone. ``adapter`` names one of ``adapters``. What caches hold is shared
+        among requests of one ``salt`` alone."""
         try:
-            sequence, wanted, finish = self._requests.begin(chat, _sampling(sampling), thinking, media, tools)
+            sequence, wanted, finish = self._requests.begin(chat, _sampling(sampling), thinking, media, tools, salt)
             sequence.guide = guide
             if adapter is not None:
                 found = sequence.lora = self._adapters.find(adapter)

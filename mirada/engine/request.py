@@ -44,11 +44,17 @@ class Requests:
         return sequence
 
     def begin(
-        self, chat: Chat | Prompt, sampling: Sampling, thinking: Thinking, media: Seq[Patches] = (), tools: Tools | None = None
+        self,
+        chat: Chat | Prompt,
+        sampling: Sampling,
+        thinking: Thinking,
+        media: Seq[Patches] = (),
+        tools: Tools | None = None,
+        salt: str = "",
     ) -> tuple[Sequence, list[Image | Video], Finish]:
         """A sequence without a prompt yet, the media to prepare for it, and what makes it whole: to be called once, in any
         thread. Raises MessageError or SettingsError for a chat of no known form; ``finish`` raises as ``make``."""
-        sequence = Sequence(Prompt(()), sampling, None)
+        sequence = Sequence(Prompt(()), sampling, None, salt=salt)
         check_tools(tools)
         if isinstance(chat, Prompt):
             check_media(media, self.parts.rule.grid)
@@ -61,7 +67,14 @@ class Requests:
             times = Times()
             try:
                 patches = prepare_many(
-                    wanted, self.parts.rule, self.limits, cache=self.cache, pool=self.pool, cancel=cancel, times=times
+                    wanted,
+                    self.parts.rule,
+                    self.limits,
+                    cache=self.cache,
+                    pool=self.pool,
+                    cancel=cancel,
+                    times=times,
+                    salt=salt,
                 )
                 with times.stage("render"):
                     prompt = self.parts.renderer.render(messages, patches, thinking=thinking, tools=tools)

@@ -154,7 +154,8 @@ class Sequence:
     lora: Any = None
     """The adapter itself: it lasts as long as its last request, whatever is unloaded meanwhile."""
     salt: str = ""
-    """Only requests with the same one share what is kept of their beginnings (tenants who must not learn of each other)."""
+    """Only requests with the same one share what is kept of their beginnings and media (tenants who must not learn of each
+    other: what answers sooner says what another has asked)."""
     limit: int = 0
     """Most tokens to generate: what was asked, or what the context leaves."""
     slot: int = -1
@@ -194,6 +195,11 @@ class Sequence:
         self._loops = LoopGuard(self.sampling.max_repeats) if self.sampling.max_repeats is not None else None
         if self.positions is not None:
             self.positions = self.positions.astype(np.int32) if self.prompt.spans else None
+
+    @property
+    def media_scope(self) -> str:
+        """Within which features of the same pixels are shared: one adapter of the tower, and one salt."""
+        return f"{self.media_adapter}\0{self.salt}" if self.salt else self.media_adapter
 
     @classmethod
     def failed(cls, error: MiradaError) -> Sequence:

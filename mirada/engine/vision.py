@@ -51,26 +51,27 @@ class EncoderCache:
         self._asked: OrderedDict[bytes, bytes] = OrderedDict()
         """Key of what is not there -> weights when it was first asked for, and so may have begun to be encoded."""
 
-    def key(self, item: Patches, adapter: str = "") -> bytes:
-        """256 bits over pixels, grids and rule (``item.key``), adapter and settings; weights are one for all."""
+    def key(self, item: Patches, scope: str = "") -> bytes:
+        """256 bits over pixels, grids and rule (``item.key``), scope (``Sequence.media_scope``) and settings; weights are one
+        for all."""
         digest = hashlib.blake2b(digest_size=32)
-        for part in (item.key, adapter.encode(), self._settings):
+        for part in (item.key, scope.encode(), self._settings):
             digest.update(len(part).to_bytes(8, "little"))  # so that one part cannot run into the next
             digest.update(part)
         return digest.digest()
 
-    def get(self, item: Patches, adapter: str = "") -> Tensor | None:
+    def get(self, item: Patches, scope: str = "") -> Tensor | None:
         """Features of ``item``, if they are there. A miss is counted by ``put``: the engine asks at every step."""
         self._look()
-        key = self.key(item, adapter)
+        key = self.key(item, scope)
         found = self.entries.get(key, count_miss=False)
         if found is None:
             self._note(key)
         return found
 
-    def has(self, item: Patches, adapter: str = "") -> bool:
+    def has(self, item: Patches, scope: str = "") -> bool:
         """Whether they are there; counts nothing. For items that come later than the one that was asked for."""
-        key = self.key(item, adapter)
+        key = self.key(item, scope)
         if key in self.entries:
             return True
         self._note(key)
@@ -81,11 +82,11 @@ class EncoderCache:
         if len(self._asked) > MOST_ASKED:
             self._asked.popitem(last=False)
 
-    def put(self, item: Patches, features: Tensor, adapter: str = "") -> None:
+    def put(self, item: Patches, features: Tensor, scope: str = "") -> None:
         """Keep ``features``, which had to be encoded. A view is copied, or it would keep alive what it is a view of."""
         self._look()
         self.entries.misses += 1
-        key = self.key(item, adapter)
+        key = self.key(item, scope)
         if self._asked.pop(key, None) != self._weights or not self.takes(features.nbytes):
             return
         whole = features.untyped_storage().nbytes() == features.nbytes

@@ -52,6 +52,7 @@ def prepare_many(
     pool: Pool | None = None,
     cancel: Cancel | None = None,
     times: Times | None = None,
+    salt: str = "",
 ) -> list[Patches]:
     """Prepare all of one chat, in order; errors say which one.
 
@@ -59,11 +60,13 @@ def prepare_many(
     exceeded the largest pictures shrink to one common area, the others stay, and ``notes`` of each that shrank say so; nothing
     is dropped. Raises MediaTooLarge if the budget does not hold them at their least sizes.
 
+    What ``cache`` holds is found by calls with the same ``salt`` alone.
     ``pool`` takes over what is large, several at a time; ``cancel`` ends that. ``times`` takes the seconds of ``fetch``,
     ``decode_media`` and ``prepare`` (resize and cut). Also raises RequestFailed: a worker died, or ``cancel``.
     """
     times = Times() if times is None else times
-    means = _Means(rule, limits or FetchLimits(), cache if cache is not None and cache.max_bytes else None, pool, cancel, times)
+    kept = cache if cache is not None and cache.max_bytes else None
+    means = _Means(rule, limits or FetchLimits(), kept, pool, cancel, times, salt)
     if total_pixels is not None and (isinstance(total_pixels, bool) or not isinstance(total_pixels, int) or total_pixels < 1):
         raise SettingsError(f"total_pixels={total_pixels!r} is not a positive whole number", "give an area in pixels, or None")
     tasks = [_Task(part, means, keep=total_pixels is not None) for part in parts]
@@ -245,6 +248,7 @@ class _Means:
     pool: Pool | None
     cancel: Cancel | None
     times: Times
+    salt: str
 
 
 class _Task:
@@ -314,7 +318,9 @@ class _Task:
                     item.picture = item.open(means.limits, means.rule)
                 facts = item.picture.size, item.picture.notes
             content = item.source if isinstance(item.source, bytes) else item.picture.rgb.tobytes()  # type: ignore[union-attr]
-            if self._known(source_key(content, "image", item.part, means.rule, means.limits.pixels, self.cap, facts)):
+            if self._known(
+                source_key(content, "image", item.part, means.rule, means.limits.pixels, self.cap, facts, means.salt)
+            ):
                 return
         if means.pool is not None and isinstance(item.source, bytes) and header_pixels(item.source) >= LARGE_PIXELS:
             self._send(item.part, item.source, item.name)
@@ -332,7 +338,7 @@ class _Task:
             with means.times.stage("fetch"):
                 if isinstance(content, Path):
                     self._file, self._stamp = content, _stamp(content)
-                key = source_key(content, "video", replace(part, source=None), means.rule, means.limits)
+                key = source_key(content, "video", replace(part, source=None), means.rule, means.limits, means.salt)
             if self._known(key):
                 return
         if content is not None and means.pool is not None:

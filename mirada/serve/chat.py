@@ -48,6 +48,8 @@ class Asked:
     name: str
     vlm: VLM
     chat: ChatRequest
+    tenant: str
+    """Whose request it is; caches are not shared among tenants."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -58,7 +60,7 @@ class Asked:
 
 async def complete(request: Request, body: Mapping[str, Any], desk: Desk) -> Response | EventStream:
     """The answer to a body of ``/v1/chat/completions``. Raises MiradaError, HttpError or ClientGone."""
-    asked = read(body, desk)
+    asked = read(body, desk, request.scope["mirada.tenant"])
     ticket: Ticket = request.scope["mirada.ticket"]
     ticket.facts |= {"model": asked.name, "stream": asked.chat.options.stream}
     id = f"chatcmpl-{secrets.token_hex(12)}"
@@ -76,7 +78,7 @@ async def complete(request: Request, body: Mapping[str, Any], desk: Desk) -> Res
     return reply(made, headers=asked.headers)
 
 
-def read(body: Mapping[str, Any], desk: Desk) -> Asked:
+def read(body: Mapping[str, Any], desk: Desk, tenant: str) -> Asked:
     """Everything that can be said about a body before the engine sees it. Raises MiradaError or HttpError."""
     name = openai.check_model_name(body, tuple(desk.models))
     vlm = desk.models[name]
@@ -99,7 +101,7 @@ def read(body: Mapping[str, Any], desk: Desk) -> Asked:
         raise ParameterError(
             "parallel_tool_calls=false is not kept to yet", "leave it out, and take the first call", param="parallel_tool_calls"
         )
-    return Asked(name, vlm, chat)
+    return Asked(name, vlm, chat, tenant)
 
 
 async def submit(asked: Asked) -> Choices:
@@ -111,8 +113,9 @@ async def submit(asked: Asked) -> Choices:
         own = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index)
         guide = guide_for(asked.vlm, options)
         return asked.vlm.submit(
-            messages, own, thinking=options.thinking, tools=tools or None, guide=guide, adapter=options.adapter
-        )
+            messages, own, thinking=options.thinking, tools=tools or None, guide=guide, adapter=options.adapter,
+            salt=asked.tenant,
+        )  # fmt: skip
 
     # A caller that goes while the thread works leaves handles that nobody holds, and those end by themselves.
     return Choices(await asyncio.to_thread(lambda: [start(index) for index in range(options.n)]))

@@ -73,7 +73,11 @@ class Ticket:
 
 
 class Guard:
-    """Wraps the application. ``gate`` counts requests under ``/v1/``; the rest is small and always let in."""
+    """Wraps the application. ``gate`` counts requests under ``/v1/``; the rest is small and always let in.
+
+    ``scope["mirada.tenant"]`` says whose key opened the door: callers with different keys share no cache, or how soon an
+    answer comes would tell one what another has asked.
+    """
 
     def __init__(self, app: ASGIApp, settings: ServeSettings, gate: Gate, metrics: Metrics) -> None:
         self.app, self.settings, self.gate, self.metrics = app, settings, gate, metrics
@@ -145,14 +149,11 @@ class Guard:
             raise busy(f"{self.gate.num_requests} requests are under way", "max_requests")
 
     def _check_caller(self, scope: Scope, headers: dict[str, str]) -> None:
+        scope["mirada.tenant"] = ""
         if self._keys:
             if scope["path"] in OPEN or scope["path"].startswith("/ui/"):
                 return
-            if not self._has_key(headers):
-                raise HttpError(
-                    401, "the API key is missing or wrong; send the header Authorization: Bearer KEY",
-                    code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
-                )  # fmt: skip
+            scope["mirada.tenant"] = self._tenant(headers)
             return
         # Without a key, a page from anywhere in the user's own browser could ask: only pages of this very server may.
         if not is_loopback(_host(headers.get("host", ""))):
@@ -163,13 +164,17 @@ class Guard:
         if (origin := headers.get("origin")) is not None and urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
             raise HttpError(403, "pages of other origins may not ask this server", code="origin_refused")
 
-    def _has_key(self, headers: dict[str, str]) -> bool:
+    def _tenant(self, headers: dict[str, str]) -> str:
+        """Who has the key that was sent. Raises HttpError (401) if nobody has it."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = _digest(key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", ""))
-        found = False
-        for one in self._keys:  # every one of them, so that time says nothing
-            found |= hmac.compare_digest(given, one)
-        return found
+        found = [hmac.compare_digest(given, one) for one in self._keys]  # every one of them, so that time says nothing
+        if not any(found):
+            raise HttpError(
+                401, "the API key is missing or wrong; send the header Authorization: Bearer KEY",
+                code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
+            )  # fmt: skip
+        return given.hex()
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The same door for connections that stay; refused ones are answered 403 before they open."""

@@ -216,7 +216,8 @@ class Session:
         said = [part for turn in self._turns for part in turn]
         roles = ("user", "assistant")
         messages = [{"role": roles[i % 2], "content": one} for i, one in enumerate([*said, text])]
-        asked = chat.read({**rest, "model": self._model, "messages": messages}, self._desk)
+        body = {**rest, "model": self._model, "messages": messages}
+        asked = chat.read(body, self._desk, self._socket.scope["mirada.tenant"])
         frames, fps = self._window.last(seconds)
         bounds = {name: rest[name] for name in ("min_pixels", "max_pixels") if name in rest}
         question = Message("user", (Video(frames, fps=fps, **bounds), text))

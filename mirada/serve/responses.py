@@ -38,7 +38,8 @@ KNOWN = (*_KEPT, *_OWN, *_RENAMED)
 async def respond(request: Request, body: Mapping[str, Any], desk: chat.Desk) -> Response | EventStream:
     """The answer to a body of ``/v1/responses``. Raises MiradaError, HttpError or ClientGone."""
     try:
-        asked = chat.read(as_chat(body, desk.settings.unknown_parameters == "warn"), desk)
+        form = as_chat(body, desk.settings.unknown_parameters == "warn")
+        asked = chat.read(form, desk, request.scope["mirada.tenant"])
     except ParameterError as error:
         raise ParameterError(error.problem, error.fix, param=_BACK.get(error.param, error.param)) from error
     ticket: Ticket = request.scope["mirada.ticket"]
