@@ -31,24 +31,26 @@ def run(
 
     named = _named(models or ["mini"])
     more = {"api_keys": find_keys(tuple(keys), key_file), "host": host, "port": port}
-    settings = _settings(config, more)
+    settings, engine = _settings(config, more)
     root = _root(media_root)
     sock = server.listen(settings)
     try:
-        opened = {name: _open(path, device, root, private_media) for name, path in named.items()}
+        opened = {name: _open(path, device, root, private_media, engine) for name, path in named.items()}
         server.serve(opened, settings, lambda address: _say(address, next(iter(named)), bool(settings.api_keys)), sock)
     finally:
         sock.close()
 
 
-def _settings(config: str | None, more: dict[str, Any]) -> Any:
-    """``ServeSettings`` of a yaml file, under what was given as options."""
+def _settings(config: str | None, more: dict[str, Any]) -> tuple[Any, Any]:
+    """``ServeSettings`` of a yaml file, under what was given as options, and the ``EngineSettings`` of its ``engine``."""
     from mirada.config import parse, read_yaml
+    from mirada.engine.settings import EngineSettings
     from mirada.serve.settings import ServeSettings
 
     given = read_yaml(config) if config else {}
     keys = (*more.pop("api_keys"), *given.pop("api_keys", ()))
-    return parse(ServeSettings, {**more, **given, "api_keys": keys}, config or "server settings")
+    engine = parse(EngineSettings, given.pop("engine", None) or {}, f"engine in {config}")
+    return parse(ServeSettings, {**more, **given, "api_keys": keys}, config or "server settings"), engine
 
 
 def _named(models: list[str]) -> dict[str, str]:
@@ -74,13 +76,14 @@ def _root(media_root: str | None) -> Path | None:
     return Path(media_root).resolve()
 
 
-def _open(model: str, device: str | None, root: Path | None, private_media: bool) -> Any:
+def _open(model: str, device: str | None, root: Path | None, private_media: bool, engine: Any) -> Any:
     from dataclasses import replace
 
     import mirada
     from mirada.media.fetch import FetchLimits
 
-    return mirada.VLM(model, device=device, limits=replace(FetchLimits.serving(root), allow_private=private_media))
+    limits = replace(FetchLimits.serving(root), allow_private=private_media)
+    return mirada.VLM(model, device=device, limits=limits, engine=engine)
 
 
 def _say(address: str, model: str, keyed: bool) -> None:
