@@ -220,11 +220,11 @@ class Recorder:
             writer.writerows(self.rows)
 
 
-def resident() -> tuple[float, float]:
-    """Resident megabytes of this process and of its children, those shared with it counted again."""
-    own = _resident(Path("/proc/self"))
+def resident(process: Path = Path("/proc/self")) -> tuple[float, float]:
+    """Resident megabytes of a process (this one) and of its children, those shared with it counted again."""
+    own = _resident(process)
     found: set[str] = set()
-    for task in Path("/proc/self/task").iterdir():
+    for task in (process / "task").iterdir():
         try:
             found.update((task / "children").read_text().split())
         except OSError:  # a thread that has just ended
