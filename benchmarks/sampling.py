@@ -29,6 +29,7 @@ WAYS = {
     "temperature": Sampling(temperature=0.7, seed=1),
     "top-k 20, top-p 0.8": Sampling(temperature=0.7, top_k=20, top_p=0.8, seed=1),
     "top-p 0.9": Sampling(temperature=0.7, top_p=0.9, seed=1),
+    "top-p 0.9, flat": Sampling(temperature=6.0, top_p=0.9, seed=1),
     "repetition penalty 1.05": Sampling(repetition_penalty=1.05),
     "presence and frequency": Sampling(presence_penalty=0.5, frequency_penalty=0.2),
     "logprobs 5": Sampling(logprobs=5),
@@ -126,6 +127,7 @@ def peers(logits: torch.Tensor) -> dict[str, Callable[[], object]]:
         "transformers: temperature": chain(Temperature(0.7)),
         "transformers: top-k 20, top-p 0.8": chain(Temperature(0.7), TopK(20), TopP(0.8)),
         "transformers: top-p 0.9": chain(Temperature(0.7), TopP(0.9)),
+        "transformers: top-p 0.9, flat": chain(Temperature(6.0), TopP(0.9)),
         "transformers: repetition penalty 1.05": chain(RepetitionPenaltyLogitsProcessor(1.05), draw=False),
     }
 

@@ -33,6 +33,8 @@ LARGEST = 1e30
 """Bound of logits after penalties and bias: beyond it all is certain or impossible, and their differences stay finite."""
 NUCLEUS = 256
 """Logits that top-p looks at first; most nuclei are smaller."""
+BINS, FINE = 4096, 128.0
+"""Bins by which a large nucleus is cut on a CPU, and bins per unit of the logits; the last one holds all that is below."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,8 +294,12 @@ def draw(board: Board, rows: Sequence[int], choices: Sequence[Choice]) -> Tensor
         where = torch.tensor([rows[i] for i in narrow], device=device)
         drawn, whole = _draw_narrow(board, where, [choices[i] for i in narrow], min(count, board.size))
         tokens[narrow] = drawn
-        # Where tokens beyond those looked at belong too (a flat distribution, or many ties), look at more.
+        # Where tokens beyond those looked at belong too (a flat distribution, or many ties), look at more: at all of them
+        # where nothing bounds their number.
         narrow = [i for i, enough in zip(narrow, whole.tolist(), strict=True) if not enough]
+        for some in _portions([i for i in narrow if not choices[i].top_k], device):
+            tokens[some] = _draw_wide(board, [rows[i] for i in some], [choices[i] for i in some])
+        narrow = [i for i in narrow if choices[i].top_k]
         count *= 8
     return tokens
 
@@ -331,6 +337,34 @@ def _where_nucleus(floor: Tensor, choices: Sequence[Choice]) -> Tensor:
     return floor.masked_fill(_column(floor, [not choice.nucleus for choice in choices], torch.bool), OFF)
 
 
+def nucleus_by_sort(scaled: Tensor, top_p: Sequence[float | None]) -> Tensor:
+    """The least of ``scaled`` [R, V] (falling from 0) that is kept [R, 1]: those before it have less than ``top_p`` of all."""
+    values = scaled.sort(-1, descending=True).values
+    weights = values.to(_exact(values)).exp()
+    running = weights.cumsum(-1)
+    goal = _column(weights, top_p) * running[:, -1:]
+    return values.gather(-1, (running - weights < goal).sum(-1, keepdim=True).clamp(min=1) - 1)
+
+
+def nucleus_by_bins(scaled: Tensor, top_p: Sequence[float | None]) -> Tensor:
+    """``nucleus_by_sort`` without sorting a vocabulary: of its bins, only the one in which the nucleus ends is."""
+    floor = torch.empty_like(scaled[:, :1])
+    for row, share, found in zip(scaled, top_p, floor, strict=True):
+        weights = row.to(_exact(row)).exp()
+        bins = (row * -FINE).clamp_(max=BINS - 1).int()  # by a power of two, so equal values and their order stay what they are
+        sums = torch.bincount(bins, weights, BINS)
+        running = sums.cumsum(0)
+        goal = (share if share is not None else OFF_P) * running[-1]
+        last = ((sums > 0) & (running - sums < goal)).nonzero()
+        end = last[-1] if len(last) else torch.zeros_like(bins[:1])
+        values = row[bins == end].sort(descending=True).values
+        inside = values.to(_exact(values)).exp()
+        before = (running - sums)[end.long()]
+        kept = (before + inside.cumsum(0) - inside < goal).sum().clamp(min=1)
+        found[0] = values[kept - 1]
+    return floor
+
+
 def _portions(items: list[int], device: torch.device) -> list[list[int]]:
     """What to read whole vocabularies of together: on a CPU one row at a time, whose intermediate values stay in its cache."""
     return [[item] for item in items] if device.type == "cpu" else [items] if items else []
@@ -344,7 +378,12 @@ def _mass(board: Board, rows: Sequence[int], best: Tensor, choices: Sequence[Cho
 
 def _draw_wide(board: Board, rows: Sequence[int], choices: Sequence[Choice]) -> Tensor:
     """Tokens [R] drawn from the whole vocabulary: a block by the sums of the blocks, then a token inside it."""
-    weights = _scaled(board.whole(rows), board.maxima[list(rows)].amax(-1, keepdim=True), choices).exp_()
+    scaled = _scaled(board.whole(rows), board.maxima[list(rows)].amax(-1, keepdim=True), choices)
+    if any(choice.nucleus for choice in choices):
+        wanted = [choice.top_p if choice.nucleus else OFF_P for choice in choices]
+        floor = nucleus_by_bins(scaled, wanted) if scaled.device.type == "cpu" else nucleus_by_sort(scaled, wanted)
+        scaled.masked_fill_(scaled < _where_nucleus(floor, choices), OFF)
+    weights = scaled.exp_()
     if any(choice.min_p for choice in choices):
         weights *= weights >= _column(weights, [choice.min_p or 0.0 for choice in choices])
     if rest := -board.size % BLOCK:

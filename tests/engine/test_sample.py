@@ -13,7 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mirada.engine import guide as guides
-from mirada.engine.sample import Board, Choice, Chooser, Tally, draw, edit, logprobs, pick
+from mirada.engine.sample import (
+    BINS,
+    FINE,
+    Board,
+    Choice,
+    Chooser,
+    Tally,
+    draw,
+    edit,
+    logprobs,
+    nucleus_by_bins,
+    nucleus_by_sort,
+    pick,
+)
 from mirada.errors import RequestFailed
 from mirada.types import Sampling
 
@@ -120,6 +133,41 @@ def test_a_nucleus_wider_than_what_is_looked_at_first():
     for uniform in (0.02, 0.5, 0.98):
         choice = Choice(1.0, top_p=0.9, uniform=uniform)
         assert drawn(logits, [choice]) == [drawn_plainly(logits[0].double().tolist(), choice)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    size=st.sampled_from([1, 7, 300, 5000]),
+    spread=st.sampled_from([0.0, 1e-3, 0.5, 3.0, 40.0, 1e4]),
+    steps=st.sampled_from([None, 2, 16]),
+    shut=st.sampled_from([0.0, 0.5, 0.99]),
+    shares=st.lists(st.one_of(st.sampled_from([0.0, 1e-9, 0.5, 0.999999]), st.floats(0, 0.99999)), min_size=1, max_size=3),
+)
+def test_a_nucleus_cut_by_bins_is_that_of_a_full_sort(seed, size, spread, steps, shut, shares):
+    """Flat and steep, with ties (rounded to ``steps`` to the unit) and with impossible tokens."""
+    random = torch.Generator().manual_seed(seed)
+    logits = torch.randn(len(shares), size, generator=random) * spread
+    if steps:
+        logits = (logits * steps).round() / steps
+    logits[:, 1:].masked_fill_(torch.rand(len(shares), size - 1, generator=random) < shut, float("-inf"))
+    scaled = logits - logits.amax(-1, keepdim=True)
+    assert torch.equal(nucleus_by_bins(scaled, shares), nucleus_by_sort(scaled, shares))
+
+
+def test_all_of_a_nucleus_may_lie_below_the_bins():
+    scaled = torch.cat((torch.zeros(1), torch.arange(5000) * -1e-3 - 2 * BINS / FINE))[None]
+    for share in (0.5, 1 - 1e-30):
+        assert torch.equal(nucleus_by_bins(scaled, [share]), nucleus_by_sort(scaled, [share]))
+
+
+def test_a_large_nucleus_sorts_no_vocabulary(monkeypatch):
+    """And is read once: what bounds the time of a flat distribution."""
+    sizes, sort, topk = [], torch.Tensor.sort, torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "sort", lambda x, *a, **o: sizes.append(x.shape[-1]) or sort(x, *a, **o))
+    monkeypatch.setattr(torch.Tensor, "topk", lambda x, *a, **o: sizes.append(a[0]) or topk(x, *a, **o))
+    drawn(rows(2, 1, spread=0.5, vocabulary=40_000), [Choice(1.0, top_p=0.9, uniform=0.5)])
+    assert max(sizes) < 1000, sizes
 
 
 def test_draws_follow_the_distribution():
