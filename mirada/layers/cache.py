@@ -7,6 +7,7 @@ side, or two where it is kept as int8 (values, scales).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -97,7 +98,7 @@ class Store(Protocol):
         ...
 
 
-class Cache:
+class Cache(ABC):
     """What slabs and pages share: sides and planes, devices, and bytes, which never exceed ``budget``.
 
     Where a sequence stands is said by the batch (``past``, ``lengths``), not remembered here, so writing again from an
@@ -141,9 +142,9 @@ class Cache:
         self.devices = tuple(devices)
 
     @property
+    @abstractmethod
     def num_open(self) -> int:
         """Slots that are in use."""
-        raise NotImplementedError
 
     @property
     def bytes_per_token(self) -> int:
@@ -160,38 +161,38 @@ class Cache:
         """Bytes that may yet be held; None without a budget."""
         return None if self.budget is None else self.budget - self.bytes_held
 
+    @abstractmethod
     def capacity(self, tokens: int) -> int:
         """Tokens that there is room for once ``tokens`` are written."""
-        raise NotImplementedError
 
     def bytes_for(self, tokens: int) -> int:
         """Bytes that a sequence of ``tokens`` tokens holds, exactly, however it came to that length."""
         return self.capacity(tokens) * self.bytes_per_token
 
+    @abstractmethod
     def growth_bytes(self, slot: int, tokens: int) -> int:
         """Bytes that will be held more once ``slot`` has ``tokens`` tokens: exact, 0 where they fit into what it has."""
-        raise NotImplementedError
 
+    @abstractmethod
     def allocate(self, slot: int) -> None:
         """Open ``slot`` for a new sequence. Raises ValueError if it is in use."""
-        raise NotImplementedError
 
+    @abstractmethod
     def grow(self, slot: int, tokens: int) -> None:
         """Make room for ``tokens`` tokens before they are computed. Raises OutOfMemory, and has then changed nothing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def free(self, slot: int) -> None:
         """Give back all memory of ``slot``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, layer: int, slot: int, past: int, *new: Tensor) -> tuple[Any, ...]:
         """Store each side's ``new`` [n, heads, width] after ``past`` tokens; all so far [heads, past + n, width] of each,
         as a tensor or ``Quantised``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def store(self, most: int, block: int) -> Store:
         """Where blocks of about ``block`` tokens outlive their sequence, ``most`` bytes of them."""
-        raise NotImplementedError
 
     def _take(self, size: int) -> None:
         """Count ``size`` more bytes as held; OutOfMemory beyond the budget."""
@@ -352,8 +353,8 @@ class CopyStore:
         self._arena = [torch.empty((*shape, h, self.block, w), dtype=dtype) for h, w, dtype in self._cache.planes]
 
 
-class SlabCache(Slabs):
-    """Keys and values in slabs [K, capacity, d]."""
+class KeysAndValues(Cache):
+    """Sides of a cache for attention by groups of query heads; a layout of them comes beside it."""
 
     def __init__(
         self,
@@ -364,10 +365,15 @@ class SlabCache(Slabs):
         device: torch.device | str = "cpu",
         kv: str = "auto",
         budget: int | None = None,
+        **layout: Any,
     ) -> None:
-        super().__init__(num_layers, ((num_kv_heads, head_dim),) * 2, dtype, device, kv, budget)
+        super().__init__(num_layers, ((num_kv_heads, head_dim),) * 2, dtype, device, kv, budget, **layout)
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
+
+
+class SlabCache(KeysAndValues, Slabs):
+    """Keys and values in slabs [K, capacity, d]."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float, kind: str = DEFAULT) -> Tensor:
         """See KVCache. Each sequence is attended by itself, so its result cannot depend on its batch mates."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mirada.layers.cache import Slabs
+from mirada.layers.cache import Cache, Slabs
 from mirada.layers.kv_int8 import Quantised
 
 if TYPE_CHECKING:
@@ -20,20 +20,9 @@ Rows = Tensor | Quantised
 """Latents of one sequence [S, W]."""
 
 
-class Extends:
-    """``extend`` by ``write``, for latents."""
-
-    def extend(self: Any, layer: int, rows: Tensor, batch: Batch) -> list[Rows]:
-        """Keep the new ``rows`` [T, W]; of each sequence all rows so far [S, W], as views where the layout allows."""
-        made: list[Rows] = []
-        for new, past, slot in zip(rows[:, None].split(batch.lengths), batch.past, batch.slots, strict=True):
-            (side,) = self.write(layer, slot, past, new)
-            made.append(Quantised(side.values[0], side.scales[0], side.parts) if isinstance(side, Quantised) else side[0])
-        return made
-
-
-class LatentCache(Extends, Slabs):
-    """One row of W = ``latent_dim`` + ``rope_dim`` values per token and layer, whatever the number of heads.
+class Latents(Cache):
+    """One row of W = ``latent_dim`` + ``rope_dim`` values per token and layer, whatever the number of heads; a layout of them
+    comes beside it.
 
     A row is the normalised latent, then the rotated key that all heads share (DeepSeek-V2, arXiv 2405.04434, 2.1). As int8
     each of the two has a scale: their magnitudes have nothing in common.
@@ -48,7 +37,21 @@ class LatentCache(Extends, Slabs):
         device: torch.device | str = "cpu",
         kv: str = "auto",
         budget: int | None = None,
+        **layout: Any,
     ) -> None:
-        super().__init__(num_layers, ((1, latent_dim + rope_dim),), dtype, device, kv, budget, (latent_dim, rope_dim))
+        sides, parts = ((1, latent_dim + rope_dim),), (latent_dim, rope_dim)
+        super().__init__(num_layers, sides, dtype, device, kv, budget, parts, **layout)
         self.latent_dim = latent_dim
         self.rope_dim = rope_dim
+
+    def extend(self, layer: int, rows: Tensor, batch: Batch) -> list[Rows]:
+        """Keep the new ``rows`` [T, W]; of each sequence all rows so far [S, W], as views where the layout allows."""
+        made: list[Rows] = []
+        for new, past, slot in zip(rows[:, None].split(batch.lengths), batch.past, batch.slots, strict=True):
+            (side,) = self.write(layer, slot, past, new)
+            made.append(Quantised(side.values[0], side.scales[0], side.parts) if isinstance(side, Quantised) else side[0])
+        return made
+
+
+class LatentCache(Latents, Slabs):
+    """Latents in slabs [1, capacity, W]."""

@@ -15,9 +15,9 @@ from torch import Tensor
 from mirada.errors import OutOfMemory, SettingsError
 from mirada.layers import fused
 from mirada.layers.attention import DEFAULT
-from mirada.layers.cache import Cache, Store
+from mirada.layers.cache import Cache, KeysAndValues, Store
 from mirada.layers.kv_int8 import Quantised
-from mirada.layers.latent_cache import Extends
+from mirada.layers.latent_cache import Latents
 from mirada.layers.past import attend_one
 
 if TYPE_CHECKING:
@@ -246,23 +246,8 @@ class SharedStore:
         self._cache._settle(handle)
 
 
-class PagedCache(Pages):
+class PagedCache(KeysAndValues, Pages):
     """Keys and values in pages [page, K, d]."""
-
-    def __init__(
-        self,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        kv: str = "auto",
-        budget: int | None = None,
-        page: int = PAGE,
-    ) -> None:
-        super().__init__(num_layers, ((num_kv_heads, head_dim),) * 2, dtype, device, kv, budget, page=page)
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float, kind: str = DEFAULT) -> Tensor:
         """See KVCache. All new tokens are written at once; a step of decoding is one call of a kernel where there is one."""
@@ -300,24 +285,8 @@ def _floats(side: Any) -> Tensor:
     return side.to(torch.float32) if isinstance(side, Quantised) else side
 
 
-class PagedLatentCache(Extends, Pages):
-    """Latents in pages [page, 1, W]; see ``LatentCache``."""
-
-    def __init__(
-        self,
-        num_layers: int,
-        latent_dim: int,
-        rope_dim: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        kv: str = "auto",
-        budget: int | None = None,
-        page: int = PAGE,
-    ) -> None:
-        sides, parts = ((1, latent_dim + rope_dim),), (latent_dim, rope_dim)
-        super().__init__(num_layers, sides, dtype, device, kv, budget, parts, page=page)
-        self.latent_dim = latent_dim
-        self.rope_dim = rope_dim
+class PagedLatentCache(Latents, Pages):
+    """Latents in pages [page, 1, W]."""
 
     def decodes(self, batch: Batch, q: Tensor) -> bool:
         """Whether a step is attended by ``attend_kept``: one new token each, and a kernel or a fixed batch."""

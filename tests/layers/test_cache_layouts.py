@@ -14,7 +14,7 @@ from mirada.layers import cache as module
 from mirada.layers import mla as mla_module
 from mirada.layers import paged as paged_module
 from mirada.layers import past as past_module
-from mirada.layers.cache import SlabCache, make_cache
+from mirada.layers.cache import Cache, SlabCache, make_cache
 from mirada.layers.kv_int8 import Quantised, quantise
 from mirada.layers.latent_cache import LatentCache
 from mirada.layers.mla import MLA, LatentSizes
@@ -372,3 +372,11 @@ def test_kept_pages_give_way_to_sequences():
 def test_latent_pages_are_one_row_wide():
     cache = PagedLatentCache(3, 12, 4, budget=1 << 20)
     assert cache.pools(2)[0].shape[2:] == (1, 16) and cache.bytes_per_token == 3 * 16 * 4
+
+
+def test_a_layout_that_lacks_something_is_not_made():
+    class Half(Cache):
+        def free(self, slot: int) -> None: ...
+
+    with pytest.raises(TypeError, match="capacity"):
+        Half(1, ((1, 1),), torch.float32, "cpu")
