@@ -18,6 +18,7 @@ from mirada.errors import SettingsError
 from mirada.serve import log
 from mirada.serve.app import create_app
 from mirada.serve.guard import Gate
+from mirada.serve.protocol import timed
 from mirada.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, settings: ServeSettings, ready: Callable[[str], None] | None, sock: socket.socket) -> None:
         config = uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=IDLE_SECONDS,
-            timeout_graceful_shutdown=5, lifespan="off", http="h11",
+            timeout_graceful_shutdown=5, lifespan="off", http=timed(settings),
             ws="websockets-sansio", ws_max_size=WS_MESSAGE_BYTES,
             h11_max_incomplete_event_size=64 * 1024,
         )  # fmt: skip

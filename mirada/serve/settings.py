@@ -35,6 +35,11 @@ class ServeSettings:
     """Largest body of one request."""
     max_bodies_bytes: int = 512 * MB
     """Bodies of all requests under way together; what does not fit is answered 429."""
+    max_connections: int = 512
+    """Connections that are open at once, idle ones included; for one more, the one closes that has waited longest without a
+    whole request."""
+    header_seconds: float = 20.0
+    """In which the head of a request must have arrived."""
     body_seconds: float = 60.0
     """In which a body must have arrived."""
     send_seconds: float = 60.0
@@ -43,7 +48,10 @@ class ServeSettings:
     """How long requests under way may take to end once the server was told to stop."""
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "max_requests", "max_body_bytes", "max_bodies_bytes", "body_seconds", "send_seconds"):
+        for name in (
+            "max_tokens", "max_requests", "max_body_bytes", "max_bodies_bytes", "max_connections", "header_seconds",
+            "body_seconds", "send_seconds",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise SettingsError(f"server setting {name}={value!r} is out of range", "give a number above 0")

@@ -1,0 +1,127 @@
+"""One connection: uvicorn's, with clocks.
+
+uvicorn itself waits without bound for the rest of a request's head, for the rest of a body that nobody reads (of a request
+that was refused), and for a client to take what was sent to it. A few hundred such clients would hold all connections there
+may be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from mirada.serve import log
+from mirada.serve.errors import HttpError, error_reply
+from mirada.serve.settings import ServeSettings
+
+
+def timed(settings: ServeSettings) -> type[H11Protocol]:
+    """The class of connections under ``settings``, as uvicorn wants it."""
+    return type("Timed", (_Timed,), {"settings": settings})
+
+
+class _Timed(H11Protocol):
+    """Between two requests, and before the first, the head of the next must be whole within ``header_seconds``. What is sent
+    must be taken within ``send_seconds`` of the moment when no more fits. Of too many connections the one goes that has kept
+    its request waiting longest."""
+
+    settings: ServeSettings
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._head, self._taking = _Clock(self.loop, self._late), _Clock(self.loop, self._stuck)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._head.start(self.settings.header_seconds)
+        if len(self.connections) > self.settings.max_connections:
+            self._make_room()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head.stop()
+        self._taking.stop()
+        super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        before = self.cycle
+        super().handle_events()
+        if self.cycle is not before:
+            self._head.stop()
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        self._head.stop()
+        super().handle_websocket_upgrade(event)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete:  # else the next request was there already
+            self._head.start(self.settings.header_seconds)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._taking.start(self.settings.send_seconds)
+
+    def resume_writing(self) -> None:
+        self._taking.stop()
+        super().resume_writing()
+
+    @property
+    def waits_since(self) -> float | None:
+        """When it began to wait for a request, on the loop's clock; None while one is under way."""
+        return self._head.since
+
+    def _make_room(self) -> None:
+        waiting = [one for one in self.connections if isinstance(one, _Timed) and one.waits_since is not None]
+        oldest = min(waiting, key=lambda one: one.waits_since or 0.0)  # this one waits too
+        log.event("connections_full", logging.WARNING, open=len(self.connections), client=oldest.client and oldest.client[0])
+        oldest.transport.abort()
+
+    def _late(self) -> None:
+        """No request came, or not all of its head."""
+        if self.transport.is_closing():  # what was sent last has not been taken
+            self.transport.abort()
+            return
+        if self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:
+            log.event("slow_head", client=self.client and self.client[0])
+            self._refuse()
+        self.transport.close()
+        self._head.start(self.settings.header_seconds)
+
+    def _refuse(self) -> None:
+        seconds = self.settings.header_seconds
+        said = error_reply(HttpError(408, f"the head of the request did not arrive within {seconds:g} s", code="head_timeout"))
+        headers = [*said.raw_headers, (b"connection", b"close")]
+        for event in (
+            h11.Response(status_code=408, headers=headers, reason=b"Request Timeout"),
+            h11.Data(data=bytes(said.body)),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+
+    def _stuck(self) -> None:
+        """It does not take what is sent to it: closing would wait for that."""
+        log.event("client_does_not_read", client=self.client and self.client[0])
+        self.transport.abort()
+
+
+class _Clock:
+    """Calls once, some seconds after it was last started."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+        self._loop, self._call = loop, call
+        self._timer: asyncio.TimerHandle | None = None
+        self.since: float | None = None
+
+    def start(self, seconds: float) -> None:
+        self.stop()
+        self.since = self._loop.time()
+        self._timer = self._loop.call_later(seconds, self._call)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.since = None
