@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,31 +27,39 @@ def run(
     missing = [name for name in NEEDS if find_spec(name) is None]
     if missing:
         raise NotAvailable(f"serving needs {', '.join(missing)}", "run: pip install mirada[serve]")
+    import mirada
     from mirada.serve import run as server
     from mirada.serve.settings import find_keys
 
     named = _named(models or ["mini"])
     more = {"api_keys": find_keys(tuple(keys), key_file), "host": host, "port": port}
-    settings, engine = _settings(config, more)
+    settings, engine, limits = _settings(config, more)
     root = _root(media_root)
+    limits = replace(limits, allow_files=root is not None, file_root=root, allow_private=private_media)
     sock = server.listen(settings)
     try:
-        opened = {name: _open(path, device, root, private_media, engine) for name, path in named.items()}
+        opened = {name: mirada.VLM(path, device=device, limits=limits, engine=engine) for name, path in named.items()}
         server.serve(opened, settings, lambda address: _say(address, next(iter(named)), bool(settings.api_keys)), sock)
     finally:
         sock.close()
 
 
-def _settings(config: str | None, more: dict[str, Any]) -> tuple[Any, Any]:
-    """``ServeSettings`` of a yaml file, under what was given as options, and the ``EngineSettings`` of its ``engine``."""
+def _settings(config: str | None, more: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """``ServeSettings`` of a yaml file, under what was given as options, the ``EngineSettings`` of its ``engine`` and the
+    ``FetchLimits`` of its ``media``; where files may lie is said by the options alone."""
     from mirada.config import parse, read_yaml
     from mirada.engine.settings import EngineSettings
+    from mirada.media.fetch import FetchLimits
     from mirada.serve.settings import ServeSettings
 
     given = read_yaml(config) if config else {}
     keys = (*more.pop("api_keys"), *given.pop("api_keys", ()))
     engine = parse(EngineSettings, given.pop("engine", None) or {}, f"engine in {config}")
-    return parse(ServeSettings, {**more, **given, "api_keys": keys}, config or "server settings"), engine
+    media = given.pop("media", None) or {}
+    if isinstance(media, dict) and (own := sorted(media.keys() & {"allow_files", "file_root", "allow_private"})):
+        raise SettingsError(f"{own[0]} has no place under media in {config}", "use --media-root and --private-media")
+    limits = parse(FetchLimits, media, f"media in {config}")
+    return parse(ServeSettings, {**more, **given, "api_keys": keys}, config or "server settings"), engine, limits
 
 
 def _named(models: list[str]) -> dict[str, str]:
@@ -74,16 +83,6 @@ def _root(media_root: str | None) -> Path | None:
     if not Path(media_root).is_dir():
         raise SettingsError(f"--media-root {media_root!r} is no folder", "give the folder whose files may be read")
     return Path(media_root).resolve()
-
-
-def _open(model: str, device: str | None, root: Path | None, private_media: bool, engine: Any) -> Any:
-    from dataclasses import replace
-
-    import mirada
-    from mirada.media.fetch import FetchLimits
-
-    limits = replace(FetchLimits.serving(root), allow_private=private_media)
-    return mirada.VLM(model, device=device, limits=limits, engine=engine)
 
 
 def _say(address: str, model: str, keyed: bool) -> None:
