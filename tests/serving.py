@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+from oracle import problems
 from PIL import Image
 
 KEY = "sk-of-the-tests"
@@ -26,6 +28,13 @@ class Running:
     url: str
     folder: Path
     log: Path
+    judged: int = 0
+    """Bytes of the answers on record that were judged."""
+
+    def judge(self) -> None:
+        """AssertionError for answers since the last time that OpenAI's document does not allow."""
+        found, self.judged = problems(self.folder / "answers.jsonl", self.judged)
+        assert not found, "\n".join(found[:20])
 
     def get(self, path: str) -> httpx.Response:
         return httpx.get(self.url + path, headers={"Authorization": f"Bearer {KEY}"}, timeout=30)
@@ -47,13 +56,15 @@ def start(folder: Path, *words: str, log: str = "log.txt"):
     with path.open("w") as err:
         process = subprocess.Popen(
             [sys.executable, "-W", "error", Path(__file__).parent / "serve" / "server.py", folder, *words],
-            stdout=subprocess.PIPE, stderr=err, text=True,
+            stdout=subprocess.PIPE, stderr=err, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
         )  # fmt: skip
     try:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
         assert url.startswith("http://127.0.0.1:"), path.read_text()
-        yield Running(process, url, folder, path)
+        running = Running(process, url, folder, path)
+        yield running
+        running.judge()
     finally:
         process.kill()
         process.wait()

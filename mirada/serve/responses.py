@@ -216,9 +216,10 @@ class Items:
             "output": list(self._done), "parallel_tool_calls": True, "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None, **(body.get("reasoning") or {})}, "store": False,
             "temperature": sampling.temperature, "text": body.get("text") or {"format": {"type": "text"}},
-            "tool_choice": body.get("tool_choice") or "auto", "tools": body.get("tools") or [],
+            "tool_choice": body.get("tool_choice") or "auto",
+            "tools": [{"parameters": None, "strict": None, **tool} for tool in body.get("tools") or ()],
             "top_p": 1.0 if sampling.top_p is None else sampling.top_p, "truncation": "disabled",
-            "usage": None if output is None else _usage([output]), "metadata": body.get("metadata") or {},
+            "metadata": body.get("metadata") or {}, **({} if output is None else {"usage": _usage([output])}),
         }  # fmt: skip
 
     def _grow(self, kind: str, text: str) -> bytes:

@@ -18,6 +18,13 @@ def server(tmp_path_factory):
         yield running
 
 
+@pytest.fixture(autouse=True)
+def _every_answer_is_judged(request):
+    yield
+    if "server" in request.fixturenames:
+        request.getfixturevalue("server").judge()
+
+
 @pytest.fixture(scope="session")
 def client(server):
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60) as made:

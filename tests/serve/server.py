@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from oracle import Recorder
+
 import mirada
 from mirada.engine.guide import allow
 from mirada.media.fetch import FetchLimits
-from mirada.serve import ServeSettings, serve
+from mirada.serve import ServeSettings, run, serve
 
 TEMPLATE = (
     "{%- if tools -%}{{- '<|im_start|>system\\n' -}}{%- for tool in tools -%}{{- tool | tojson -}}{%- endfor -%}"
@@ -61,6 +63,18 @@ def make_echo(folder: Path) -> Path:
     return made
 
 
+def record(file: Path) -> None:
+    """Have the application of ``serve`` write down its answers, for ``oracle`` to judge."""
+    make = run.create_app
+
+    def recorded(*given):
+        app = make(*given)
+        app.add_middleware(Recorder, file=file)
+        return app
+
+    run.create_app = recorded
+
+
 def main(folder: str, *keys: str) -> None:
     root = Path(folder)
     limits = replace(FetchLimits.serving(root), allow_private=True)
@@ -70,6 +84,7 @@ def main(folder: str, *keys: str) -> None:
         "echo": Echo(make_echo(root), limits=limits, engine=engine),
     }
     settings = ServeSettings(port=0, api_keys=keys, drain_seconds=20)
+    record(root / "answers.jsonl")
     serve(models, settings, lambda address: print(address, flush=True))
 
 
