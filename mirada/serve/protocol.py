@@ -25,16 +25,21 @@ def timed(settings: ServeSettings) -> type[H11Protocol]:
     return type("Timed", (_Timed,), {"settings": settings})
 
 
+LEAST_TAKEN = 64 << 10
+"""Bytes that a client must take in ``send_seconds``, if so many wait for it."""
+
+
 class _Timed(H11Protocol):
-    """Between two requests, and before the first, the head of the next must be whole within ``header_seconds``. What is sent
-    must be taken within ``send_seconds`` of the moment when no more fits. Of too many connections the one goes that has kept
-    its request waiting longest."""
+    """Between two requests, and before the first, the head of the next must be whole within ``header_seconds``. Of what is sent
+    some must be taken in every ``send_seconds``, from the moment when no more fits. Of too many connections the one goes that
+    has kept its request waiting longest."""
 
     settings: ServeSettings
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
-        self._head, self._taking = _Clock(self.loop, self._late), _Clock(self.loop, self._stuck)
+        self._head, self._taking = _Clock(self.loop, self._late), _Clock(self.loop, self._check_taken)
+        self._untaken = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -64,7 +69,7 @@ class _Timed(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._taking.start(self.settings.send_seconds)
+        self._watch_taking()
 
     def resume_writing(self) -> None:
         self._taking.stop()
@@ -83,14 +88,15 @@ class _Timed(H11Protocol):
 
     def _late(self) -> None:
         """No request came, or not all of its head."""
-        if self.transport.is_closing():  # what was sent last has not been taken
-            self.transport.abort()
+        self._head.start(self.settings.header_seconds)
+        if self.transport.get_write_buffer_size():  # it may still be at the reply before
+            if self._taking.since is None:
+                self._watch_taking()
             return
-        if self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:
+        if not self.transport.is_closing() and self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:
             log.event("slow_head", client=self.client and self.client[0])
             self._refuse()
         self.transport.close()
-        self._head.start(self.settings.header_seconds)
 
     def _refuse(self) -> None:
         seconds = self.settings.header_seconds
@@ -102,10 +108,18 @@ class _Timed(H11Protocol):
         ):
             self.transport.write(self.conn.send(event) or b"")
 
-    def _stuck(self) -> None:
-        """It does not take what is sent to it: closing would wait for that."""
-        log.event("client_does_not_read", client=self.client and self.client[0])
-        self.transport.abort()
+    def _watch_taking(self) -> None:
+        self._untaken = self.transport.get_write_buffer_size()
+        self._taking.start(self.settings.send_seconds)
+
+    def _check_taken(self) -> None:
+        """Closing would wait without bound for a client that does not take what is sent to it."""
+        left = self.transport.get_write_buffer_size()
+        if left and left > self._untaken - LEAST_TAKEN:
+            log.event("client_does_not_read", client=self.client and self.client[0])
+            self.transport.abort()
+        elif left:
+            self._watch_taking()
 
 
 class _Clock:
