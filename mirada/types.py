@@ -6,7 +6,7 @@ Shapes and units are said beside each field. Media stay references (``Image.sour
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal, Protocol
@@ -71,6 +71,18 @@ class ToolCall:
     name: str
     arguments: str
     id: str = ""
+
+
+def joined_calls(pieces: Iterable[ToolCall]) -> tuple[ToolCall, ...]:
+    """Tool calls, or pieces of them in order, with every piece that has no name added to the call before it (the first may
+    go on with one of an earlier list, and is then left as it is)."""
+    calls: list[tuple[ToolCall, list[str]]] = []
+    for piece in pieces:
+        if calls and not piece.name:
+            calls[-1][1].append(piece.arguments)
+        else:
+            calls.append((piece, [piece.arguments]))
+    return tuple(call if len(arguments) == 1 else ToolCall(call.name, "".join(arguments), call.id) for call, arguments in calls)
 
 
 Part = Text | Image | Video | ToolCall
@@ -288,8 +300,38 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Annotation:
+    """A box, a point or an outline that an answer names, in pixels of the original, upright picture and never outside it.
+
+    ``points``: (x, y) from the top left corner; of a box its top left and bottom right, of a polygon its corners in order.
+    """
+
+    kind: Literal["box", "point", "polygon"]
+    points: tuple[tuple[float, float], ...]
+    label: str = ""
+    media: Literal["image", "video"] = "image"
+    index: int = 0
+    """Which picture (or which video, counted apart) of the chat, from 0, all turns together."""
+    size: tuple[int, int] = (0, 0)
+    """(width, height) of the original picture, or of the video's frames."""
+    resized: tuple[int, int] = (0, 0)
+    """(width, height) to which the model's own rule resized it."""
+    time: tuple[float, float] | None = None
+    """Seconds of the video, from and to, where the answer says any."""
+    chosen: Literal["only", "named", "last"] = "only"
+    """Why this picture: there was no other, the answer named it, or it was the last of several."""
+    start: int = 0
+    end: int = 0
+    """Characters ``start`` to ``end`` of the answer's text say it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of a reply. Concatenated ``text`` is the answer, ``reasoning`` what came before it."""
+    """A piece of a reply. Concatenated ``text`` is the answer, ``reasoning`` what came before it.
+
+    A tool call may come in pieces: one with its name and perhaps the beginning of its arguments, then some without a name that
+    hold what follows; ``joined_calls`` puts them together.
+    """
 
     text: str = ""
     reasoning: str = ""
@@ -297,6 +339,8 @@ class Delta:
     logprobs: tuple[Logprob, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
     finish: Finish | None = None
+    annotations: tuple[Annotation, ...] = ()
+    """Boxes and points that this piece of the answer completes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +358,8 @@ class Output:
     """The generated text before it was parsed into reasoning, answer and tool calls."""
     notes: tuple[str, ...] = ()
     """What was done to the media on the caller's behalf: turned upright, clamped, shrunk, corrected."""
+    annotations: tuple[Annotation, ...] = ()
+    """Boxes and points that the answer names."""
 
 
 class Handle(Protocol):

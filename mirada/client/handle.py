@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from mirada.errors import MiradaError, ReplyTimeout
-from mirada.types import Delta, Message, Output, Text, ToolCall, Usage
+from mirada.types import Delta, Message, Output, Text, ToolCall, Usage, joined_calls
 
 Listener = Callable[[bool], None]
 """Called by whoever makes a reply when it has news; the flag says that they were the last."""
@@ -209,8 +209,9 @@ def join(deltas: Iterable[Delta]) -> Delta:
         reasoning="".join(d.reasoning for d in deltas),
         tokens=tuple(token for d in deltas for token in d.tokens),
         logprobs=tuple(logprob for d in deltas for logprob in d.logprobs),
-        tool_calls=tuple(call for d in deltas for call in d.tool_calls),
+        tool_calls=joined_calls(call for d in deltas for call in d.tool_calls),
         finish=next((d.finish for d in reversed(deltas) if d.finish), None),
+        annotations=tuple(annotation for d in deltas for annotation in d.annotations),
     )
 
 
@@ -233,4 +234,5 @@ def fold(
         usage=usage or Usage(),
         metrics=metrics or {},
         raw=raw,
+        annotations=whole.annotations,
     )

@@ -139,17 +139,48 @@ KIMI_TEMPLATE = """\
         {%- endif %}
     {%- endfor %}
 {%- endmacro %}
+{%- set seen = namespace(calls=0) %}
+{%- macro name_of_call(id, before) %}
+    {%- set found = namespace(number=-1, name=id) %}
+    {%- for message in messages[:before] %}
+        {%- for call in message.tool_calls or [] %}
+            {%- set found.number = found.number + 1 %}
+            {%- if call.id == id %}
+                {%- set found.name = "functions." ~ call.function.name ~ ":" ~ found.number %}
+            {%- endif %}
+        {%- endfor %}
+    {%- endfor %}
+    {{- found.name }}
+{%- endmacro %}
+{%- if tools %}
+    {{- "<|im_system|>tool_declare<|im_middle|>" ~ (tools | tojson(separators=(",", ":"))) ~ "<|im_end|>" }}
+{%- endif %}
 {%- if messages and messages[0].role != "system" %}
     {{- "<|im_system|>system<|im_middle|>You are a helpful assistant<|im_end|>" }}
 {%- endif %}
 {%- for message in messages %}
-    {%- if message.role not in ("system", "user", "assistant") %}
+    {%- if message.role not in ("system", "user", "assistant", "tool") %}
         {{- raise_exception("Kimi-VL has no turns of the role " ~ message.role) }}
     {%- endif %}
-    {{- "<|im_" ~ message.role ~ "|>" ~ message.role ~ "<|im_middle|>" }}
+    {%- if message.role == "tool" %}
+        {{- "<|im_system|>tool<|im_middle|>## Return of " ~ name_of_call(message.tool_call_id or "", loop.index0) ~ "\\n" }}
+    {%- else %}
+        {{- "<|im_" ~ message.role ~ "|>" ~ message.role ~ "<|im_middle|>" }}
+    {%- endif %}
     {{- write(message.content) }}
+    {%- if message.tool_calls %}
+        {{- "<|tool_calls_section_begin|>" }}
+        {%- for call in message.tool_calls %}
+            {{- "<|tool_call_begin|>functions." ~ call.function.name ~ ":" ~ seen.calls ~ "<|tool_call_argument_begin|>" }}
+            {{- call.function.arguments if call.function.arguments is string else call.function.arguments | tojson }}
+            {{- "<|tool_call_end|>" }}
+            {%- set seen.calls = seen.calls + 1 %}
+        {%- endfor %}
+        {{- "<|tool_calls_section_end|>" }}
+    {%- endif %}
     {{- "<|im_end|>" }}
 {%- endfor %}
 {{- "<|im_assistant|>assistant<|im_middle|>" if add_generation_prompt }}
 """
-"""Kimi-VL: pictures and text; thoughts of earlier turns stand in their text (SGLang ``conversation.py``, kimi-vl)."""
+"""Kimi-VL: pictures and text; thoughts of earlier turns stand in their text (SGLang ``conversation.py``, kimi-vl). Tools, calls
+and their results stand as Kimi-K2's own template writes them; calls are numbered through the chat."""

@@ -54,12 +54,19 @@ class PromptFormat:
     analysis: Tags = Tags("<analysis>", "</analysis>")
     answer: Tags = Tags("<answer>", "</answer>")
     tool_call: Tags = Tags("<tool_call>", "</tool_call>")
+    call_arguments: str = ""
+    """Stands between a call's name and its arguments; where the family has none, a call is JSON that holds both."""
+    call_section: Tags = Tags("", "")
+    """Around all calls of a reply."""
     markup: tuple[str, ...] = (
         "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>",
         "<|point_start|>", "<|point_end|>", "<|ocr_text_start|>", "<|ocr_text_end|>",
         "<|clip_time_start|>", "<|clip_time_end|>",
     )  # fmt: skip
     """Control strings besides the tags that an assistant's own text may hold (boxes, points, ...). No user's may."""
+
+    clicks: bool = False
+    """Points are said as calls such as ``pyautogui.click(x=0.25, y=0.5)``, in fractions of the picture (``prompt.ground``)."""
 
     thinking_suffix: tuple[tuple[Thinking, str], ...] = (("on", "/think"), ("off", "/no_think"), ("auto", ""))
     """(thinking mode, what is put at the end of the last user text for it)."""
@@ -69,8 +76,9 @@ class PromptFormat:
     @property
     def assistant_strings(self) -> tuple[str, ...]:
         """Control strings that keep their meaning inside an assistant's text."""
-        pairs = (self.think, self.analysis, self.answer, self.tool_call)
-        return tuple(text for tags in pairs for text in (tags.open, tags.close)) + self.markup
+        pairs = (self.think, self.analysis, self.answer, self.tool_call, self.call_section)
+        tags = (*(text for tags in pairs for text in (tags.open, tags.close)), self.call_arguments)
+        return tuple(filter(None, tags)) + self.markup
 
 
 KEYE_PREVIEW = PromptFormat()
@@ -94,9 +102,13 @@ KIMI = PromptFormat(
     think=Tags("◁think▷", "◁/think▷"),
     analysis=_NO_TAGS,
     answer=_NO_TAGS,
-    tool_call=_NO_TAGS,
+    tool_call=Tags("<|tool_call_begin|>", "<|tool_call_end|>"),
+    call_arguments="<|tool_call_argument_begin|>",
+    call_section=Tags("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
     markup=(),
+    clicks=True,
     thinking_suffix=(("auto", ""),),
     template=KIMI_TEMPLATE,
 )
-"""Kimi-VL. Its thinking tags are plain text, of several tokens each; whether a release thinks cannot be asked for."""
+"""Kimi-VL. Its thinking tags are plain text, of several tokens each; whether a release thinks cannot be asked for. Tools are
+written as for Kimi-K2, of the same makers; a vocabulary without tokens for the marks of calls spells them as plain text."""

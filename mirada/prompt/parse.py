@@ -4,8 +4,10 @@ The rules, chosen so that each decision needs no more than a tag's length of wha
 
 - ``<think>`` and ``<analysis>`` open only before any answer text; inside, all is reasoning up to their own closing tag.
 - ``<answer>`` opens only before any answer text; after ``</answer>`` further text belongs to the answer.
-- ``<tool_call>`` opens wherever answer text may stand, and ends at the first ``</tool_call>``; if what is inside is not a
-  JSON object with a name, the whole of it, tags included, is answer text.
+- A tool call (``prompt.calls``) opens wherever answer text may stand, and ends at its first closing tag; if what is inside is
+  no call, the whole of it, tags included, is answer text. Once its name and the beginning of its arguments are read it is a
+  call, and its arguments are told as they are written, be they JSON to the end or not; what then follows in vain is text. Kimi's marks around the calls of a
+  reply are dropped.
 - A tag anywhere else (nested, stray, closing what is not open) is text. What is still open at the end is closed there.
 - White space next to a tag is dropped unless answer text stands on both sides; a reply without tags comes through as it is.
 """
@@ -13,38 +15,47 @@ The rules, chosen so that each decision needs no more than a tag's length of wha
 from __future__ import annotations
 
 import itertools
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
-from mirada.prompt.format import PromptFormat
-from mirada.types import Delta, Message, Text, ToolCall
+from mirada.prompt.calls import JsonCall, MarkedCall
+from mirada.prompt.format import PromptFormat, Tags
+from mirada.types import Delta, Message, Text, ToolCall, joined_calls
 
-State = Literal["start", "text", "answer", "think", "analysis", "call"]
+State = Literal["start", "text", "answer", "think", "analysis", "section", "head", "call"]
+Kind = Literal["think", "analysis", "answer", "call"]
+KINDS: tuple[Kind, ...] = ("think", "analysis", "answer", "call")
 
 
 class Parser:
     """``feed`` text as it comes, ``close`` at the end; the joined deltas are the same however the text was cut.
 
-    ``inside``: the block that the prompt has already opened, if any.
+    ``inside``: the block that the prompt has already opened, if any. ``kinds``: the tags that count, others are text.
+    ``most_calls``: after so many tool calls the reply is ``full``, and what follows is left out.
     """
 
-    def __init__(self, form: PromptFormat, inside: Literal["think", "analysis", "answer"] | None = None) -> None:
-        self._tool = form.tool_call
-        opening: dict[str, State] = {
-            form.think.open: "think",
-            form.analysis.open: "analysis",
-            form.answer.open: "answer",
-            form.tool_call.open: "call",
-        }
+    def __init__(
+        self,
+        form: PromptFormat,
+        inside: Literal["think", "analysis", "answer"] | None = None,
+        kinds: Collection[Kind] = KINDS,
+        most_calls: int | None = None,
+    ) -> None:
+        think, analysis, answer = (_counted(form, kind, kinds) for kind in ("think", "analysis", "answer"))
+        self._tool = _counted(form, "call", kinds)
+        self._marked = bool(form.call_arguments)
+        section = form.call_section if "call" in kinds else _NONE
+        calls: dict[str, State] = {self._tool.open: "head" if self._marked else "call", section.open: "section"}
         self._tags: dict[State, _TagSet] = {
-            "start": _TagSet(opening),
-            "text": _TagSet({form.tool_call.open: "call"}),
-            "answer": _TagSet({form.tool_call.open: "call", form.answer.close: "text"}),
-            "think": _TagSet({form.think.close: "start"}),
-            "analysis": _TagSet({form.analysis.close: "start"}),
-            "call": _TagSet({form.tool_call.close: "start"}),
+            "start": _TagSet({think.open: "think", analysis.open: "analysis", answer.open: "answer", **calls}),
+            "text": _TagSet(calls),
+            "answer": _TagSet({answer.close: "text", **calls}),
+            "think": _TagSet({think.close: "start"}),
+            "analysis": _TagSet({analysis.close: "start"}),
+            "section": _TagSet({section.close: "start", **calls}),
+            "head": _TagSet({self._tool.close: "start", form.call_arguments: "call"}),
+            "call": _TagSet({self._tool.close: "start"}),
         }
         self._closing: dict[State, str] = {"think": form.think.close, "analysis": form.analysis.close}
         self._state: State = inside or "start"
@@ -54,8 +65,12 @@ class Parser:
         """The beginning of what may become a tag."""
         self._space: list[str] = []
         """White space that is dropped if a tag follows."""
-        self._body: list[str] = []
-        """Inside of an open tool call."""
+        self._outer: State = "start"
+        """Where Kimi's section of calls returns to."""
+        self._call: JsonCall | MarkedCall = JsonCall(0)
+        """The tool call that is open."""
+        self._most_calls = most_calls
+        self.full = False
         self._fresh = inside is not None
         """Whether the block that is open has no text yet."""
         self._tagged = inside is not None
@@ -73,7 +88,7 @@ class Parser:
         """What this piece makes certain; perhaps nothing yet."""
         text = self._rest + text
         at = 0
-        while at < len(text):
+        while at < len(text) and not self.full:
             tags = self._tags[self._state]
             if self._state == "start":
                 begin = _skip_space(text, at)
@@ -97,7 +112,7 @@ class Parser:
                 break
             self._tag(tags.leads[match.group()])
             at = match.end()
-        self._rest = text[at:]
+        self._rest = "" if self.full else text[at:]
         return self._taken()
 
     def close(self) -> list[Delta]:
@@ -107,7 +122,7 @@ class Parser:
             if self._state == "start":
                 self._state = "text"
             self._content(rest)
-        if self._state == "call":
+        if self._state in ("head", "call"):
             self._end_call(closed=False)
         if self._space and not self._tagged:
             self._out.append(Delta(text="".join(self._space)))
@@ -116,8 +131,8 @@ class Parser:
 
     def _content(self, text: str) -> None:
         """Text of the present state, with its white space at the end held back."""
-        if self._state == "call":
-            self._body.append(text)
+        if self._state in ("head", "call"):
+            self._tell(self._call.feed(text))
             return
         whole = text.rstrip()
         space = text[len(whole) :]
@@ -141,31 +156,55 @@ class Parser:
 
     def _tag(self, leads: State) -> None:
         """A tag that counts here was read whole."""
-        if self._state == "call":
+        if self._state == "head" and leads == "call":
+            self._name_call()
+        elif self._state in ("head", "call"):
             self._end_call(closed=True)
-            return
-        if leads == "call":
-            # Whether it is a call, and so whether the space before it goes, is known at its end.
-            self._back, self._body = self._state, []
+        elif leads in ("head", "call"):
+            # Whether it is a call, and so whether the space before it goes, is known later.
+            self._back, self._state = self._state, leads
+            self._call = MarkedCall(self._num_calls) if self._marked else JsonCall(self._num_calls)
+        elif leads == "section":
+            self._outer = self._outer if self._state == "section" else self._state
+            self._tagged, self._state = True, leads
+        elif self._state == "section":
+            self._state = self._outer
         else:
             if self._state != "answer":
                 self._space = []
             self._tagged = self._fresh = True
             self._apart = self._reasoned
-        self._state = leads
+            self._state = leads
+
+    def _tell(self, calls: list[ToolCall]) -> None:
+        """Pieces of the open call."""
+        if calls:
+            self._tagged = True
+            self._out += [Delta(tool_calls=(call,)) for call in calls]
+
+    def _name_call(self) -> None:
+        assert isinstance(self._call, MarkedCall)
+        named = self._call.name()
+        if named is not None:
+            self._tell(named)
+            self._state = "call"
+        else:  # it names nothing: this and what follows, to the closing tag, is text
+            self._call.feed(self._tags["head"].tag_of("call"))
 
     def _end_call(self, closed: bool) -> None:
-        body = "".join(self._body)
-        call = read_call(body, self._num_calls)
-        self._state, self._body = self._back, []
-        if call is not None:
+        call = self._call
+        left = call.close()
+        self._state = self._back
+        if left is not None:
+            self._tell(left)
             self._num_calls += 1
-            self._tagged = True
-            self._out.append(Delta(tool_calls=(call,)))
-            return
-        if self._state == "start":
-            self._state = "text"
-        self._content(self._tool.open + body + (self._tool.close if closed else ""))
+            self.full = self._num_calls == self._most_calls
+            text = call.left
+        else:
+            text = self._tool.open + call.text + (self._tool.close if closed else "")
+        if text:
+            self._state = "text" if self._state == "start" else self._state
+            self._content(text)
 
     def _taken(self) -> list[Delta]:
         """The deltas so far, neighbours of one kind joined."""
@@ -191,6 +230,9 @@ class _TagSet:
         ordered = sorted(self.leads, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
 
+    def tag_of(self, state: State) -> str:
+        return next(tag for tag, leads in self.leads.items() if leads == state)
+
     def may_begin(self, text: str, at: int) -> bool:
         """Whether all that follows ``at`` is the beginning of a tag."""
         return len(text) - at < self.longest and any(tag.startswith(text[at:]) for tag in self.leads)
@@ -209,24 +251,12 @@ def _skip_space(text: str, at: int) -> int:
     return at
 
 
-def read_call(body: str, number: int = 0) -> ToolCall | None:
-    """``{"name": ..., "arguments": ...}`` -> ToolCall, or None if it is not that. Arguments may be left out."""
-    try:
-        value = json.loads(body)
-        name, arguments = value["name"], value.get("arguments", {})
-        if not isinstance(name, str) or not name:
-            return None
-        name.encode()
-        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=_has_surrogates(body))
-        text.encode()
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        return None
-    return ToolCall(name, text, f"call_{number}")
+_NONE = Tags("", "")
 
 
-def _has_surrogates(body: str) -> bool:
-    # JSON may escape half a surrogate pair, which no UTF-8 can hold: such arguments stay escaped.
-    return "\\ud" in body.lower()
+def _counted(form: PromptFormat, kind: Kind, kinds: Collection[Kind]) -> Tags:
+    tags = {"think": form.think, "analysis": form.analysis, "answer": form.answer, "call": form.tool_call}
+    return tags[kind] if kind in kinds else _NONE
 
 
 def parse(text: str, form: PromptFormat) -> Message:
@@ -234,8 +264,8 @@ def parse(text: str, form: PromptFormat) -> Message:
     parser = Parser(form)
     deltas = parser.feed(text) + parser.close()
     answer = "".join(delta.text for delta in deltas)
-    calls = [call for delta in deltas for call in delta.tool_calls]
-    parts = ([Text(answer)] if answer else []) + calls
+    calls = joined_calls(call for delta in deltas for call in delta.tool_calls)
+    parts = [*([Text(answer)] if answer else []), *calls]
     return Message("assistant", parts, reasoning="".join(delta.reasoning for delta in deltas))
 
 

@@ -1,6 +1,6 @@
 """OpenAI's chat completions on the wire, and our types; nothing else. Whole bodies are read and written by room ``records``.
 
-A streamed tool call comes in one piece: the parser lets it go when it is whole, for only then is it known to be a call.
+A streamed tool call begins with a chunk that holds its name; chunks with its arguments follow as these are written.
 """
 
 from __future__ import annotations
@@ -101,6 +101,8 @@ class Chunks:
         return self._head() | {"choices": [], "usage": usage_to_openai([output.usage for output in outputs])}
 
     def _call(self, index: int, call: ToolCall) -> dict[str, Any]:
+        if not call.name:  # more of the arguments of the last one
+            return {"index": self._num_calls[index] - 1, "function": {"arguments": call.arguments}}
         number = self._num_calls.get(index, 0)
         self._num_calls[index] = number + 1
         return {"index": number, **call_to_openai(replace(call, id=call_id(self.id, index, number)), number)}

@@ -24,7 +24,7 @@ from mirada.serve.stream import BEAT, EventStream, Pace, beating, unless_gone
 from mirada.types import Delta, Output, ToolCall
 
 _RENAMED = {"max_output_tokens": "max_completion_tokens"}
-_BACK = {"max_completion_tokens": "max_output_tokens", "messages": "input"}
+_BACK = {"max_completion_tokens": "max_output_tokens", "messages": "input", "response_format": "text.format"}
 _KEPT = (
     "model", "stream", "temperature", "top_p", "parallel_tool_calls", "metadata", "user", "service_tier", "safety_identifier",
     "prompt_cache_key", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "stop",
@@ -160,7 +160,9 @@ class Items:
         self._created = int(time.time())
         self._done: list[dict[str, Any]] = []
         self._open: tuple[str, list[str]] | None = None
-        """Kind of the item that grows (message or reasoning), and its text."""
+        """Kind of the item that grows (message, reasoning or call), and its text or arguments."""
+        self._name = ""
+        """Of the call that grows."""
         self._number = -1
 
     def opening(self) -> bytes:
@@ -175,7 +177,7 @@ class Items:
             if text:
                 said += self._grow(kind, text)
         for call in delta.tool_calls:
-            said += self.close() + self._call(call)
+            said += self._call(call)
         return said
 
     def close(self) -> bytes:
@@ -184,6 +186,8 @@ class Items:
             return b""
         kind, texts = self._open
         self._open = None
+        if kind == "call":
+            return self._end_call("".join(texts))
         item = self._item(kind, "".join(texts), "completed")
         at, part = self._at(item), item["content"][0]
         name = "output_text" if kind == "message" else "reasoning_text"
@@ -213,7 +217,7 @@ class Items:
             "status": "in_progress" if output is None else "incomplete" if cut else "completed", "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None, "background": False,
             "instructions": body.get("instructions"), "max_output_tokens": body.get("max_output_tokens"),
-            "output": list(self._done), "parallel_tool_calls": True, "previous_response_id": None,
+            "output": list(self._done), "parallel_tool_calls": body.get("parallel_tool_calls") is not False, "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None, **(body.get("reasoning") or {})}, "store": False,
             "temperature": sampling.temperature, "text": body.get("text") or {"format": {"type": "text"}},
             "tool_choice": body.get("tool_choice") or "auto",
@@ -239,18 +243,33 @@ class Items:
         return said + self._event(f"response.{name}.delta", **at, content_index=0, delta=text, **more)
 
     def _call(self, call: ToolCall) -> bytes:
-        number = len(self._done)
-        item = {
-            "type": "function_call", "id": f"fc_{self.id[5:]}_{number}", "call_id": f"call_{self.id[5:]}_{number}",
-            "name": call.name, "arguments": call.arguments, "status": "completed",
-        }  # fmt: skip
+        """A call begins, or goes on."""
+        said = b""
+        if call.name:
+            said += self.close()
+            self._open, self._name = ("call", []), call.name
+            item = self._call_item("", "in_progress")
+            said += self._event("response.output_item.added", output_index=len(self._done), item=item)
+        assert self._open is not None
+        self._open[1].append(call.arguments)
+        if not call.arguments:
+            return said
+        at = self._at(self._call_item("", ""))
+        return said + self._event("response.function_call_arguments.delta", **at, delta=call.arguments)
+
+    def _end_call(self, arguments: str) -> bytes:
+        item = self._call_item(arguments, "completed")
         at = self._at(item)
-        begun = item | {"arguments": "", "status": "in_progress"}
-        said = self._event("response.output_item.added", output_index=number, item=begun)
-        said += self._event("response.function_call_arguments.delta", **at, delta=call.arguments)
-        said += self._event("response.function_call_arguments.done", **at, name=call.name, arguments=call.arguments)
+        said = self._event("response.function_call_arguments.done", **at, name=self._name, arguments=arguments)
         self._done.append(item)
-        return said + self._event("response.output_item.done", output_index=number, item=item)
+        return said + self._event("response.output_item.done", output_index=at["output_index"], item=item)
+
+    def _call_item(self, arguments: str, status: str) -> dict[str, Any]:
+        number = len(self._done)
+        return {
+            "type": "function_call", "id": f"fc_{self.id[5:]}_{number}", "call_id": f"call_{self.id[5:]}_{number}",
+            "name": self._name, "arguments": arguments, "status": status,
+        }  # fmt: skip
 
     def _item(self, kind: str, text: str, status: str) -> dict[str, Any]:
         number = len(self._done)

@@ -16,7 +16,7 @@ from mirada.prompt.parse import Parser, parse
 from mirada.prompt.render import Renderer
 from mirada.prompt.template import Template
 from mirada.prompt.tokenizer import Tokenizer
-from mirada.types import Image, Message, Text, ToolCall, Video
+from mirada.types import Image, Message, Text, ToolCall, Video, joined_calls
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "kimi_vl" / "tokenizer"
 TOKENIZER = Tokenizer.from_directory(GOLDEN)
@@ -88,16 +88,68 @@ def test_tags_of_thought_are_several_ordinary_tokens() -> None:
     assert "".join(stream.feed([token]) for token in ids) + stream.close() == "◁think▷"
 
 
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+SECTION = "<|tool_calls_section_begin|>{}<|tool_calls_section_end|>"
+CALL = "<|tool_call_begin|>functions.{}:{}<|tool_call_argument_begin|>{}<|tool_call_end|>"
+
+
+def test_tools_calls_and_their_results_are_written_as_for_kimi_k2() -> None:
+    chat = [
+        Message("user", "a"),
+        Message("assistant", ("hm", ToolCall("f", '{"x": 1}', "c1"), ToolCall("g", "{}", "c2"))),
+        Message("tool", "one", tool_call_id="c1"),
+        Message("tool", "two", tool_call_id="c2"),
+        Message("assistant", ToolCall("f", "{}", "c1")),  # a name that was used before
+        Message("tool", "three", tool_call_id="c1"),
+        Message("tool", "four", tool_call_id="other"),
+    ]
+    text = RENDERER.text(chat, tools=TOOLS)
+    results = {"functions.f:0": "one", "functions.g:1": "two"}, {"functions.f:2": "three", "other": "four"}
+    told = ["".join(f"<|im_system|>tool<|im_middle|>## Return of {k}\n{v}<|im_end|>" for k, v in r.items()) for r in results]
+    first, second = CALL.format("f", 0, '{"x": 1}') + CALL.format("g", 1, "{}"), CALL.format("f", 2, "{}")
+    assistant = "<|im_assistant|>assistant<|im_middle|>"
+    assert text == (
+        '<|im_system|>tool_declare<|im_middle|>[{"type":"function","function":{"name":"f","parameters":{"type":"object"}}}]'
+        f"<|im_end|>{HEAD}<|im_user|>user<|im_middle|>a<|im_end|>"
+        f"{assistant}hm{SECTION.format(first)}<|im_end|>{told[0]}"
+        f"{assistant}{SECTION.format(second)}<|im_end|>{told[1]}{assistant}"
+    )
+
+
+KIMI_CALLS = [  # reply, answer, reasoning, (name, arguments)
+    (SECTION.format(CALL.format("f", 0, '{"x": 1}')), "", "", [("f", '{"x": 1}')]),
+    (SECTION.format(CALL.format("f", 0, "{}") + CALL.format("g", 1, "[2]")), "", "", [("f", "{}"), ("g", "[2]")]),
+    ("◁think▷r◁/think▷" + SECTION.format("\n" + CALL.format("f", 0, " {} \n") + "\n"), "", "r", [("f", "{}")]),
+    ("I look. " + SECTION.format(CALL.format("a.b", 12, "{}")) + " so", "I look.  so", "", [("a.b", "{}")]),
+    (CALL.format("f", 0, "{}"), "", "", [("f", "{}")]),  # without a section
+    (SECTION.format("<|tool_call_begin|>f<|tool_call_argument_begin|>1<|tool_call_end|>"), "", "", [("f", "1")]),
+    (SECTION.format(CALL.format("f", 0, "")), "", "", [("f", "{}")]),
+    ("<|tool_calls_section_begin|>" + CALL.format("f", 0, '{"x": "</')[:-17], "", "", [("f", '{"x": "</')]),  # cut off
+    (CALL.format("f", 0, '{"x": 1}')[:-5], "", "", [("f", '{"x": 1}<|tool_call_')]),
+    ("<|tool_call_begin|>functions.f", "<|tool_call_begin|>functions.f", "", []),
+    ("<|tool_call_begin|>f<|tool_call_end|>b", "<|tool_call_begin|>f<|tool_call_end|>b", "", []),
+    ("<|tool_call_begin|> <|tool_call_argument_begin|>{}<|tool_call_end|>",) * 2 + ("", []),
+    ("<|tool_call_begin|><|tool_call_argument_begin|>{<|tool_call_argument_begin|>}<|tool_call_end|>",) * 2 + ("", []),
+    ("a <|tool_call_end|> b", "a <|tool_call_end|> b", "", []),
+    ("◁think▷<|tool_call_begin|>f◁/think▷b", "b", "<|tool_call_begin|>f", []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("reply", "answer", "reasoning", "calls"), KIMI_CALLS)
+def test_calls_are_read_at_every_split_point(reply, answer, reasoning, calls) -> None:
+    made = parse(reply, KIMI)
+    assert (made.text, made.reasoning, [(c.name, c.arguments) for c in made.tool_calls]) == (answer, reasoning, calls)
+    assert [call.id for call in made.tool_calls] == [f"call_{number}" for number in range(len(calls))]
+    for cut in range(len(reply) + 1):
+        parser = Parser(KIMI)
+        deltas = [*parser.feed(reply[:cut]), *parser.feed(reply[cut:]), *parser.close()]
+        found = joined_calls(call for d in deltas for call in d.tool_calls)
+        assert ("".join(d.text for d in deltas), "".join(d.reasoning for d in deltas), found) == (
+            answer, reasoning, made.tool_calls,
+        ), cut  # fmt: skip
+
+
 def test_what_its_chats_do_not_hold() -> None:
-    call = Message("assistant", ToolCall("f", "{}"))
-    for chat, named in (
-        ([Message("user", "a"), call], "no tool calls"),
-        ([Message("tool", "b", tool_call_id="1")], "role tool"),
-    ):
-        with pytest.raises(MessageError, match=named):
-            RENDERER.render(chat)
-    with pytest.raises(MessageError, match="no place for tools"):
-        RENDERER.render([Message("user", "a")], tools=[{"type": "function", "function": {"name": "f"}}])
     with pytest.raises(MessageError, match="frames of a video as pictures"):
         RENDERER.text([Message("user", Video("a.mp4"))])
     with pytest.raises(MessageError, match=r"'on' is unknown.*auto"):
