@@ -188,6 +188,10 @@ class Prompt:
     learn: tuple[bool, ...] = ()
 
 
+FORMS = ("json_schema", "regex", "choice", "grammar")
+"""Settings of ``Sampling`` that say what an answer must look like."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How to choose tokens. ``None`` switches a filter off; temperature 0 is greedy."""
@@ -215,12 +219,24 @@ class Sampling:
     tokens; then it finishes with ``repetition`` (``engine.loops``)."""
     thinking_budget: int | None = None
     """Most tokens of reasoning; then its closing tag is written for the model, and the answer follows."""
+    json_schema: Any = None
+    """The answer is JSON of this schema: a mapping, ``True`` for any JSON, or a pydantic model."""
+    regex: str | None = None
+    """The whole answer matches this regular expression."""
+    choice: tuple[str, ...] | None = None
+    """The answer is one of these texts."""
+    grammar: str | None = None
+    """The answer is a text of this Lark grammar."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        if hasattr(self.json_schema, "model_json_schema"):
+            object.__setattr__(self, "json_schema", self.json_schema.model_json_schema())
         self._check_kinds()
         object.__setattr__(self, "stop", tuple(self.stop))
+        if self.choice is not None:
+            object.__setattr__(self, "choice", tuple(self.choice))
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         for name, ok, allowed in (
@@ -237,9 +253,18 @@ class Sampling:
             ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"),
             ("max_repeats", self.max_repeats is None or self.max_repeats >= 2, "at least 2, or None for off"),
             ("thinking_budget", self.thinking_budget is None or self.thinking_budget >= 0, "at least 0, or None for off"),
+            ("choice", self.choice is None or _are_texts(self.choice), "at least one text, and no empty one"),
         ):
             if not ok:
                 raise SettingsError(f"sampling setting {name}={getattr(self, name)!r} is out of range", f"it must be {allowed}")
+        forms = [name for name in FORMS if getattr(self, name) is not None]
+        if len(forms) > 1:
+            raise SettingsError(f"{' and '.join(forms)} ask for two forms of the answer", "give one of them")
+
+    @property
+    def form(self) -> str | None:
+        """Which of ``FORMS`` the answer must have."""
+        return next((name for name in FORMS if getattr(self, name) is not None), None)
 
     def _check_kinds(self) -> None:
         for name, kind, said in (
@@ -258,12 +283,20 @@ class Sampling:
             ("ignore_eos", bool, "True or False"),
             ("max_repeats", Integral, "a whole number or None"),
             ("thinking_budget", Integral, "a whole number or None"),
+            ("json_schema", Mapping | bool, "a JSON schema: a mapping, or None"),
+            ("regex", str, "a string or None"),
+            ("choice", list | tuple, "a list of strings, or None"),
+            ("grammar", str, "a string or None"),
         ):
             value = getattr(self, name)
             if value is None and said.endswith("None"):
                 continue
-            if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+            if not isinstance(value, kind) or (kind in (Integral, Real) and isinstance(value, bool)):
                 raise SettingsError(f"sampling setting {name}={value!r} is a {type(value).__name__}", f"give {said}")
+
+
+def _are_texts(given: Sequence[str]) -> bool:
+    return len(given) > 0 and all(isinstance(one, str) and one for one in given)
 
 
 def _is_bias(given: Mapping[int, float] | None) -> bool:

@@ -25,6 +25,7 @@ from mirada.engine.runner import Runner
 from mirada.engine.sequence import Sequence
 from mirada.engine.settings import EngineSettings
 from mirada.engine.step import Engine
+from mirada.engine.structure import Structures, ToolChoice, check_choice, counted
 from mirada.engine.thread import EngineThread
 from mirada.engine.vision import EncoderCache
 from mirada.errors import MessageError, MiradaError, NotAvailable, SettingsError
@@ -141,6 +142,7 @@ class VLM:
         self.limits = limits or FetchLimits()
         self._pool = Pool(settings.workers)
         self._requests = Requests(self.parts, self.limits, PixelCache(settings.pixel_cache_bytes), self._pool)
+        self._structures = Structures(parts.renderer.tokenizer, parts.renderer.format, parts.eos)
         self._weights = Weights(parts.model)
         self._features = EncoderCache(settings.encoder_cache_bytes, self._weights, weight.dtype)
         features = self._features if settings.encoder_cache_bytes else None
@@ -255,10 +257,11 @@ class VLM:
         *,
         thinking: Thinking = "auto",
         tools: Tools | None = None,
+        tool_choice: ToolChoice = "auto",
         adapter: str | None = None,
     ) -> Iterator[Delta]:
         """The reply piece by piece; raises MiradaError. Leaving the loop early cancels the request."""
-        handle = self.submit(chat, sampling, thinking=thinking, tools=tools, adapter=adapter)
+        handle = self.submit(chat, sampling, thinking=thinking, tools=tools, tool_choice=tool_choice, adapter=adapter)
         try:
             yield from handle
         finally:
@@ -271,6 +274,7 @@ class VLM:
         *,
         thinking: Thinking = "auto",
         tools: Tools | None = None,
+        tool_choice: ToolChoice = "auto",
         adapter: str | Seq[str | None] | None = None,
     ) -> list[Output]:
         """One Output per chat, in order; a bad one carries its ``error`` and the others are answered all the same.
@@ -289,7 +293,7 @@ class VLM:
         try:
             for chat, one, name in zip(chats, settings, names, strict=True):
                 room.acquire()
-                handles.append(self.submit(chat, one, thinking=thinking, tools=tools, adapter=name))
+                handles.append(self.submit(chat, one, thinking=thinking, tools=tools, tool_choice=tool_choice, adapter=name))
                 handles[-1].when_done(room.release)
             return [handle.result() for handle in handles]
         finally:
@@ -304,17 +308,25 @@ class VLM:
         thinking: Thinking = "auto",
         tools: Tools | None = None,
         media: Seq[Patches] = (),
+        tool_choice: ToolChoice = "auto",
+        parallel_tool_calls: bool = True,
         guide: Guide | None = None,
         adapter: str | None = None,
         salt: str = "",
     ) -> EngineHandle:
         """Start a request; returns at once, media are prepared meanwhile. Bad input does not raise here: the handle carries
-        the error. ``media`` belongs to a Prompt. ``guide`` says token by token what the reply may hold, from its first token
-        on; it serves this request alone. ``adapter`` names one of ``adapters``. What caches hold is shared
+        the error. ``media`` belongs to a Prompt. ``tool_choice``: auto, none, required, or a mapping with the name of a function;
+        without ``parallel_tool_calls`` a reply ends with its first call. ``guide`` says token by token what the reply may hold,
+        from its first token on, instead of what the settings and tools ask for; it serves this request alone. ``adapter`` names one of ``adapters``. What caches hold is shared
         among requests of one ``salt`` alone."""
         try:
-            sequence, wanted, finish = self._requests.begin(chat, _sampling(sampling), thinking, media, tools, salt)
-            sequence.guide = guide
+            settings = _sampling(sampling)
+            mode, _ = check_choice(tools, tool_choice)
+            shown = tools if mode != "none" else None
+            sequence, wanted, finish = self._requests.begin(chat, settings, thinking, media, shown, salt)
+            sequence.kinds = counted(self.parts.renderer.format, settings, thinking, mode)
+            sequence.most_calls = None if parallel_tool_calls else 1
+            sequence.guide = guide or self._structures.guide(settings, thinking, tools, tool_choice, parallel_tool_calls)
             if adapter is not None:
                 found = sequence.lora = self._adapters.find(adapter)
                 sequence.adapter, sequence.media_adapter = found.key, found.media_key
@@ -326,6 +338,19 @@ class VLM:
         if wanted and self._engine.announce(sequence):
             self._preparing.submit(sequence, finish, most_bytes(wanted, self.parts.rule))
         return EngineHandle(sequence, (self._engine, self._preparing))
+
+    def guide(
+        self,
+        sampling: SamplingLike = None,
+        *,
+        thinking: Thinking = "auto",
+        tools: Tools | None = None,
+        tool_choice: ToolChoice = "auto",
+        parallel_tool_calls: bool = True,
+    ) -> Guide | None:
+        """A guide for one reply, as ``submit`` makes it of the same settings: to learn early whether they can be kept to. None
+        where the reply may be anything. Raises SettingsError, and NotAvailable without llguidance."""
+        return self._structures.guide(_sampling(sampling), thinking, tools, tool_choice, parallel_tool_calls)
 
     @staticmethod
     def _settings(sampling: Any, count: int) -> list[SamplingLike]:

@@ -97,14 +97,15 @@ class Requests:
         sequence.prompt, sequence.media = prompt, tuple(media)
         sequence.positions = where.astype(np.int32) if prompt.spans else None
         sequence.first_position = following
-        sequence.reply = self._reply(sequence.sampling)
+        sequence.reply = self._reply(sequence)
         sequence.thinking = ThinkingBudget(sequence.reply, sequence.sampling.thinking_budget, self._tag)
         sequence.usage = usage(prompt, media)
         sequence.limit = min(sequence.sampling.max_tokens, self.parts.context - len(prompt.tokens))
 
-    def _reply(self, sampling: Sampling) -> Reply:
-        renderer = self.parts.renderer
-        return Reply(renderer.tokenizer.decoder(), Parser(renderer.format), sampling.stop)
+    def _reply(self, sequence: Sequence) -> Reply:
+        tokenizer, form = self.parts.renderer.tokenizer, self.parts.renderer.format
+        parser = Parser(form, kinds=sequence.kinds, most_calls=sequence.most_calls)
+        return Reply(tokenizer.decoder(keep=form.tags), parser, sequence.sampling.stop)
 
     def _tag(self, tag: str) -> list[int]:
         """A tag as the model writes it."""

@@ -15,6 +15,7 @@ from mirada.client.handle import Listener, fold, join
 from mirada.engine.loops import LoopGuard
 from mirada.engine.thinking import ThinkingBudget
 from mirada.errors import MiradaError
+from mirada.prompt.parse import KINDS
 from mirada.types import Delta, Finish, Logprob, Output, Prompt, Sampling, Usage
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ class Parser(Protocol):
     @property
     def reasoning(self) -> tuple[str, str] | None: ...
 
+    full: bool
+
     def feed(self, text: str) -> list[Delta]: ...
 
     def close(self) -> list[Delta]: ...
@@ -93,8 +96,8 @@ class Reply:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string is complete."""
-        return self._stops.found is not None
+        """Whether a stop string is complete, or there are as many tool calls as there may be."""
+        return self._stops.found is not None or self._parser.full
 
     @property
     def raw(self) -> str:
@@ -175,6 +178,10 @@ class Sequence:
     """How it chooses its tokens, and what it remembers for that (``engine.sample.Chooser``)."""
     guide: Any = None
     """What its tokens must obey (``engine.guide.Guide``)."""
+    kinds: Seq[Any] = KINDS
+    """The tags that count when its text is read (``prompt.parse``)."""
+    most_calls: int | None = None
+    """After so many tool calls it ends."""
     thinking: ThinkingBudget | None = None
     ngrams: Any = None
     """Where its tokens stood before (``engine.ngram.NGramIndex``), if drafts are made."""

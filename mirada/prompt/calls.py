@@ -1,7 +1,7 @@
 """How families write tool calls, and how a call is read while it comes: its name first, then its arguments piece by piece.
 
-Qwen (and Keye-VL, which builds on Qwen3) writes ``<tool_call>`` JSON ``</tool_call>``. Kimi writes the calls of one reply between
-``<|tool_calls_section_begin|>`` and ``<|tool_calls_section_end|>``, each as ``<|tool_call_begin|>functions.NAME:NUMBER
+Qwen (and Keye-VL, which builds on Qwen3) writes ``<tool_call>`` JSON ``</tool_call>``. Kimi writes the calls of one reply
+between ``<|tool_calls_section_begin|>`` and ``<|tool_calls_section_end|>``, each as ``<|tool_call_begin|>functions.NAME:NUMBER
 <|tool_call_argument_begin|>`` JSON ``<|tool_call_end|>`` (the chat template and ``docs/tool_call_guidance.md`` of Kimi-K2).
 """
 
@@ -13,6 +13,8 @@ import re
 from mirada.prompt.format import PromptFormat
 from mirada.types import ToolCall
 
+NAME, NUMBER = "\1", "\0"
+"""Places in ``written``."""
 HEAD_MOST = 512
 """Characters of a call within which its name and the beginning of its arguments must stand to be told while it comes."""
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\\x00-\x1f]|\\.)+")\s*,\s*"arguments"\s*:\s*(?=\{)')
@@ -163,15 +165,18 @@ def read_call(body: str, id: str = "call_0") -> ToolCall | None:
     return ToolCall(name, text, id)
 
 
-def written(form: PromptFormat, name: str) -> tuple[str, str, str]:
-    """A call of ``name`` as the family writes it, around its arguments: (before, after, what is between two calls).
-
-    Where the family numbers its calls, a NUL stands for the number.
-    """
+def written(form: PromptFormat) -> tuple[str, str, str]:
+    """How the family writes a call around its arguments: (before, after, what is between two calls), with ``NAME`` for the
+    function's name (``spelled``) and, where calls are numbered, ``NUMBER`` for the number."""
     tags = form.tool_call
     if form.call_arguments:
-        return f"{tags.open}functions.{name}:\0{form.call_arguments}", tags.close, ""
-    return f'{tags.open}\n{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": ', f"}}\n{tags.close}", "\n"
+        return f"{tags.open}functions.{NAME}:{NUMBER}{form.call_arguments}", tags.close, ""
+    return f'{tags.open}\n{{"name": "{NAME}", "arguments": ', f"}}\n{tags.close}", "\n"
+
+
+def spelled(form: PromptFormat, name: str) -> str:
+    """A function's name as it stands in a call."""
+    return name if form.call_arguments else json.dumps(name, ensure_ascii=False)[1:-1]
 
 
 def _name(quoted: str) -> str | None:

@@ -74,11 +74,16 @@ class PromptFormat:
     """Chat template (jinja) for a checkpoint that ships none."""
 
     @property
+    def tags(self) -> tuple[str, ...]:
+        """Strings that part a reply into reasoning, answer and tool calls."""
+        pairs = (self.think, self.analysis, self.answer, self.tool_call, self.call_section)
+        found = (*(text for tags in pairs for text in (tags.open, tags.close)), self.call_arguments)
+        return tuple(filter(None, found))
+
+    @property
     def assistant_strings(self) -> tuple[str, ...]:
         """Control strings that keep their meaning inside an assistant's text."""
-        pairs = (self.think, self.analysis, self.answer, self.tool_call, self.call_section)
-        tags = (*(text for tags in pairs for text in (tags.open, tags.close)), self.call_arguments)
-        return tuple(filter(None, tags)) + self.markup
+        return self.tags + self.markup
 
 
 KEYE_PREVIEW = PromptFormat()

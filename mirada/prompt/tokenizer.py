@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,26 +126,30 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = False) -> bytes:
         """Ids -> the bytes that they stand for. An id outside the vocabulary (a padded embedding row) is no bytes."""
-        skip = self.special_ids if skip_special else ()
+        return self.join(ids, self.special_ids if skip_special else frozenset())
+
+    def join(self, ids: Iterable[int], skip: Collection[int]) -> bytes:
+        """The bytes of all ``ids`` but those in ``skip``."""
         size = self.vocab_size
         return b"".join([self._bytes[token] for token in ids if 0 <= token < size and token not in skip])
 
-    def decoder(self, *, skip_special: bool = True) -> StreamDecoder:
-        """A fresh incremental decoder for one reply."""
-        return StreamDecoder(self, skip_special)
+    def decoder(self, *, skip_special: bool = True, keep: Iterable[str] = ()) -> StreamDecoder:
+        """A fresh incremental decoder for one reply. ``keep``: control strings that are text of it though they are special."""
+        kept = {self.control[text] for text in keep if text in self.control}
+        return StreamDecoder(self, self.special_ids - kept if skip_special else frozenset())
 
 
 class StreamDecoder:
     """Ids in, text out as soon as it is whole: never half a character; joined, the pieces equal ``Tokenizer.decode``."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip: Collection[int]) -> None:
         self._tokenizer = tokenizer
-        self._skip_special = skip_special
+        self._skip = skip
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, ids: Iterable[int]) -> str:
         """The text that these ids complete (perhaps none yet)."""
-        return self._utf8.decode(self._tokenizer.decode_bytes(ids, skip_special=self._skip_special))
+        return self._utf8.decode(self._tokenizer.join(ids, self._skip))
 
     def close(self) -> str:
         """What is left of an unfinished character (as U+FFFD), if anything. The decoder can be used anew after it."""
