@@ -15,12 +15,14 @@ from mirada.engine.sequence import Reply, Sequence
 from mirada.engine.thinking import ThinkingBudget
 from mirada.errors import ContextOverflow, MessageError, SettingsError
 from mirada.media.cache import PixelCache
+from mirada.media.coords import View
 from mirada.media.fetch import FetchLimits
 from mirada.media.grid import Patches, content_key
 from mirada.media.pool import Cancel, Pool
 from mirada.media.prepare import prepare_many
 from mirada.media.times import Times
 from mirada.models.positions import positions
+from mirada.prompt.ground import Grounder
 from mirada.prompt.parse import Parser
 from mirada.prompt.render import Tools
 from mirada.records.wire import messages_from_openai
@@ -97,15 +99,17 @@ class Requests:
         sequence.prompt, sequence.media = prompt, tuple(media)
         sequence.positions = where.astype(np.int32) if prompt.spans else None
         sequence.first_position = following
-        sequence.reply = self._reply(sequence)
+        sequence.reply = self._reply(sequence, media)
         sequence.thinking = ThinkingBudget(sequence.reply, sequence.sampling.thinking_budget, self._tag)
         sequence.usage = usage(prompt, media)
         sequence.limit = min(sequence.sampling.max_tokens, self.parts.context - len(prompt.tokens))
 
-    def _reply(self, sequence: Sequence) -> Reply:
+    def _reply(self, sequence: Sequence, media: Seq[Patches]) -> Reply:
         tokenizer, form = self.parts.renderer.tokenizer, self.parts.renderer.format
+        views = [View.of(patches, self.parts.rule.grid.patch) for patches in media]
+        grounder = Grounder(form, views) if views else None
         parser = Parser(form, kinds=sequence.kinds, most_calls=sequence.most_calls)
-        return Reply(tokenizer.decoder(keep=form.tags), parser, sequence.sampling.stop)
+        return Reply(tokenizer.decoder(keep=form.tags), parser, sequence.sampling.stop, grounder)
 
     def _tag(self, tag: str) -> list[int]:
         """A tag as the model writes it."""

@@ -16,7 +16,7 @@ from mirada.engine.loops import LoopGuard
 from mirada.engine.thinking import ThinkingBudget
 from mirada.errors import MiradaError
 from mirada.prompt.parse import KINDS
-from mirada.types import Delta, Finish, Logprob, Output, Prompt, Sampling, Usage
+from mirada.types import Annotation, Delta, Finish, Logprob, Output, Prompt, Sampling, Usage
 
 if TYPE_CHECKING:
     from mirada.media.grid import Patches
@@ -84,12 +84,19 @@ class Parser(Protocol):
     def close(self) -> list[Delta]: ...
 
 
-class Reply:
-    """Tokens in, deltas out: decode, cut at stop strings, parse. ``raw`` is the text before it was parsed."""
+class Grounder(Protocol):
+    """Text of the answer to boxes and points, piece by piece (``prompt.ground``)."""
 
-    def __init__(self, decoder: Decoder, parser: Parser, stops: Seq[str] = ()) -> None:
+    def feed(self, text: str) -> tuple[Annotation, ...]: ...
+
+
+class Reply:
+    """Tokens in, deltas out: decode, cut at stop strings, parse, find boxes. ``raw`` is the text before it was parsed."""
+
+    def __init__(self, decoder: Decoder, parser: Parser, stops: Seq[str] = (), grounder: Grounder | None = None) -> None:
         self._decoder = decoder
         self._parser = parser
+        self._grounder = grounder
         self._stops = StopStrings(stops)
         self._raw: list[str] = []
         self.has_calls = False
@@ -115,7 +122,7 @@ class Reply:
     def close(self) -> list[Delta]:
         """The pieces that were held back, now that nothing follows."""
         rest = self._stops.feed(self._decoder.close())
-        pieces = self._parse(rest + self._stops.close()) + self._parser.close()
+        pieces = self._parse(rest + self._stops.close()) + self._grounded(self._parser.close())
         self.has_calls = self.has_calls or any(piece.tool_calls for piece in pieces)
         return pieces
 
@@ -123,9 +130,17 @@ class Reply:
         if not text:
             return []
         self._raw.append(text)
-        pieces = self._parser.feed(text)
+        pieces = self._grounded(self._parser.feed(text))
         self.has_calls = self.has_calls or any(piece.tool_calls for piece in pieces)
         return pieces
+
+    def _grounded(self, pieces: list[Delta]) -> list[Delta]:
+        if self._grounder is None:
+            return pieces
+        return [
+            replace(piece, annotations=found) if piece.text and (found := self._grounder.feed(piece.text)) else piece
+            for piece in pieces
+        ]
 
 
 @dataclass(eq=False)
@@ -268,12 +283,12 @@ class Sequence:
             finish = "tool_calls" if finish == "stop" and self.reply.has_calls else finish
         joined = join(pieces)
         logprobs = () if logprob is None else (logprob,)
-        self._publish(Delta(joined.text, joined.reasoning, (token,), logprobs, joined.tool_calls, finish))
+        self._publish(Delta(joined.text, joined.reasoning, (token,), logprobs, joined.tool_calls, finish, joined.annotations))
 
     def cancel(self) -> None:
         """End early, keeping what there is."""
         pieces = join(self.reply.close() if self.reply is not None else [])
-        self._publish(Delta(pieces.text, pieces.reasoning, tool_calls=pieces.tool_calls, finish="cancelled"))
+        self._publish(replace(pieces, finish="cancelled"))
 
     def fail(self, error: MiradaError) -> None:
         self.error = error

@@ -38,6 +38,8 @@ class FrameList:
             )
         rate = float(part.fps or rule.fps)
         self.timeline = Timeline(np.arange(num) / rate, rate, uniform=True)
+        self.original = (0, 0)
+        """(height, width) of the first picture before its resize; ``size`` is that after it."""
         self.size = self._open(0).shape[:2]
 
     def close(self) -> None:
@@ -73,6 +75,7 @@ class FrameList:
         try:
             opened = open_image(self._frames[index], self._limits, self._rule.alpha)
             high, wide = self._size(*opened.size)
+            self.original = opened.size if index == 0 else self.original
         except MediaError as error:
             raise type(error)(f"picture {index} of the video: {error.problem}", error.fix) from error
         # The references resize list frames with Pillow, bicubic whatever the image processor uses.

@@ -118,6 +118,8 @@ class Patches:
     """Rate of the sampled frames (video)."""
     notes: tuple[str, ...] = field(default=())
     """What was done on the caller's behalf (clamped, deprecated variable read, ...)."""
+    resized: tuple[int, int] | None = None
+    """(height, width) after its resize, before a border was added or cut away; None: what the grids say."""
 
     @property
     def num_frames(self) -> int:

@@ -418,7 +418,8 @@ def _patches(picture: Picture, part: Image, rule: MediaRule, cap: int | None) ->
     pixels = rule.grid.patchify((rule.grid.frame(frame, high, wide) if bordered else frame)[None])
     grids = ((1, high // rule.grid.patch, wide // rule.grid.patch),)
     key = content_key(pixels, "image", grids, rule.grid)
-    return Patches("image", pixels, grids, picture.size, key, notes=(*picture.notes, *_Plan(part, rule, picture.size).notes()))
+    notes = (*picture.notes, *_Plan(part, rule, picture.size).notes())
+    return Patches("image", pixels, grids, picture.size, key, notes=notes, resized=sizes[-2] if bordered else None)
 
 
 def _film(part: Video, rule: MediaRule, limits: FetchLimits, times: Times) -> Patches:

@@ -86,6 +86,11 @@ def _check_length(reader: Reader | FrameList, choice: Choice, limits: FetchLimit
         )
 
 
+def _original(reader: Reader | FrameList) -> tuple[int, int]:
+    """(height, width) of the frames as they came."""
+    return reader.original if isinstance(reader, FrameList) else reader.size
+
+
 def _over_budget(made: Patches, part: Video, rule: MediaRule) -> tuple[str, ...]:
     area = len(made.pixels) * rule.grid.patch**2
     if part.total_pixels is None or area <= part.total_pixels:
@@ -152,7 +157,7 @@ def _uniform(reader: Reader | FrameList, choice: Choice, read: Read, part: Video
         "video",
         cutter.pixels,
         grids,
-        reader.size,
+        _original(reader),
         content_key(cutter.pixels, "video", grids, grid),
         timestamps=reader.timeline.timestamps(choice.indices),
         fps=choice.fps,
@@ -187,7 +192,7 @@ def _slow_fast(reader: Reader | FrameList, choice: Choice, read: Read, part: Vid
         "video",
         cutter.pixels,
         grids,
-        reader.size,
+        _original(reader),
         content_key(cutter.pixels, "video", grids, rule.grid),
         timestamps=reader.timeline.timestamps(choice.indices) if timed else None,
         fast=fast,

@@ -58,7 +58,7 @@ def patches_head(made: Patches) -> dict[str, Any]:
 
 def patches(head: dict[str, Any], pixels: np.ndarray) -> Patches:
     """The other way round. Raises ValueError for pixels that are not as ``head`` says."""
-    times, fast = head["timestamps"], head["fast"]
+    times, fast, resized = head["timestamps"], head["fast"], head["resized"]
     return Patches(
         kind=head["kind"],
         pixels=pixels.reshape(head["shape"]),
@@ -69,6 +69,7 @@ def patches(head: dict[str, Any], pixels: np.ndarray) -> Patches:
         fast=None if fast is None else tuple(fast),
         fps=head["fps"],
         notes=tuple(head["notes"]),
+        resized=None if resized is None else (resized[0], resized[1]),
     )
 
 
