@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from mirada.engine import vision
 from mirada.engine.adapters import Adapters
 from mirada.engine.sequence import Sequence
+from mirada.engine.turns import Turns
 from mirada.engine.vision import Piece
 from mirada.media.grid import GridRule, Patches
 
@@ -101,6 +103,7 @@ class Encoder:
     ) -> None:
         self.model, self.rule, self.device, self.dtype, self.most, self.cache = model, rule, device, dtype, most, cache
         self.adapters = adapters
+        self.turns = Turns(most)
         self.num_patches = 0
         """Encoded so far."""
 
@@ -116,15 +119,21 @@ class Encoder:
                 yield Unit(index, piece, at, at := at + t * h * w // area)
 
     def choose(self, sequences: Iterable[Sequence], ahead: int) -> list[tuple[Sequence, Unit]]:
-        """What to encode in this step: in order of the sequences, as much as fits, and no farther than ``ahead`` tokens
-        before it is needed. What the cache has costs nothing and is taken at once."""
+        """What to encode in this step: of ``sequences`` in turn, as much as fits, and no farther than ``ahead`` tokens before
+        it is needed. What the cache has costs nothing and is taken at once."""
+        seeing = [sequence for sequence in sequences if sequence.features is not None and sequence.features.units]
+        chosen = self._choose(self.turns.order(seeing), ahead)
+        self.turns.note(seeing, [(sequence, len(unit.piece.pixels)) for sequence, unit in chosen])
+        return chosen
+
+    def _choose(self, sequences: Seq[Sequence], ahead: int) -> list[tuple[Sequence, Unit]]:
         chosen: list[tuple[Sequence, Unit]] = []
-        leaders: dict[tuple[bytes, str], tuple[Sequence, int]] = {}
+        # Who has begun with an item goes on with it, whoever's turn it is.
+        begun = [(sequence, item) for sequence in sequences for item in sequence.features.gathered]
+        leaders = {_content(*one): one for one in reversed(begun)}
         room = self.most
         for sequence in sequences:
             features = sequence.features
-            if features is None:
-                continue
             self._recall(sequence)
             for unit in features.units:
                 size = len(unit.piece.pixels)
@@ -143,7 +152,7 @@ class Encoder:
         if not self._kept(sequence, unit):
             return False
         this = (sequence, unit.item)
-        return leaders.setdefault((sequence.media[unit.item].key, sequence.media_scope), this) != this
+        return leaders.setdefault(_content(*this), this) != this
 
     def _there(self, sequence: Sequence, unit: Unit) -> bool:
         """Whether the cache has the item of ``unit``, of which nothing is encoded yet."""
@@ -193,6 +202,11 @@ class Encoder:
             del state.gathered[unit.item]
             if sum(map(len, pieces)) == _count(sequence, unit):  # not one whose beginning was skipped
                 self.cache.put(sequence.media[unit.item], torch.cat(pieces), sequence.media_scope)
+
+
+def _content(sequence: Sequence, item: int) -> tuple[bytes, str]:
+    """What decides the features of an item."""
+    return sequence.media[item].key, sequence.media_scope
 
 
 def _count(sequence: Sequence, unit: Unit) -> int:

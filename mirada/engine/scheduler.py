@@ -1,7 +1,8 @@
 """Who runs when: the waiting line, admission by bytes, preemption, and what each step computes. Knows no model.
 
-First come, first served: requests are admitted in order, and when memory is out the one that was admitted last gives way and
-goes back to the head of the line. So the oldest always moves on, and every request's turn comes.
+Requests are admitted in order, and when memory is out the one that was admitted last gives way and goes back to the head of
+the line. Those that are admitted share a step's tokens by ``Turns``. So the oldest always moves on, and every request's turn
+comes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from mirada.engine.memory import Budget
 from mirada.engine.runner import Chunk
 from mirada.engine.sequence import Sequence
 from mirada.engine.settings import EngineSettings
+from mirada.engine.turns import Turns
 from mirada.errors import OutOfMemory
 from mirada.layers.cache import Cache
 
@@ -52,6 +54,7 @@ class Scheduler:
         """The longest running first."""
         # A step has at least one token for each.
         self.slots = list(range(min(settings.max_running, settings.step_tokens)))
+        self.turns = Turns(settings.step_tokens)
         self.preemptions = 0
 
     def enter(self, sequence: Sequence) -> None:
@@ -178,20 +181,20 @@ class Scheduler:
         return self.cache.bytes_held + sum(self.cache.growth_bytes(s.slot, _end(s)) for s in self.running)
 
     def plan(self, ready: Callable[[Sequence], int | None]) -> list[Chunk]:
-        """What to compute now, within ``step_tokens``: the next token of all that decode, then prompts in order, each as far
+        """What to compute now, within ``step_tokens``: the next token of all that decode, then prompts in turn, each as far
         as ``ready`` (the first token that waits for pictures; None: none does) lets it."""
         running = [s for s in self.running if not s.done]
         decoding = [s for s in running if s.left == 1 and ready(s) is None]
         chunks = [Chunk(s, 1 + len(s.draft)) for s in decoding]
         room = self.settings.step_tokens - sum(chunk.count for chunk in chunks)
-        for sequence in running:
-            if sequence in decoding:
-                continue
+        prompts = [s for s in running if s not in decoding]
+        for sequence in self.turns.order(prompts):
             end = ready(sequence)
             count = min(room, (sequence.num_tokens if end is None else end) - sequence.computed)
             if count > 0:
                 chunks.append(Chunk(sequence, count))
                 room -= count
+        self.turns.note(prompts, [(chunk.sequence, chunk.count) for chunk in chunks[len(decoding) :]])
         return chunks
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from engine.mixes import mix, patched
 
-from mirada import VLM, Image, Message, Sampling, Text
+from mirada import VLM, Image, Message, Sampling, Text, Video
 from mirada.engine import scheduler as scheduling
 from mirada.engine import step as stepping
+from mirada.engine.runner import Choice
 from mirada.engine.sequence import Sequence
 from mirada.errors import OutOfMemory, RequestFailed
 from mirada.types import Prompt, Span
@@ -29,6 +31,12 @@ def line_up(vlm: VLM, chat, media=(), **sampling) -> Sequence:
     """A request in line of an engine whose thread has not begun, so that the test makes its steps."""
     text = [Message("user", chat)] if isinstance(chat, str) else chat
     sequence = vlm._requests.make(text, Sampling(**{**ENDLESS, **sampling}), "auto", media)
+    vlm._engine.engine.scheduler.waiting.append(sequence)
+    return sequence
+
+
+def line_up_tokens(vlm: VLM, prompt: Prompt, **sampling) -> Sequence:
+    sequence = vlm._requests.make(prompt, Sampling(**{**ENDLESS, **sampling}), "auto")
     vlm._engine.engine.scheduler.waiting.append(sequence)
     return sequence
 
@@ -89,7 +97,8 @@ def test_a_prompt_that_ends_in_a_picture_waits_for_it(vlm):
     first = line_up(engine, pictures(3), max_tokens=1)
     made = engine._requests.make(prompt, sampling, "auto", media)
     engine._engine.engine.scheduler.waiting.append(made)
-    step(engine, 2)
+    engine._engine.engine.encoder.turns.ahead = 24  # the turn is the older one's
+    step(engine)
     assert made.left == 1 and not made.tokens and made.error is None
     finish(engine)
     assert made.output().tokens == alone.tokens and first.done
@@ -131,6 +140,119 @@ def test_fewer_tokens_a_step_than_requests(vlm):
     expected = [vlm.generate([[Message("user", f"number {i}")]], Sampling(max_tokens=3, **ENDLESS))[0].tokens for i in range(3)]
     finish(engine)
     assert [sequence.output().tokens for sequence in made] == expected
+
+
+def tokens(count: int, seed: int = 0) -> Prompt:
+    return Prompt(tuple(np.random.default_rng(seed).integers(0, 250, count).tolist()))
+
+
+def steps_until(vlm: VLM, ready, most: int = 3000) -> int:
+    for count in range(1, most):
+        step(vlm)
+        if ready():
+            return count
+    raise AssertionError("it never comes to that")
+
+
+def no_model(vlm: VLM, monkeypatch) -> None:
+    """Steps choose what to compute, and compute nothing; the context is long."""
+    engine = vlm._engine.engine
+
+    def compute(chunks):
+        return [(chunk, Choice((7,) * chunk.rows, (None,) * chunk.rows)) for chunk in chunks]
+
+    monkeypatch.setattr(engine, "_compute", compute)
+    monkeypatch.setattr(vlm._requests, "parts", replace(vlm.parts, context=131_072))
+
+
+@pytest.mark.parametrize("vlm", ["Keye"], indirect=True)
+def test_a_short_prompt_does_not_wait_behind_a_long_one(vlm, monkeypatch):
+    """Prompts that come while 100 000 tokens of another are computed: what fits into half a step has its first token with the
+    next, longer ones in twice the steps they need alone."""
+    engine = small(vlm, step_tokens=512)
+    no_model(engine, monkeypatch)
+    long = line_up_tokens(engine, tokens(100_000), max_tokens=1)
+    step(engine, 20)
+    assert long.computed == 20 * 512
+    for count, most in ((200, 1), (300, 1), (512, 2), (5000, 20)):
+        short = line_up_tokens(engine, tokens(count, count), max_tokens=1)
+        before = long.computed
+        taken = steps_until(engine, lambda short=short: short.done)
+        assert taken <= most and short.error is None, count
+        assert long.computed - before >= (taken - 1) * 512 // 2
+    assert not long.tokens
+
+
+@pytest.mark.parametrize("vlm", ["Keye"], indirect=True)
+@pytest.mark.parametrize("count", [40, 500, 2000])
+def test_a_long_prompt_does_not_starve_behind_short_ones(vlm, monkeypatch, count):
+    """Ever new short prompts, more than all steps could compute: the long one takes twice the steps it would take alone."""
+    engine = small(vlm, step_tokens=512, max_running=8)
+    no_model(engine, monkeypatch)
+    scheduler = engine._engine.engine.scheduler
+    long, seed, steps = line_up_tokens(engine, tokens(20_000), max_tokens=1), 0, 0
+    while not long.done and steps < 200:
+        while len(scheduler.waiting) < 8:
+            line_up_tokens(engine, tokens(count, seed := seed + 1), max_tokens=1)
+        step(engine)
+        steps += 1
+    assert long.done and long.error is None and 20_000 // 512 < steps <= 2 * -(-20_000 // 512) + 2
+    assert engine._engine.engine.num_computed >= 0.95 * steps * min(512, 7 * count), "no step is left half empty for that"
+
+
+@pytest.mark.parametrize("vlm", ["Keye"], indirect=True)
+def test_requests_of_one_length_are_served_in_order(vlm, monkeypatch):
+    engine = small(vlm, step_tokens=100)
+    no_model(engine, monkeypatch)
+    made = [line_up_tokens(engine, tokens(250, seed), max_tokens=1) for seed in range(5)]
+    ended: dict[int, int] = {}
+    for count in range(1, 14):
+        step(engine)
+        ended |= {index: count for index, one in enumerate(made) if one.done and index not in ended}
+    assert ended == {0: 3, 1: 5, 2: 8, 3: 10, 4: 13}
+
+
+def test_a_small_picture_does_not_wait_behind_a_video(vlm):
+    """Twenty pictures of one request at one a step; another request's picture comes late and is encoded within two steps; the
+    replies are those of each alone, and the first has lost one step in all."""
+    engine = small(vlm, step_patches=24)
+    many = line_up(engine, pictures(20), max_tokens=1)
+    step(engine, 3)
+    one = line_up(engine, pictures(1), max_tokens=1)
+    assert steps_until(engine, lambda: one.done) <= 2 and many.features.units
+    assert 3 + 2 + steps_until(engine, lambda: many.done) <= 3 + 20
+    alone = vlm.generate([pictures(20), pictures(1)], Sampling(max_tokens=1, **ENDLESS))
+    assert [many.output().tokens, one.output().tokens] == [output.tokens for output in alone]
+
+
+def test_small_pictures_do_not_starve_a_video(vlm):
+    engine = small(vlm, step_patches=24, max_running=6)
+    many, steps = line_up(engine, pictures(8), max_tokens=1), 0
+    while not many.done and steps < 100:
+        for _ in range(4 - len(engine._engine.engine.scheduler.waiting)):
+            line_up(engine, pictures(1), max_tokens=1)
+        step(engine)
+        steps += 1
+    assert many.done and steps <= 2 * 8 + 2
+
+
+def test_who_has_begun_with_a_video_goes_on_with_it(vlm):
+    """Two requests about the same frames, the second one shorter: they are encoded once."""
+    model, rule = vlm.parts.model, vlm.parts.rule.grid
+    if model.config.video_token_id is None or len(model.segments(((8, 4, 6),))) < 8 // rule.frames:
+        pytest.skip("no videos, or they are encoded whole")
+    frames = np.random.default_rng(4).integers(0, 256, (8, 56, 84, 3), dtype=np.uint8)
+    chat = [Message("user", [Video(list(frames), fps=1.0), Text("What?")])]
+    engine = small(vlm, step_patches=24, encoder_cache_bytes=1 << 20)
+    first = line_up(engine, [Message("user", "Look. " * 40), *chat], max_tokens=1)
+    step(engine, 2)
+    begun = engine._engine.engine.encoder.num_patches
+    assert first.features.gathered and first.features.units
+    second = line_up(engine, chat, max_tokens=1)
+    (item,) = first.media
+    finish(engine)
+    assert begun < engine._engine.engine.encoder.num_patches == len(item.pixels)
+    assert first.error is None and second.error is None
 
 
 @contextmanager
