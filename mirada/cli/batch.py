@@ -350,15 +350,14 @@ class _Local:
         self._root = batch.media_root
 
     def start(self, body: Mapping[str, Any]) -> list[Handle]:
-        from mirada.serve.guides import guide_for
+        from mirada.serve.guides import asked, guide_for
 
         body = with_sources(body, lambda source, kind: _under(source, self._root))
-        messages, sampling, options = request_from_openai(body, defaults=self._defaults)
-        chosen: dict[str, Any] = {"thinking": options.thinking, "adapter": options.adapter}
-        if options.tools and options.tool_choice != "none":
-            chosen["tools"] = options.tools
+        request = request_from_openai(body, defaults=self._defaults)
+        messages, sampling, options = request
+        chosen = {**asked(options), "adapter": options.adapter}
         return [
-            self._vlm.submit(messages, _numbered(sampling, index), guide=guide_for(self._vlm, options), **chosen)
+            self._vlm.submit(messages, _numbered(sampling, index), guide=guide_for(self._vlm, request), **chosen)
             for index in range(options.n)
         ]
 

@@ -19,7 +19,7 @@ from mirada.engine.handle import EngineHandle
 from mirada.engine.load import Parts, assemble, load
 from mirada.engine.parallel import lead, serve
 from mirada.engine.prefix import PrefixCache, Weights
-from mirada.engine.prepare import Preparing, most_bytes
+from mirada.engine.prepare import Preparing, are_remote, most_bytes
 from mirada.engine.request import Requests
 from mirada.engine.runner import Runner
 from mirada.engine.sequence import Sequence
@@ -315,10 +315,10 @@ class VLM:
         salt: str = "",
     ) -> EngineHandle:
         """Start a request; returns at once, media are prepared meanwhile. Bad input does not raise here: the handle carries
-        the error. ``media`` belongs to a Prompt. ``tool_choice``: auto, none, required, or a mapping with the name of a function;
+        the error. ``media`` belongs to a Prompt. ``tool_choice``: auto, none, required, or a mapping that names a function;
         without ``parallel_tool_calls`` a reply ends with its first call. ``guide`` says token by token what the reply may hold,
-        from its first token on, instead of what the settings and tools ask for; it serves this request alone. ``adapter`` names one of ``adapters``. What caches hold is shared
-        among requests of one ``salt`` alone."""
+        from its first token on, instead of what settings and tools ask for; it serves this request alone. ``adapter`` names
+        one of ``adapters``. What caches hold is shared among requests of one ``salt`` alone."""
         try:
             settings = _sampling(sampling)
             mode, _ = check_choice(tools, tool_choice)
@@ -336,7 +336,7 @@ class VLM:
         except MiradaError as error:
             return EngineHandle(Sequence.failed(error))
         if wanted and self._engine.announce(sequence):
-            self._preparing.submit(sequence, finish, most_bytes(wanted, self.parts.rule))
+            self._preparing.submit(sequence, finish, most_bytes(wanted, self.parts.rule), are_remote(wanted))
         return EngineHandle(sequence, (self._engine, self._preparing))
 
     def guide(

@@ -15,15 +15,19 @@ from typing import Any, Literal, NamedTuple
 
 from mirada.errors import MessageError, ParameterError, SettingsError, nearest
 from mirada.records.wire import messages_from_openai
-from mirada.types import Image, Message, Sampling, Thinking, Video
+from mirada.types import FORMS, Image, Message, Sampling, Thinking, Video
 
 MOST_CHOICES = 128
 """Most answers to one request (``n``), as OpenAI's."""
 
-_SAMPLING = {field.name for field in fields(Sampling)} - {"logprobs", "max_tokens"}
+_SAMPLING = {field.name for field in fields(Sampling)} - {"logprobs", "max_tokens", *FORMS}
 _MEDIA = ("fps", "nframes", "min_pixels", "max_pixels")
-_GUIDES = {"guided_json": "schema", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
-_STRUCTURED = {"json": "schema", "json_object": "json", "regex": "regex", "choice": "choice", "grammar": "grammar"}
+# Parameter -> setting of Sampling.
+_GUIDES = {"guided_json": "json_schema", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
+_STRUCTURED = {"json": "json_schema", "json_object": "json_schema", "regex": "regex", "choice": "choice", "grammar": "grammar"}
+_SPACES = ("whitespace_pattern", "disable_any_whitespace")
+_OBJECT = {"type": "object"}
+"""The schema of any JSON object."""
 _OWN = (
     "messages", "model", "stream", "stream_options", "n", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs",
     "response_format", "structured_outputs", "tools", "tool_choice", "parallel_tool_calls", "thinking", "reasoning_effort",
@@ -41,15 +45,6 @@ _TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", 
 
 
 @dataclass(frozen=True, slots=True)
-class Structure:
-    """What the answer must look like: any JSON object, JSON of a schema (a mapping, or ``True``: anything), a regular
-    expression, one of some strings (a tuple), or a Lark grammar."""
-
-    kind: Literal["json", "schema", "regex", "choice", "grammar"]
-    value: Any = None
-
-
-@dataclass(frozen=True, slots=True)
 class RequestOptions:
     """What a body asks for beside messages and sampling."""
 
@@ -60,7 +55,8 @@ class RequestOptions:
     n: int = 1
     thinking: Thinking = "auto"
     adapter: str | None = None
-    structure: Structure | None = None
+    form_param: str | None = None
+    """The parameter that says what the answer must look like; sampling has what it says."""
     tools: tuple[Mapping[str, Any], ...] = ()
     tool_choice: Literal["auto", "none", "required", "named"] = "auto"
     tool_name: str | None = None
@@ -98,6 +94,7 @@ def request_from_openai(
     if not messages:
         raise ParameterError("the list of messages is empty", "give at least one", param="messages")
     tool_choice, tool_name = _tool_choice(given)
+    form = _form(given)
     options = RequestOptions(
         model=_take(given, "model", str),
         stream=_take(given, "stream", bool, False),
@@ -105,7 +102,7 @@ def request_from_openai(
         n=_count(given),
         thinking=_thinking(given),
         adapter=_take(given, "adapter", str),
-        structure=_structure(given),
+        form_param=form and form.param,
         tools=_tools(given),
         tool_choice=tool_choice,
         tool_name=tool_name,
@@ -114,7 +111,14 @@ def request_from_openai(
         unknown=unknown,
     )
     _check_tool_name(options)
-    return ChatRequest(_with_media_settings(messages, given), _sampling(given, defaults or Sampling()), options)
+    if form is not None and tool_choice in ("required", "named"):
+        raise ParameterError(
+            f"{form.param} and tool_choice both say what the answer must be", "give one of them", param="tool_choice"
+        )
+    sampling = _sampling(given, defaults or Sampling())
+    if form is not None:
+        sampling = _set(replace(sampling, **dict.fromkeys(FORMS)), form.setting, form.value, form.param)
+    return ChatRequest(_with_media_settings(messages, given), sampling, options)
 
 
 def _take(given: Mapping[str, Any], name: str, kind: type, default: Any = None, where: str = "") -> Any:
@@ -216,37 +220,53 @@ def _thinking(given: Mapping[str, Any]) -> Thinking:
     return said
 
 
-def _structure(given: Mapping[str, Any]) -> Structure | None:
+class _Form(NamedTuple):
+    """What an answer must look like: a setting of Sampling, and the parameter that says so."""
+
+    setting: str
+    value: Any
+    param: str
+
+
+def _form(given: Mapping[str, Any]) -> _Form | None:
     """The one form that is asked for; two are an error."""
-    found: dict[str, Structure] = {}
-    for name, kind in _GUIDES.items():
-        if name in given:
-            found[name] = _made_structure(kind, given[name], name)
+    found = [_made_form(setting, given[name], name) for name, setting in _GUIDES.items() if name in given]
     outputs = _take(given, "structured_outputs", dict, {})
-    _only(outputs, tuple(_STRUCTURED), "structured_outputs")
-    for name, kind in _STRUCTURED.items():
-        if outputs.get(name) not in (None, False) or (name == "json" and outputs.get(name) is False):
-            found[f"structured_outputs.{name}"] = _made_structure(kind, outputs[name], f"structured_outputs.{name}")
-    form = _response_format(_take(given, "response_format", dict))
-    if form is not None:
-        found["response_format"] = form
+    _only(outputs, (*_STRUCTURED, *_SPACES), "structured_outputs")
+    for name, setting in _STRUCTURED.items():
+        param = f"structured_outputs.{name}"
+        value = outputs.get(name)
+        if name == "json_object":
+            value = _OBJECT if _take(outputs, name, bool, False, "structured_outputs.") else None
+        if value is not None:
+            found.append(_spaced(_made_form(setting, value, param), outputs))
+    found += _response_format(_take(given, "response_format", dict))
     if len(found) > 1:
-        raise ParameterError(f"{' and '.join(found)} ask for two forms", "give one of them", param=list(found)[1])
-    return next(iter(found.values()), None)
+        said = " and ".join(form.param for form in found)
+        raise ParameterError(f"{said} ask for two forms", "give one of them", param=found[1].param)
+    return found[0] if found else None
 
 
-def _made_structure(kind: Any, value: Any, param: str) -> Structure:
-    if kind == "json":
-        return Structure("json")
-    if kind == "schema":
-        return Structure("schema", _schema(value, param))
-    if kind == "choice":
+def _made_form(setting: str, value: Any, param: str) -> _Form:
+    if setting == "json_schema":
+        return _Form(setting, _schema(value, param), param)
+    if setting == "choice":
         if not isinstance(value, list | tuple) or not value or not all(isinstance(one, str) and one for one in value):
             raise _wrong(param, value, "a list of at least one non-empty text")
-        return Structure("choice", tuple(value))
+        return _Form(setting, tuple(value), param)
     if not isinstance(value, str) or not value:
         raise _wrong(param, value, "a non-empty text")
-    return Structure(kind, value)
+    return _Form(setting, value, param)
+
+
+def _spaced(form: _Form, outputs: Mapping[str, Any]) -> _Form:
+    """With what ``structured_outputs`` says of white space in JSON."""
+    pattern = _take(outputs, "whitespace_pattern", str, None, "structured_outputs.")
+    tight = _take(outputs, "disable_any_whitespace", bool, False, "structured_outputs.")
+    if form.setting != "json_schema" or (pattern is None and not tight):
+        return form
+    own = {"whitespace_flexible": False} if tight else {"whitespace_pattern": pattern}
+    return form._replace(value={**({} if form.value is True else form.value), "x-guidance": own})
 
 
 def _schema(value: Any, param: str) -> Any:
@@ -260,20 +280,18 @@ def _schema(value: Any, param: str) -> Any:
     return value
 
 
-def _response_format(form: Mapping[str, Any] | None) -> Structure | None:
-    if form is None:
-        return None
-    kind = form.get("type")
-    if kind == "text":
-        return None
+def _response_format(form: Mapping[str, Any] | None) -> list[_Form]:
+    kind = "text" if form is None else form.get("type")
+    if form is None or kind == "text":
+        return []
     if kind == "json_object":
-        return Structure("json")
+        return [_Form("json_schema", _OBJECT, "response_format")]
     if kind != "json_schema":
         raise _wrong("response_format.type", kind, "text, json_object or json_schema")
     inner = _take(form, "json_schema", dict, {}, "response_format.")
     if not isinstance(inner.get("schema"), Mapping | bool):
         raise _wrong("response_format.json_schema.schema", inner.get("schema"), "a JSON schema: an object")
-    return Structure("schema", inner["schema"])
+    return [_Form("json_schema", inner["schema"], "response_format")]
 
 
 def _tools(given: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:

@@ -16,10 +16,9 @@ from starlette.responses import Response
 from mirada.errors import MiradaError, ParameterError, nearest
 from mirada.records.answer import completion_to_openai
 from mirada.records.request import ChatRequest, request_from_openai
-from mirada.serve import openai
+from mirada.serve import guides, openai
 from mirada.serve.errors import as_json, http_error, reply
 from mirada.serve.guard import Gate, Ticket
-from mirada.serve.guides import guide_for
 from mirada.serve.metrics import Metrics
 from mirada.serve.settings import ServeSettings
 from mirada.serve.stream import BEAT, Choices, EventStream, Pace, beating, unless_gone
@@ -97,25 +96,18 @@ def read(body: Mapping[str, Any], desk: Desk, tenant: str) -> Asked:
         raise ParameterError(
             f"there is no adapter {options.adapter!r}", nearest(options.adapter, vlm.adapters), param="adapter"
         )
-    if not options.parallel_tool_calls and options.tools:
-        raise ParameterError(
-            "parallel_tool_calls=false is not kept to yet", "leave it out, and take the first call", param="parallel_tool_calls"
-        )
     return Asked(name, vlm, chat, tenant)
 
 
 async def submit(asked: Asked) -> Choices:
     """Hand all choices to the engine. Rendering and counting tokens take long for long texts: that is done in a thread."""
     messages, sampling, options = asked.chat
-    tools = options.tools if options.tool_choice != "none" else ()
+    chosen = guides.asked(options)
 
     def start(index: int):
         own = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index)
-        guide = guide_for(asked.vlm, options)
-        return asked.vlm.submit(
-            messages, own, thinking=options.thinking, tools=tools or None, guide=guide, adapter=options.adapter,
-            salt=asked.tenant,
-        )  # fmt: skip
+        guide = guides.guide_for(asked.vlm, asked.chat)
+        return asked.vlm.submit(messages, own, guide=guide, adapter=options.adapter, salt=asked.tenant, **chosen)
 
     # A caller that goes while the thread works leaves handles that nobody holds, and those end by themselves.
     return Choices(await asyncio.to_thread(lambda: [start(index) for index in range(options.n)]))

@@ -10,7 +10,7 @@ import pytest
 from mirada import errors
 from mirada.errors import MessageError, ParameterError
 from mirada.records import completion_to_openai, error_to_openai, request_from_openai
-from mirada.records.request import KNOWN, RequestOptions, Structure
+from mirada.records.request import KNOWN, RequestOptions
 from mirada.types import Image, Logprob, Message, Output, Sampling, Text, ToolCall, Usage, Video
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -63,14 +63,6 @@ CHOSEN = [
     ({"reasoning_effort": "none"}, {"thinking": "off"}),
     ({"reasoning_effort": "low"}, {"thinking": "on"}),
     ({"response_format": {"type": "text"}}, {}),
-    ({"response_format": {"type": "json_object"}}, {"structure": Structure("json")}),
-    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}},
-     {"structure": Structure("schema", SCHEMA)}),
-    ({"guided_json": json.dumps(SCHEMA)}, {"structure": Structure("schema", SCHEMA)}),
-    ({"guided_regex": "a+"}, {"structure": Structure("regex", "a+")}),
-    ({"guided_choice": ["yes", "no"]}, {"structure": Structure("choice", ("yes", "no"))}),
-    ({"guided_grammar": "start: /a/"}, {"structure": Structure("grammar", "start: /a/")}),
-    ({"structured_outputs": {"choice": ["a"], "json": None}}, {"structure": Structure("choice", ("a",))}),
     ({"structured_outputs": {"json_object": False}}, {}),
     ({"tools": [TOOL]}, {"tools": (TOOL,)}),
     ({"tools": [TOOL], "tool_choice": "required"}, {"tools": (TOOL,), "tool_choice": "required"}),
@@ -78,6 +70,29 @@ CHOSEN = [
      {"tools": (TOOL,), "tool_choice": "named", "tool_name": "f"}),
     ({"return_token_ids": True}, {"return_token_ids": True}),
 ]  # fmt: skip
+
+
+FORMED = [
+    ({"response_format": {"type": "json_object"}}, "response_format", {"json_schema": {"type": "object"}}),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}},
+     "response_format", {"json_schema": SCHEMA}),
+    ({"guided_json": json.dumps(SCHEMA)}, "guided_json", {"json_schema": SCHEMA}),
+    ({"guided_regex": "a+"}, "guided_regex", {"regex": "a+"}),
+    ({"guided_choice": ["yes", "no"]}, "guided_choice", {"choice": ("yes", "no")}),
+    ({"guided_grammar": "start: /a/"}, "guided_grammar", {"grammar": "start: /a/"}),
+    ({"structured_outputs": {"choice": ["a"], "json": None}}, "structured_outputs.choice", {"choice": ("a",)}),
+    ({"structured_outputs": {"json_object": True, "disable_any_whitespace": True}}, "structured_outputs.json_object",
+     {"json_schema": {"type": "object", "x-guidance": {"whitespace_flexible": False}}}),
+    ({"structured_outputs": {"json": SCHEMA, "whitespace_pattern": " ?"}}, "structured_outputs.json",
+     {"json_schema": {**SCHEMA, "x-guidance": {"whitespace_pattern": " ?"}}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "param", "made"), FORMED, ids=str)
+def test_forms_of_the_answer(body, param, made):
+    request = read(**body)
+    assert request.options == RequestOptions(form_param=param)
+    assert request.sampling == Sampling(**made)
 
 
 @pytest.mark.parametrize(("body", "made"), CHOSEN, ids=str)
@@ -116,6 +131,10 @@ WRONG = [
     ({"guided_choice": []}, "guided_choice", "at least one"),
     ({"guided_regex": ""}, "guided_regex", "non-empty"),
     ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "response_format", "two forms"),
+    ({"structured_outputs": {"json_object": 1}}, "structured_outputs.json_object", "true or false"),
+    ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag", "unknown"),
+    ({"regex": "a"}, "regex", "unknown"),
+    ({"guided_regex": "a", "tools": [TOOL], "tool_choice": "required"}, "tool_choice", "both say"),
     ({"tools": [{"type": "web"}]}, "tools[0]", "function"),
     ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function", "name"),
     ({"tools": [{"function": {"name": "f", "parameters": 3}}]}, "tools[0].function.parameters", "object"),
@@ -176,7 +195,7 @@ def test_settings_of_media_reach_those_that_have_none_of_their_own():
 def test_every_known_parameter_is_taken_by_a_case_above_or_has_no_effect():
     idle = {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
             "include_reasoning", "priority", "request_id"}  # fmt: skip
-    used = {key for body, *_ in SAMPLED + CHOSEN + WRONG for key in body}
+    used = {key for body, *_ in SAMPLED + CHOSEN + FORMED + WRONG for key in body}
     assert KNOWN - idle - used == {"min_pixels", "max_pixels"}  # the test before this one
 
 

@@ -85,13 +85,17 @@ def test_a_stream_is_the_whole_reply(client, said):
     assert "".join(delta.content or "" for delta in deltas) == (whole.message.content or "")
     reasoning = "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas)
     assert reasoning == (getattr(whole.message, "reasoning_content", None) or "")
-    calls = [call for delta in deltas for call in delta.tool_calls or []]
+    pieces = [piece for delta in deltas for piece in delta.tool_calls or []]
+    begun = [piece for piece in pieces if piece.function.name]
     told = whole.message.tool_calls or []
-    assert [(c.function.name, json.loads(c.function.arguments)) for c in calls] == [
-        (c.function.name, json.loads(c.function.arguments)) for c in told
-    ]
-    assert [call.index for call in calls] == list(range(len(told)))
-    assert len({call.id for call in (*calls, *told)}) == 2 * len(told)  # no name comes twice
+    assert [piece.index for piece in begun] == list(range(len(told)))  # a name, then its arguments
+    assert [piece.index for piece in pieces] == sorted(piece.index for piece in pieces)
+    assert [piece.function.name for piece in begun] == [call.function.name for call in told]
+    for call, first in zip(told, begun, strict=True):
+        arguments = [piece.function.arguments or "" for piece in pieces if piece.index == first.index]
+        assert "".join(arguments) == call.function.arguments and len(arguments) > 2
+    assert len({call.id for call in (*begun, *told)}) == 2 * len(told)  # no name comes twice
+    assert all(not (piece.id or piece.type) for piece in pieces if not piece.function.name)
     assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == whole.finish_reason
     assert whole.finish_reason == ("tool_calls" if told else "stop")
     assert len(told) == said.count('"weather"')
