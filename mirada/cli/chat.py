@@ -5,16 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-import mirada
 from mirada.cli import show
-from mirada.engine import inputs
-from mirada.errors import MiradaError, nearest
-from mirada.types import Delta, Image, Message, Sampling, Text, Thinking, Video
+from mirada.cli.options import How, Who
+from mirada.errors import MediaNotFound, MiradaError, nearest
+from mirada.media.fetch import FetchLimits
+from mirada.types import Delta, Image, Message, Text, Video
 
 COMMANDS = {
     "/image": "PATH or address: add a picture to the next question",
     "/video": "PATH or address: add a video to the next question",
+    "/drop": "take the media of the next question back",
     "/reset": "forget everything said so far",
     "/help": "list these commands",
     "/quit": "end (also /exit, or Ctrl-D)",
@@ -25,16 +28,18 @@ COMMANDS = {
 class Conversation:
     """The turns so far and the media of the next question. A turn that fails leaves both as they were."""
 
-    vlm: mirada.VLM
-    sampling: Sampling
-    thinking: Thinking = "auto"
+    client: Any
+    """``types.Client``: an engine, or a server's."""
+    how: How
+    adapter: str | None = None
     messages: list[Message] = field(default_factory=list)
     media: list[Image | Video] = field(default_factory=list)
 
     def say(self, text: str) -> Iterator[Delta]:
         """Ask; the answer joins the conversation once it is whole. Closing the iterator early cancels it."""
         question = Message("user", (*self.media, Text(text)))
-        handle = self.vlm.submit([*self.messages, question], self.sampling, thinking=self.thinking)
+        asked = [*self.messages, question]
+        handle = self.client.submit(asked, self.how.sampling, thinking=self.how.thinking, adapter=self.adapter)
         try:
             yield from handle
             output = handle.result()
@@ -51,20 +56,17 @@ class Conversation:
         self.media.clear()
 
 
-def run(
-    media: list[str],
-    model: str,
-    sampling: Sampling,
-    think: bool | None,
-    fps: float | None,
-    max_pixels: int | None,
-    device: str | None,
-) -> None:
+def run(media: list[str], who: Who, how: How) -> None:
     """Read lines until /quit or the end of input."""
     show.check_paths(media)
-    talk = Conversation(show.open_model(model, device), sampling, show.thinking(think))
-    parts = [inputs.as_part(source, talk.vlm.limits) for source in media]
-    talk.media += inputs.with_settings(parts, show.media_options(fps, max_pixels))  # type: ignore[arg-type]
+    client, adapter = who.open()
+    with client:
+        talk = Conversation(client, how, adapter)
+        talk.media += how.parts(media, FetchLimits())
+        _loop(talk)
+
+
+def _loop(talk: Conversation) -> None:
     if sys.stdin.isatty():
         import readline  # noqa: F401  (line editing and history for input())
 
@@ -80,19 +82,19 @@ def run(
         if line in ("/quit", "/exit"):
             return
         try:
-            _turn(talk, line, fps, max_pixels)
+            _turn(talk, line)
         except MiradaError as error:
             print(f"mirada: {error}", file=sys.stderr)
         except KeyboardInterrupt:
             print("\n(stopped; this turn is forgotten)")
 
 
-def _turn(talk: Conversation, line: str, fps: float | None, max_pixels: int | None) -> None:
+def _turn(talk: Conversation, line: str) -> None:
     if not line:
         return
     command, _, argument = line.partition(" ")
     if command.startswith("/"):
-        _command(talk, command, argument.strip(), fps, max_pixels)
+        _command(talk, command, argument.strip())
         return
     deltas = talk.say(line)
     try:
@@ -101,13 +103,15 @@ def _turn(talk: Conversation, line: str, fps: float | None, max_pixels: int | No
         deltas.close()  # type: ignore[attr-defined]
 
 
-def _command(talk: Conversation, command: str, argument: str, fps: float | None, max_pixels: int | None) -> None:
+def _command(talk: Conversation, command: str, argument: str) -> None:
     if command in ("/image", "/video"):
-        show.check_paths([argument])
-        talk.media.append(
-            Image(argument, max_pixels=max_pixels) if command == "/image" else Video(argument, fps=fps, max_pixels=max_pixels)
-        )
+        source = _source(argument)
+        show.check_paths([source])
+        talk.media.append(talk.how.part(Image if command == "/image" else Video, source))
         print(f"({len(talk.media)} added to the next question)")
+    elif command == "/drop":
+        print(f"({len(talk.media)} taken back)")
+        talk.media.clear()
     elif command == "/reset":
         talk.reset()
         print("(everything is forgotten)")
@@ -116,3 +120,12 @@ def _command(talk: Conversation, command: str, argument: str, fps: float | None,
             print(f"{name:8} {what}")
     else:
         print(f"(there is no {command}; {nearest(command, COMMANDS)})")
+
+
+def _source(argument: str) -> str:
+    """A path as it is typed or dropped into a terminal: perhaps in quotes, perhaps from ``~``. Raises MediaNotFound."""
+    if len(argument) > 1 and argument[0] == argument[-1] in "'\"":
+        argument = argument[1:-1]
+    if not argument:
+        raise MediaNotFound("the command names no file", "write its path or address behind it")
+    return str(Path(argument).expanduser()) if argument.startswith("~") else argument

@@ -13,6 +13,8 @@ from typing import Annotated
 import typer
 
 import mirada
+from mirada.cli import options
+from mirada.cli.options import How, Who
 from mirada.errors import InputError, MiradaError, SettingsError
 
 app = typer.Typer(
@@ -39,25 +41,6 @@ def _version(value: bool) -> None:
 
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_set_debug, is_eager=True)]
-Model = Annotated[str, typer.Option("--model", "-m", help="'mini', inside the package; a checkpoint's folder; or org/name.")]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option("--temperature", help="0 always takes the likeliest token.")]
-Think = Annotated[
-    bool | None, typer.Option("--think/--no-think", help="Think before answering, or not. Default: the model chooses.")
-]
-Fps = Annotated[float | None, typer.Option("--fps", help="Frames to take per second of video.")]
-MaxPixels = Annotated[int | None, typer.Option("--max-pixels", help="Largest area of a picture or frame after resizing.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps. Default: the best there is.")]
-
-
-Url = Annotated[str | None, typer.Option("--url", help="Ask a server that speaks OpenAI's API: http://host:8000/v1")]
-ApiKey = Annotated[
-    str | None, typer.Option("--api-key", help="Key of --url. Better kept in MIRADA_API_KEY: others see this line.")
-]
-RemoteModel = Annotated[
-    str | None,
-    typer.Option("--model", "-m", help="'mini' (default), a checkpoint's folder, or org/name; with --url as the server says."),
-]
 
 
 @app.callback()
@@ -71,38 +54,45 @@ def _mirada(
 @app.command()
 def ask(
     words: Annotated[list[str], typer.Argument(metavar="MEDIA... QUESTION", help="Paths or addresses, then the question.")],
-    model: RemoteModel = None,
-    max_tokens: MaxTokens = 256,
-    temperature: Temperature = 0.0,
-    think: Think = None,
-    fps: Fps = None,
-    max_pixels: MaxPixels = None,
-    device: Device = None,
-    url: Url = None,
-    api_key: ApiKey = None,
+    model: options.Model = None,
+    max_tokens: options.MaxTokens = 256,
+    temperature: options.Temperature = 0.0,
+    thinking: options.Think = None,
+    fps: options.Fps = None,
+    nframes: options.Nframes = None,
+    min_pixels: options.MinPixels = None,
+    max_pixels: options.MaxPixels = None,
+    quant: options.Quant = None,
+    kv: options.Kv = None,
+    adapter: options.Adapter = None,
+    device: options.Device = None,
+    url: options.Url = None,
+    api_key: options.ApiKey = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object once the answer is whole.")] = False,
     debug: Debug = False,
 ) -> None:
     """Ask one question about pictures and videos. The answer appears as it is made."""
     from mirada.cli.ask import run
 
-    run(words, model, _sampling(max_tokens, temperature), think, fps, max_pixels, device, json, url, api_key)
+    who = Who(model, device, quant, kv, adapter, url, api_key)
+    media = {"fps": fps, "nframes": nframes, "min_pixels": min_pixels, "max_pixels": max_pixels}
+    run(words, who, How.of(max_tokens, temperature, thinking, **media), json)
 
 
 @app.command()
 def batch(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Requests as JSON lines, in OpenAI's batch format.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Answers, added line by line; what has one is skipped.")],
-    model: RemoteModel = None,
-    url: Url = None,
-    api_key: ApiKey = None,
+    model: options.Model = None,
+    url: options.Url = None,
+    api_key: options.ApiKey = None,
     in_flight: Annotated[int, typer.Option("--in-flight", help="Requests under way at once.")] = 16,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", help="Longest answer where a line does not say. Default: the context.")
     ] = None,
     media_root: Annotated[Path | None, typer.Option("--media-root", help="Folder whose files the requests may name.")] = None,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Ask again what has only an error.")] = False,
-    device: Device = None,
+    device: options.Device = None,
     debug: Debug = False,
 ) -> None:
     """Answer a file of requests. Ended early, the same command goes on where it stopped."""
@@ -117,19 +107,28 @@ def chat(
     media: Annotated[
         list[str] | None, typer.Argument(metavar="[MEDIA]...", help="Pictures or videos of the first question.")
     ] = None,
-    model: Model = "mini",
-    max_tokens: MaxTokens = 256,
-    temperature: Temperature = 0.0,
-    think: Think = None,
-    fps: Fps = None,
-    max_pixels: MaxPixels = None,
-    device: Device = None,
+    model: options.Model = None,
+    max_tokens: options.MaxTokens = 256,
+    temperature: options.Temperature = 0.0,
+    thinking: options.Think = None,
+    fps: options.Fps = None,
+    nframes: options.Nframes = None,
+    min_pixels: options.MinPixels = None,
+    max_pixels: options.MaxPixels = None,
+    quant: options.Quant = None,
+    kv: options.Kv = None,
+    adapter: options.Adapter = None,
+    device: options.Device = None,
+    url: options.Url = None,
+    api_key: options.ApiKey = None,
     debug: Debug = False,
 ) -> None:
     """Talk in several turns. /image PATH and /video PATH add media, /reset starts anew, /quit ends."""
     from mirada.cli.chat import run
 
-    run(media or [], model, _sampling(max_tokens, temperature), think, fps, max_pixels, device)
+    who = Who(model, device, quant, kv, adapter, url, api_key)
+    wanted = {"fps": fps, "nframes": nframes, "min_pixels": min_pixels, "max_pixels": max_pixels}
+    run(media or [], who, How.of(max_tokens, temperature, thinking, **wanted))
 
 
 @app.command()
@@ -141,9 +140,9 @@ def serve(
         ),
     ] = None,
     host: Annotated[
-        str, typer.Option("--host", help="Address to listen at. Others than 127.0.0.1 need an API key.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="Port to listen at; 0: any that is free.")] = 8000,
+        str | None, typer.Option("--host", help="Address to listen at. Others than 127.0.0.1 (default) need an API key.")
+    ] = None,
+    port: Annotated[int | None, typer.Option("--port", help="Port to listen at (default 8000); 0: any that is free.")] = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
@@ -156,16 +155,47 @@ def serve(
         bool,
         typer.Option("--private-media", help="Fetch media from private addresses too. Only where all clients are trusted."),
     ] = False,
-    device: Device = None,
+    adapter: options.Adapters = None,
+    quant: options.Quant = None,
+    kv: options.Kv = None,
+    thinking: options.Think = None,
+    fps: options.Fps = None,
+    nframes: options.Nframes = None,
+    min_pixels: options.MinPixels = None,
+    max_pixels: options.MaxPixels = None,
+    device: options.Device = None,
     config: Annotated[
         str | None, typer.Option("--config", help="Yaml file of further server settings, see docs/serve.md.")
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Serve models over OpenAI's HTTP API."""
-    from mirada.cli.serve import run
+    """Serve models over OpenAI's HTTP API. Settings of media and thinking hold where a request says nothing of them."""
+    from mirada.cli.serve import Plan, run
 
-    run(model or [], host, port, api_key or [], api_key_file, media_root, private_media, device, config)
+    chosen = options.given(
+        host=host,
+        port=port,
+        thinking=options.mode(thinking),
+        fps=fps,
+        nframes=nframes,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+    )
+    run(
+        Plan(
+            model or ["mini"],
+            adapter or [],
+            chosen,
+            api_key or [],
+            api_key_file,
+            media_root,
+            private_media,
+            device,
+            quant,
+            kv,
+            config,
+        )
+    )
 
 
 @app.command()
@@ -205,10 +235,6 @@ def doctor(
     from mirada.cli.doctor import run
 
     raise typer.Exit(run(as_json=json))
-
-
-def _sampling(max_tokens: int, temperature: float) -> mirada.Sampling:
-    return mirada.Sampling(max_tokens=max_tokens, temperature=temperature)
 
 
 def main() -> None:

@@ -1,28 +1,13 @@
-"""What the commands share: opening the model, sorting media, printing an answer as it comes."""
+"""What the commands share: looking for media, printing an answer as it comes."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import mirada
 from mirada.errors import MediaNotFound
-from mirada.types import Delta, Thinking
-
-
-def thinking(think: bool | None) -> Thinking:
-    return "auto" if think is None else "on" if think else "off"
-
-
-def media_options(fps: float | None, max_pixels: int | None) -> dict[str, Any]:
-    """Those of the settings of media that were given."""
-    return {name: value for name, value in (("fps", fps), ("max_pixels", max_pixels)) if value is not None}
-
-
-def open_model(model: str, device: str | None, workers: int | None = None) -> mirada.VLM:
-    return mirada.VLM(model, device=device, engine={"workers": workers})
+from mirada.types import Delta
 
 
 def stream(deltas: Iterable[Delta]) -> None:

@@ -31,7 +31,7 @@ def create_app(models: Mapping[str, VLM], settings: ServeSettings | None = None)
     ``limits=FetchLimits.serving()``.
     """
     settings = settings or ServeSettings()
-    check_models(models)
+    check_models(models, settings)
     gate, metrics = Gate(), Metrics(models)
     metrics.under_way.set_function(lambda: gate.num_requests)
     app = FastAPI(title="Mirada", version=mirada.__version__, docs_url=None, redoc_url=None)
@@ -49,7 +49,8 @@ def create_app(models: Mapping[str, VLM], settings: ServeSettings | None = None)
     return app
 
 
-def check_models(models: Mapping[str, VLM]) -> None:
+def check_models(models: Mapping[str, VLM], settings: ServeSettings) -> None:
+    """Raises SettingsError for what would fail every request."""
     if not models:
         raise SettingsError("there is no model to serve", "give at least one")
     for name, vlm in models.items():
@@ -57,6 +58,9 @@ def check_models(models: Mapping[str, VLM]) -> None:
             raise SettingsError(
                 f"{name} may read any file of this machine", "open it with limits=FetchLimits.serving(), or with a file_root"
             )
+        modes = dict(vlm.parts.renderer.format.thinking_suffix)
+        if settings.thinking is not None and settings.thinking not in modes:
+            raise SettingsError(f"{name} has no thinking mode {settings.thinking!r}", f"use {' or '.join(modes)}")
 
 
 def _add_answer_routes(app: FastAPI, desk: chat.Desk) -> None:
@@ -79,19 +83,21 @@ def _add_answer_routes(app: FastAPI, desk: chat.Desk) -> None:
 
 def _add_model_routes(app: FastAPI, desk: chat.Desk) -> None:
     def card(name: str) -> dict[str, Any]:
-        vlm = desk.models[name]
-        return openai.model_card(name, desk.created, vlm.parts.context, vlm.adapters)
+        model, adapter = desk.find(name)
+        vlm = desk.models[model]
+        made = openai.model_card(name, desk.created, vlm.parts.context, () if adapter else vlm.adapters)
+        return made | ({"parent": model} if adapter else {})
 
     @app.get("/v1/models", response_model=None)
     async def models() -> Response:
-        """The models that are served here."""
-        return reply({"object": "list", "data": [card(name) for name in desk.models]})
+        """The models that are served here, and their adapters, which may be asked for as models too."""
+        return reply({"object": "list", "data": [card(name) for name in desk.names]})
 
     @app.get("/v1/models/{name:path}", response_model=None)
     async def model(name: str) -> Response:
         """One of them."""
-        if name not in desk.models:
-            raise openai.no_model(name, tuple(desk.models))
+        if name not in desk.names:
+            raise openai.no_model(name, desk.names)
         return reply(card(name))
 
 

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from mirada.errors import MiradaError, ParameterError, nearest
 from mirada.records.answer import completion_to_openai
-from mirada.records.request import ChatRequest, request_from_openai
+from mirada.records.request import ChatRequest, RequestOptions, request_from_openai
 from mirada.serve import guides, openai
 from mirada.serve.errors import as_json, http_error, reply
 from mirada.serve.guard import Gate, Ticket
@@ -38,6 +38,17 @@ class Desk:
     gate: Gate
     created: int
     """When the server began (seconds since 1970)."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What requests may name as their model: the models, then their adapters."""
+        return tuple(dict.fromkeys((*self.models, *(name for vlm in self.models.values() for name in vlm.adapters))))
+
+    def find(self, name: str) -> tuple[str, str | None]:
+        """The model behind one of ``names``, and the adapter if it is one. A model's name goes before an adapter's."""
+        if name in self.models:
+            return name, None
+        return next(model for model, vlm in self.models.items() if name in vlm.adapters), name
 
 
 @dataclass(frozen=True)
@@ -79,11 +90,15 @@ async def complete(request: Request, body: Mapping[str, Any], desk: Desk) -> Res
 
 def read(body: Mapping[str, Any], desk: Desk, tenant: str) -> Asked:
     """Everything that can be said about a body before the engine sees it. Raises MiradaError or HttpError."""
-    name = openai.check_model_name(body, tuple(desk.models))
-    vlm = desk.models[name]
+    name = openai.check_model_name(body, desk.names)
+    model, adapter = desk.find(name)
+    vlm = desk.models[model]
     context = vlm.parts.context
     defaults = replace(vlm.recommended_sampling or Sampling(), max_tokens=min(desk.settings.max_tokens or context, context))
+    body = desk.settings.completed(body)
     chat = request_from_openai(body, defaults=defaults, allow_unknown=desk.settings.unknown_parameters == "warn")
+    if adapter is not None:
+        chat = chat._replace(options=_adapted(chat.options, adapter))
     options, parts = chat.options, vlm.parts
     if options.tools and options.tool_choice != "none" and not parts.renderer.template.knows("tools"):
         raise ParameterError(f"{name} takes no tools: its template has no place for them", "leave tools out", param="tools")
@@ -97,6 +112,16 @@ def read(body: Mapping[str, Any], desk: Desk, tenant: str) -> Asked:
             f"there is no adapter {options.adapter!r}", nearest(options.adapter, vlm.adapters), param="adapter"
         )
     return Asked(name, vlm, chat, tenant)
+
+
+def _adapted(options: RequestOptions, adapter: str) -> RequestOptions:
+    if options.adapter not in (None, adapter):
+        raise ParameterError(
+            f"the model is the adapter {adapter!r}, and adapter is {options.adapter!r}",
+            "leave one of them out",
+            param="adapter",
+        )
+    return replace(options, adapter=adapter)
 
 
 async def submit(asked: Asked) -> Choices:

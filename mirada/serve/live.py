@@ -175,7 +175,7 @@ class Session:
     async def _command(self, asked: dict[str, Any]) -> None:
         kind = asked.get("type")
         if kind == "start":
-            self._model = openai.check_model_name(asked, tuple(self._desk.models))
+            self._model = openai.check_model_name(asked, self._desk.names)
             await self._tell(always=True)
         elif kind == "question":
             self._check_started()
@@ -219,6 +219,7 @@ class Session:
         body = {**rest, "model": self._model, "messages": messages}
         asked = chat.read(body, self._desk, self._socket.scope["mirada.tenant"])
         frames, fps = self._window.last(seconds)
+        rest = self._desk.settings.completed(rest)
         bounds = {name: rest[name] for name in ("min_pixels", "max_pixels") if name in rest}
         question = Message("user", (Video(frames, fps=fps, **bounds), text))
         return replace(asked, chat=asked.chat._replace(messages=[*asked.chat.messages[:-1], question]))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mirada.config import env
 from mirada.errors import SettingsError
+from mirada.types import Thinking
 
 MB = 1 << 20
 KEYS_VARIABLE = "MIRADA_API_KEYS"
 LEAST_KEY = 8
+MEDIA = ("fps", "nframes", "min_pixels", "max_pixels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,13 @@ class ServeSettings:
     """Parameters of a request that nobody knows: an error 400, or named in the header ``X-Mirada-Ignored``."""
     max_tokens: int | None = None
     """Longest answer where a request names none; None: what the model's context leaves."""
+    thinking: Thinking | None = None
+    """auto, on or off, where a request says nothing of it."""
+    fps: float | None = None
+    nframes: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    """Settings of pictures and videos where neither they nor the request have one; None: the model's own."""
     max_requests: int = 256
     """Requests under way, those that wait included; one more is answered 429."""
     max_body_bytes: int = 100 * MB
@@ -49,7 +59,7 @@ class ServeSettings:
 
     def __post_init__(self) -> None:
         for name in (
-            "max_tokens", "max_requests", "max_body_bytes", "max_bodies_bytes", "max_connections", "header_seconds",
+            "max_tokens", *MEDIA, "max_requests", "max_body_bytes", "max_bodies_bytes", "max_connections", "header_seconds",
             "body_seconds", "send_seconds",
         ):  # fmt: skip
             value = getattr(self, name)
@@ -58,6 +68,10 @@ class ServeSettings:
         if self.drain_seconds < 0 or not 0 <= self.port <= 65535:
             name = "drain_seconds" if self.drain_seconds < 0 else "port"
             raise SettingsError(f"server setting {name}={getattr(self, name)!r} is out of range", "see docs/serve.md")
+        if self.fps is not None and self.nframes is not None:
+            raise SettingsError("server settings fps and nframes are both given", "give one of them")
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise SettingsError(f"server setting min_pixels={self.min_pixels} is above max_pixels", "swap them")
         object.__setattr__(self, "api_keys", tuple(self.api_keys))
         for number, key in enumerate(self.api_keys, 1):
             if len(key) < LEAST_KEY or not key.isascii() or not key.isprintable() or " " in key:
@@ -70,6 +84,16 @@ class ServeSettings:
                 f"host {self.host!r} can be reached from other machines, and no API key is set",
                 f"give --api-key-file FILE, or set {KEYS_VARIABLE}; or leave the host at 127.0.0.1",
             )
+
+    def completed(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """A request's body with the settings of media and thinking that it leaves to the server."""
+        kwargs = body.get("mm_processor_kwargs")
+        given = {**(kwargs if isinstance(kwargs, Mapping) else {}), **body}
+        said = {name for name, value in given.items() if value is not None}
+        rate, mode = {"fps", "nframes"}, {"thinking", "reasoning_effort", "chat_template_kwargs"}
+        said |= (rate if said & rate else set()) | (mode if said & mode else set())
+        own = {name: getattr(self, name) for name in (*MEDIA, "thinking") if name not in said}
+        return {**body, **{name: value for name, value in own.items() if value is not None}}
 
     @property
     def names(self) -> tuple[str, ...]:

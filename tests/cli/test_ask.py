@@ -41,8 +41,8 @@ def test_settings_reach_the_model(mirada, tiny, picture):
     more = json.loads(mirada("ask", picture, "What?", "-m", tiny, "--max-tokens", 1, "--json").out)
     assert few["usage"]["image_tokens"] < more["usage"]["image_tokens"]
     assert few["usage"]["completion_tokens"] == 1
-    thinking = json.loads(mirada("ask", "What?", "-m", tiny, "--max-tokens", 1, "--think", "--json").out)
-    without = json.loads(mirada("ask", "What?", "-m", tiny, "--max-tokens", 1, "--no-think", "--json").out)
+    thinking = json.loads(mirada("ask", "What?", "-m", tiny, "--max-tokens", 1, "--thinking", "on", "--json").out)
+    without = json.loads(mirada("ask", "What?", "-m", tiny, "--max-tokens", 1, "--thinking", "off", "--json").out)
     auto = json.loads(mirada("ask", "What?", "-m", tiny, "--max-tokens", 1, "--json").out)
     counts = [answer["usage"]["prompt_tokens"] for answer in (thinking, without, auto)]
     assert counts[2] < counts[0] < counts[1]  # suffixes /think and /no_think, and none
@@ -178,7 +178,9 @@ def test_a_server_answers_as_the_engine_would(mirada, picture, monkeypatch):
 
     monkeypatch.setenv("MIRADA_API_KEY", "sk-key")
     with serving(stream(words("Hel", "lo")), models=["big"]) as server:
-        done = mirada("ask", picture, "What is it?", "--url", server.url, "--max-tokens", 8, "--think", "--max-pixels", 784)
+        done = mirada(
+            "ask", picture, "What is it?", "--url", server.url, "--max-tokens", 8, "--thinking", "on", "--max-pixels", 784
+        )
         assert (done.code, done.out, done.err) == (0, "Hello\n", "")
         answer = json.loads(mirada("ask", "What?", "--url", server.url, "--api-key", "sk-2", "--json").out)
     assert answer["text"] == "Hello" and answer["model"] == "big" and answer["usage"]["prompt_tokens"] == 5

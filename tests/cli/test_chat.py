@@ -9,6 +9,7 @@ import pytest
 
 from mirada import Image, Message, Sampling, Text
 from mirada.cli.chat import Conversation
+from mirada.cli.options import How
 from mirada.engine.llm import VLM
 from mirada.errors import MediaNotFound
 
@@ -25,7 +26,7 @@ def said(deltas) -> str:
 
 
 def test_a_turn_sees_those_before_it(vlm, picture):
-    talk = Conversation(vlm, SHORT)
+    talk = Conversation(vlm, How(SHORT))
     talk.media.append(Image(str(picture)))
     first = said(talk.say("One?"))
     assert talk.media == []
@@ -41,7 +42,7 @@ def test_a_turn_sees_those_before_it(vlm, picture):
 
 
 def test_a_turn_that_fails_leaves_the_rest_as_it_was(vlm, tmp_path):
-    talk = Conversation(vlm, SHORT)
+    talk = Conversation(vlm, How(SHORT))
     said(talk.say("One?"))
     before = list(talk.messages)
     talk.media.append(Image(str(tmp_path / "none.png")))
@@ -51,12 +52,12 @@ def test_a_turn_that_fails_leaves_the_rest_as_it_was(vlm, tmp_path):
 
 
 def test_a_turn_that_is_left_is_forgotten_and_cancelled(vlm):
-    talk = Conversation(vlm, Sampling(max_tokens=200, ignore_eos=True))
+    talk = Conversation(vlm, How(Sampling(max_tokens=200, ignore_eos=True)))
     deltas = talk.say("One?")
     next(deltas)
     deltas.close()
     assert talk.messages == []
-    assert said(Conversation(vlm, SHORT).say("x")) == vlm.ask("x", max_tokens=6)
+    assert said(Conversation(vlm, How(SHORT)).say("x")) == vlm.ask("x", max_tokens=6)
 
 
 def run(mirada, monkeypatch, lines, *words):
@@ -113,3 +114,39 @@ def test_ctrl_c_stops_one_answer_only(mirada, monkeypatch, tiny):
     monkeypatch.setattr(show, "stream", stopped)
     done = run(mirada, monkeypatch, ["One?", "Two?"], "-m", tiny, "--max-tokens", 6)
     assert done.code == 0 and "stopped; this turn is forgotten" in done.out and done.out.endswith("True\n")
+
+
+def test_media_may_be_taken_back_and_paths_may_be_quoted(mirada, monkeypatch, tiny, vlm, picture, tmp_path):
+    from mirada.cli.show import printable
+
+    named = picture.rename(tmp_path / "my photo.png")
+    lines = [f'/image "{named}"', "/drop", "What?", "/image", f"/image '{named}'", "What?"]
+    done = run(mirada, monkeypatch, lines, "-m", tiny, "--max-tokens", 6)
+    plain, seen = printable(vlm.ask("What?", max_tokens=6)), vlm.generate([chat_of(vlm, named)], SHORT)[0].message.text
+    assert "(1 added to the next question)\n(1 taken back)\n" + plain in done.out
+    assert done.out.endswith("(1 added to the next question)\n" + printable(seen) + "\n")
+    assert "the command names no file" in done.err and done.code == 0
+
+
+def chat_of(vlm, named):
+    first = vlm.ask("What?", max_tokens=6)
+    return [
+        Message("user", "What?"),
+        Message("assistant", first),
+        Message("user", (Image(str(named)), Text("What?"))),
+    ]
+
+
+def test_a_server_answers_turn_by_turn(mirada, monkeypatch, picture):
+    from misbehaving import serving, stream, words
+
+    monkeypatch.setenv("MIRADA_API_KEY", "sk-key")
+    with serving(stream(words("Hel", "lo")), models=["big"]) as server:
+        lines = [f"/image {picture}", "What is it?", "And now?"]
+        done = run(mirada, monkeypatch, lines, "--url", server.url, "--adapter", "loud", "--thinking", "off")
+    assert (done.code, done.err) == (0, "") and done.out.endswith("Hello\nHello\n")
+    first, second = server.bodies
+    assert first["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+    assert (first["adapter"], first["chat_template_kwargs"]) == ("loud", {"enable_thinking": False})
+    assert [message["role"] for message in second["messages"]] == ["user", "assistant", "user"]
+    assert second["messages"][1]["content"] == "Hello"
