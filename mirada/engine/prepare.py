@@ -24,8 +24,10 @@ from mirada.media.rule import MediaRule
 from mirada.types import Image, Video
 
 THREADS = 8
-"""Requests that are prepared at a time; most of it is waiting for the network, for the pool or for code that lets go of the
-interpreter."""
+"""Requests that are prepared at a time; most of it is waiting for the pool or for code that lets go of the interpreter."""
+FETCHING = 32
+"""Further ones, of those whose media are fetched from other machines: these may keep a thread waiting for as long as a fetch
+may take, and must not hold up the rest."""
 USUAL_PIXELS = 1 << 21
 """Of a resized picture, at most."""
 
@@ -47,6 +49,8 @@ class _Item:
     work: Work
     most: int
     """Bytes of pixels that it is expected to become."""
+    remote: bool
+    """Whether it waits for other machines."""
     cancel: Cancel = field(default_factory=Cancel)
 
 
@@ -61,10 +65,11 @@ class Preparing:
         self._state = _State(line, max_bytes)
         weakref.finalize(self, self._state.close).atexit = True
 
-    def submit(self, sequence: Sequence, work: Work, most: int) -> None:
-        """Have ``work`` make ``sequence`` ready, which the line was told to expect; it becomes about ``most`` bytes."""
+    def submit(self, sequence: Sequence, work: Work, most: int, remote: bool = False) -> None:
+        """Have ``work`` make ``sequence`` ready, which the line was told to expect; it becomes about ``most`` bytes.
+        ``remote``: it fetches from other machines."""
         sequence.stop = _Stop(self._state, sequence)
-        self._state.enter(_Item(sequence, work, most))
+        self._state.enter(_Item(sequence, work, most, remote))
 
     @property
     def bytes_held(self) -> int:
@@ -74,7 +79,7 @@ class Preparing:
     @property
     def num_waiting(self) -> int:
         """Requests that are prepared or wait for it."""
-        return len(self._state.line_up) + len(self._state.running)
+        return sum(map(len, self._state.lines)) + len(self._state.running)
 
     def close(self) -> None:
         """Fail what is not ready, and end the workers."""
@@ -99,7 +104,8 @@ class _State:
     def __init__(self, line: Line, max_bytes: int) -> None:
         self.line, self.max_bytes = line, max_bytes
         self.changed = threading.Condition(threading.RLock())
-        self.line_up: deque[_Item] = deque()
+        self.lines: tuple[deque[_Item], deque[_Item]] = (deque(), deque())
+        """What waits: with media that are here, and with remote ones."""
         self.running: set[_Item] = set()
         self.threads: list[threading.Thread] = []
         self.cancels: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
@@ -111,10 +117,10 @@ class _State:
         with self.changed:
             closed = self.closed
             if not closed:
-                self.line_up.append(item)
+                self.lines[item.remote].append(item)
                 if not self.threads:
                     self._start(self._watch, "mirada-cancel")
-                if self.idle < len(self.line_up) and len(self.threads) <= THREADS:
+                if self.idle < sum(map(len, self.lines)) and len(self.threads) <= THREADS + FETCHING:
                     self._start(self._work, "mirada-prepare")
                 self.changed.notify_all()
         if closed:
@@ -130,24 +136,37 @@ class _State:
             self._prepare(item)
             with self.changed:
                 self.running.discard(item)
+                self.changed.notify_all()
             del item  # its pixels would live until the next one comes
 
     def _next(self) -> _Item | None:
         """The first in line, once there is room for it; room is made when others end."""
         with self.changed:
             self.idle += 1
-            while not self.closed and not (self.line_up and self._fits(self.line_up[0])):
+            while not self.closed and (item := self._pick()) is None:
                 self.changed.wait()
             self.idle -= 1
             if self.closed:
                 return None
-            item = self.line_up.popleft()
+            assert item is not None
+            self.lines[item.remote].popleft()
             self.running.add(item)
             self.held += item.most
             return item
 
-    def _fits(self, item: _Item) -> bool:
-        return not self.held or self.held + item.most <= self.max_bytes
+    def _pick(self) -> _Item | None:
+        """Of the heads of both lines the older one, where its kind may have one more under way. Nobody passes one that waits
+        for memory alone, else large ones would never come."""
+        heads = [line[0] for line in self.lines if line]
+        first = min(filter(self._may, heads), key=lambda item: item.sequence.born, default=None)
+        return first if first is not None and (not self.held or self.held + first.most <= self.max_bytes) else None
+
+    def _may(self, item: _Item) -> bool:
+        """What waits for other machines takes half of the room at most (one may be larger), so that it keeps out nothing."""
+        others = [one.most for one in self.running if one.remote == item.remote]
+        if not item.remote:
+            return len(others) < THREADS
+        return len(others) < FETCHING and (not others or sum(others) + item.most <= self.max_bytes // 2)
 
     def _prepare(self, item: _Item) -> None:
         sequence = item.sequence
@@ -191,9 +210,9 @@ class _State:
         """Ends what is cancelled: in line at once, under preparation as soon as its worker is ended or its fetch is through."""
         while (sequence := self.cancels.get()) is not None:
             with self.changed:
-                waiting = next((item for item in self.line_up if item.sequence is sequence), None)
+                waiting = next((item for line in self.lines for item in line if item.sequence is sequence), None)
                 if waiting is not None:
-                    self.line_up.remove(waiting)
+                    self.lines[waiting.remote].remove(waiting)
                     self.changed.notify_all()
                 under_way = [item for item in self.running if item.sequence is sequence]
             if waiting is not None:
@@ -205,8 +224,9 @@ class _State:
     def close(self) -> None:
         with self.changed:
             self.closed = True
-            dropped, under_way = list(self.line_up), list(self.running)
-            self.line_up.clear()
+            dropped, under_way = [item for line in self.lines for item in line], list(self.running)
+            for line in self.lines:
+                line.clear()
             self.changed.notify_all()
         self.cancels.put(None)
         for item in dropped:
@@ -228,6 +248,14 @@ class _Release:
 
 def _closed() -> RequestFailed:
     return RequestFailed("the engine was closed", "open the model again")
+
+
+def are_remote(wanted: Seq[Image | Video]) -> bool:
+    """Whether any of these media lies on another machine."""
+    sources = [
+        source for part in wanted for source in (part.source if isinstance(part.source, list | tuple) else [part.source])
+    ]
+    return any(isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")) for source in sources)
 
 
 def most_bytes(wanted: Seq[Image | Video], rule: MediaRule) -> int:

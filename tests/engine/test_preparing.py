@@ -128,6 +128,44 @@ def test_cancelling_what_is_not_ready(opened, gate):
     assert vlm.stats()["prepared_bytes"] == 0 and vlm._engine.wait_idle(10)
 
 
+def test_media_from_other_machines_hold_up_nobody(opened, gate, monkeypatch):
+    """More of them than may be under way at once hang; what is here passes, and they come to no harm."""
+    monkeypatch.setattr(preparing, "FETCHING", 10)
+    vlm = opened()
+    names = [f"http://other/{i}.png" for i in range(preparing.FETCHING + 2)]
+    gate.held.update(names)
+    handles = [vlm.submit(ask(Image(name)), SHORT) for name in names]
+    until(lambda: len(gate.began) == preparing.FETCHING)
+    for i in range(3):
+        assert vlm.submit(ask(Image(f"quick{i}")), SHORT).result(60).error is None
+    assert not set(names[preparing.FETCHING :]) & set(gate.began) and not any(handle.done for handle in handles)
+    gate.open.set()
+    assert all(handle.result(60).error is None for handle in handles)
+    assert vlm.stats()["preparing"] == 0 and vlm.stats()["prepared_bytes"] == 0
+
+
+def test_media_from_other_machines_take_half_of_the_room(opened, gate):
+    size = most_bytes([Image(b"")], QWEN2_VL.bounded(max_pixels=100352))
+    vlm = opened(prepared_bytes=4 * size)
+    names = [f"https://other/{i}.png" for i in range(4)]
+    gate.held.update(names)
+    handles = [vlm.submit(ask(Image(name)), SHORT) for name in names]
+    until(lambda: len(gate.began) == 2)
+    assert vlm.submit(ask(Image("quick")), SHORT).result(60).error is None
+    assert gate.began == [*names[:2], "quick"]
+    gate.open.set()
+    assert all(handle.result(60).error is None for handle in handles)
+
+
+def test_which_media_lie_on_other_machines():
+    for source, remote in (
+        ("http://a/b", True), ("HTTPS://a/b", True), ("httpx.png", False), (b"http://", False),
+        ("data:image/png;base64,aHR0cA==", False),
+        (["a.png", "http://a/b"], True),
+    ):  # fmt: skip
+        assert preparing.are_remote([Video(source) if isinstance(source, list) else Image(source)]) == remote
+
+
 def test_what_is_prepared_counts_as_waiting(opened, gate):
     vlm = opened(max_waiting=2)
     gate.held.update(("a", "b"))
