@@ -84,7 +84,12 @@ class _Timed(H11Protocol):
         waiting = [one for one in self.connections if isinstance(one, _Timed) and one.waits_since is not None]
         oldest = min(waiting, key=lambda one: one.waits_since or 0.0)  # this one waits too
         log.event("connections_full", logging.WARNING, open=len(self.connections), client=oldest.client and oldest.client[0])
-        oldest.transport.abort()
+        oldest.give_way()
+
+    def give_way(self) -> None:
+        """Close at once; the loop hears of it later, so it must not be chosen twice."""
+        self._head.stop()
+        self.transport.abort()
 
     def _late(self) -> None:
         """No request came, or not all of its head."""

@@ -1,0 +1,348 @@
+"""What strangers and accidents do to a real ``mirada serve`` whose limits are tight: what survives."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+from serving import data_uri, gif, image, png, user
+
+from mirada.media.fetch import FetchLimits
+
+SECONDS = 1.0
+"""Of each limit on time."""
+SLACK = 15.0
+"""Seconds that a busy machine may add to any of them."""
+CONFIG = {
+    "engine": {"workers": 1, "prefix_cache_bytes": 0},
+    "media": {"seconds": SECONDS},
+    "header_seconds": SECONDS, "body_seconds": SECONDS, "max_connections": 40,
+}  # fmt: skip
+
+
+class Strained:
+    """The server, by the command that people type."""
+
+    def __init__(self, process: subprocess.Popen[str], url: str, log: Path) -> None:
+        self.process, self.url, self.log = process, url, log
+        self.proc = Path(f"/proc/{process.pid}")
+
+    def ask(self, text="hi", *parts, **more) -> httpx.Response:
+        body = {"model": "mini", "messages": user(text, *parts), "max_tokens": 4, "temperature": 0, **more}
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=60)
+
+    def answer(self, *asked, **more) -> str:
+        reply = self.ask(*asked, **more)
+        assert reply.status_code == 200, reply.text
+        return reply.json()["choices"][0]["message"]["content"]
+
+    def figure(self, name: str) -> float:
+        """Of /metrics, the sum over labels."""
+        lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.split("{")[0].split(" ")[0] == f"mirada_{name}")
+
+    def workers(self) -> list[int]:
+        """Numbers of its child processes."""
+        found = [word for task in (self.proc / "task").iterdir() for word in (task / "children").read_text().split()]
+        return [int(word) for word in found]
+
+    def held(self) -> tuple[int, int]:
+        """(threads, open files)."""
+        return len(os.listdir(self.proc / "task")), len(os.listdir(self.proc / "fd"))
+
+    def megabytes(self) -> float:
+        return next(
+            int(line.split()[1]) / 1024 for line in (self.proc / "status").read_text().splitlines() if line.startswith("VmRSS")
+        )
+
+    def connect(self) -> socket.socket:
+        host, port = self.url.removeprefix("http://").split(":")
+        return socket.create_connection((host, int(port)), timeout=30)
+
+    def logged(self) -> list[dict]:
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+
+@contextmanager
+def strained(folder: Path):
+    config, log = folder / "serve.yaml", folder / "log.txt"
+    config.write_text(json.dumps(CONFIG))
+    words = ["--port", "0", "--private-media", "--config", str(config)]
+    with log.open("w") as err:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", "mirada.cli", "serve", *words], stdout=subprocess.PIPE, stderr=err, text=True
+        )
+    try:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        assert " at http" in first, log.read_text()
+        yield Strained(process, first.split(" at ")[1].split()[0], log)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def tight(tmp_path_factory):
+    with strained(tmp_path_factory.mktemp("strained")) as running:
+        yield running
+        assert not [line for line in running.logged() if line["event"] == "defect" or line["level"] == "error"]
+
+
+def wait_for(what, seconds=SLACK):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.05)
+
+
+def head(length=0, path="/v1/chat/completions") -> bytes:
+    kind = "Content-Type: application/json\r\n"
+    return f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{kind}Content-Length: {length}\r\n\r\n".encode()
+
+
+def request(body: dict) -> bytes:
+    data = json.dumps(body).encode()
+    return head(len(data)) + data
+
+
+def drip(client: socket.socket) -> tuple[bytes, float]:
+    """Send a byte now and then until the other side has enough: what it said, and after how many seconds."""
+    began, said = time.monotonic(), b""
+    client.settimeout(0.1)
+    while time.monotonic() - began < SECONDS + SLACK:
+        try:
+            if not (piece := client.recv(4096)):
+                break
+            said += piece
+        except TimeoutError:
+            pass
+        except OSError:
+            break
+        try:
+            client.send(b"a")
+        except OSError:
+            break
+    return said, time.monotonic() - began
+
+
+def test_slow_loris_in_the_head_and_in_the_body(tight):
+    """Each is cut off by its clock; others are answered meanwhile; nothing stays behind."""
+    before = tight.held()[1]
+    begun = [b"POST /v1/chat/completions HT", head()[:-2] + b"X-Slow: ", head(100_000), head(100_000, "/v1/nothing")]
+    with ThreadPoolExecutor(len(begun)) as threads:
+        clients = [tight.connect() for _ in begun]
+        for client, data in zip(clients, begun, strict=True):
+            client.sendall(data)
+        dripping = [threads.submit(drip, client) for client in clients]
+        assert tight.answer("hello") == tight.answer("hello")
+        outcomes = [one.result() for one in dripping]
+        for client in clients:
+            client.close()
+    assert all(seconds < SECONDS + SLACK for _, seconds in outcomes)
+    assert outcomes[2][0].startswith(b"HTTP/1.1 408 ") and b"body_timeout" in outcomes[2][0]
+    assert outcomes[3][0].startswith(b"HTTP/1.1 404 ")
+    assert "slow_head" in {line["event"] for line in tight.logged()}
+    wait_for(lambda: tight.held()[1] <= before and tight.figure("requests_under_way") == 0)
+
+
+def test_a_crowd_that_says_nothing_keeps_nobody_out(tight):
+    before = tight.held()[1]
+    crowd = [tight.connect() for _ in range(150)]
+    assert tight.ask("hello").status_code == 200
+    assert tight.held()[1] <= before + CONFIG["max_connections"] + 8
+    for client in crowd:
+        client.close()
+    wait_for(lambda: tight.held()[1] <= before + 1)
+
+
+@pytest.fixture(scope="module")
+def site():
+    """A web server that never answers (/hang) or never ends (others: a byte at a time)."""
+    listening = socket.create_server(("127.0.0.1", 0), backlog=64)
+    ended = threading.Event()
+    open_now: list[socket.socket] = []
+
+    def serve_one(client: socket.socket) -> None:
+        with closing(client):
+            asked = client.recv(4096)
+            if b"/hang" not in asked:
+                client.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n\r\n")
+            while not ended.wait(0.1):
+                try:
+                    if b"/hang" not in asked:
+                        client.sendall(b"\x89")
+                except OSError:
+                    return
+
+    def accept() -> None:
+        while True:
+            try:
+                client = listening.accept()[0]
+            except OSError:
+                return
+            open_now.append(client)
+            threading.Thread(target=serve_one, args=(client,), daemon=True).start()
+
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    ended.set()
+    listening.shutdown(socket.SHUT_RDWR)
+    listening.close()
+    thread.join()
+
+
+@pytest.mark.parametrize("path", ["/hang", "/drip.png"])
+def test_media_that_hang_or_drip_end_by_a_clock_and_hold_up_nobody(tight, site, path):
+    """Twenty at once are more than there are threads that prepare; a picture that is sent, not fetched, passes them."""
+    with ThreadPoolExecutor(20) as threads:
+        began = time.monotonic()
+        slow = [threads.submit(tight.ask, "?", image(f"{site}{path}?{i}")) for i in range(20)]
+        wait_for(lambda: tight.figure("engine_preparing") >= 20)
+        text, shown = tight.answer("hello"), tight.answer("what?", image(data_uri(png())))
+        assert text == tight.answer("hello") and shown == tight.answer("what?", image(data_uri(png())))
+        waited = [one for one in slow if not one.done()]
+        replies = [one.result() for one in slow]
+        took = time.monotonic() - began
+    assert waited, "the others were to be answered while these hang"
+    assert {reply.status_code for reply in replies} == {400}
+    assert {reply.json()["error"]["code"] for reply in replies} == {"media_timeout"}
+    assert took < 2 * SECONDS + SLACK
+    wait_for(lambda: tight.figure("engine_preparing") == 0 and tight.figure("engine_prepared_bytes") == 0)
+
+
+def test_a_client_that_goes_while_its_picture_hangs_frees_its_place(tight, site):
+    body = {"model": "mini", "messages": user("?", image(f"{site}/hang"))}
+    clients = [tight.connect() for _ in range(10)]
+    for client in clients:
+        client.sendall(request(body))
+    wait_for(lambda: tight.figure("engine_preparing") >= 10)
+    for client in clients:
+        client.close()
+    wait_for(lambda: tight.figure("engine_preparing") == 0 and tight.figure("requests_under_way") == 0, SECONDS + SLACK)
+
+
+def long_gif(frames: int, side: int = 64) -> bytes:
+    """A GIF whose one drawn frame comes ``frames`` times."""
+    out = io.BytesIO()
+    Image.frombytes("L", (side, side), bytes((7 * i * i) % 251 for i in range(side * side))).save(out, "GIF")
+    data = out.getvalue()
+    start = data.index(b",\0\0\0\0" + struct.pack("<HH", side, side))
+    return data[:start] + (b"\x21\xf9\x04\0\x04\0\0\0" + data[start:-1]) * frames + data[-1:]
+
+
+def test_a_gif_of_ten_thousand_frames(tight):
+    """As a picture its first frame, in bounded time and memory; as a video it is refused, and a shorter one is sampled."""
+    many, few = long_gif(10_000, 16), long_gif(300, 16)
+    assert tight.ask("?", image(data_uri(gif(), "image/gif"))).status_code == 200
+    before, began = tight.megabytes(), time.monotonic()
+    first = tight.answer("what?", image(data_uri(many, "image/gif")))
+    assert first == tight.answer("what?", image(data_uri(long_gif(1, 16), "image/gif")))
+    refused = tight.ask("what?", {"type": "video_url", "video_url": {"url": data_uri(many, "image/gif")}})
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "media_too_large"
+    assert str(FetchLimits().animation_frames) in refused.text.replace(",", "")
+    sampled = tight.ask("what?", {"type": "video_url", "video_url": {"url": data_uri(few, "image/gif")}}, nframes=4)
+    assert sampled.status_code == 200 and sampled.json()["usage"]["num_frames"] == 4
+    assert time.monotonic() - began < SLACK and tight.megabytes() - before < 150
+
+
+def test_a_killed_worker_fails_its_own_request_alone(tight):
+    """The process that decodes is stopped, so that it holds a job for sure, and then killed."""
+    clip = {"type": "video_url", "video_url": {"url": data_uri(gif(6), "image/gif")}}
+    other = {"type": "video_url", "video_url": {"url": data_uri(gif(5), "image/gif")}}
+    right = tight.answer("what?", clip, nframes=4)
+    lost = tight.figure("engine_workers_lost")
+    (worker,) = tight.workers()
+    os.kill(worker, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as threads:
+        doomed = threads.submit(tight.ask, "what?", other, nframes=4)
+        wait_for(lambda: tight.figure("engine_preparing") == 1)
+        assert tight.ask("hello").status_code == tight.ask("what?", image(data_uri(png()))).status_code == 200
+        assert not doomed.done()
+        os.kill(worker, signal.SIGKILL)
+        reply = doomed.result()
+    assert reply.status_code == 500 and "died (killed by signal 9)" in reply.json()["error"]["message"], reply.text
+    assert tight.ask("what?", other, nframes=4).status_code == 200 and tight.answer("what?", clip, nframes=4) == right
+    assert tight.figure("engine_workers_lost") == lost + 1
+    assert tight.workers() != [worker] and len(tight.workers()) == 1
+
+
+def test_a_client_that_vanishes_mid_stream_two_hundred_times(tight):
+    """Its sequence is freed at once each time, and in the end nothing more is held than before."""
+    endless = {
+        "model": "mini", "messages": user("tell"), "stream": True, "ignore_eos": True, "max_repeats": 1000,
+        "temperature": 1.0, "max_tokens": 3000,
+    }  # fmt: skip
+    right = tight.answer("what?", image(data_uri(png())))
+
+    def vanish(number: int) -> None:
+        with tight.connect() as client:
+            client.sendall(request({**endless, "seed": number}))
+            assert client.recv(2000).startswith(b"HTTP/1.1 200")
+            # A reset, as of a machine that is switched off, every other time
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", number % 2, 0))
+
+    def quiet() -> bool:
+        names = ("requests_under_way", "engine_running", "engine_waiting", "engine_preparing", "engine_kv_bytes")
+        return not any(tight.figure(name) for name in names)
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(vanish, range(16)))
+        wait_for(quiet)
+        held, gone = tight.held(), tight.figure("requests_total")
+        tokens = tight.figure("engine_generated_tokens_total")
+        list(threads.map(vanish, range(200)))
+        wait_for(quiet)
+    assert tight.figure("requests_total") - gone >= 200
+    assert (tight.figure("engine_generated_tokens_total") - tokens) / 200 < 300  # of its 3000
+    assert tight.answer("what?", image(data_uri(png()))) == right
+    wait_for(lambda: tight.held()[1] <= held[1] + 1)
+    assert tight.held()[0] <= held[0] + 1
+    assert len([line for line in tight.logged() if line.get("status") == 499]) >= 216
+
+
+def test_sigterm_under_load_loses_nothing_that_was_accepted(tmp_path):
+    """More requests than run together, half of them streams, some with pictures: all are whole, later ones are refused, and
+    the process ends with 0."""
+    with strained(tmp_path) as server:
+        count, tokens = 24, 40
+        accepted: dict[int, httpx.Response] = {}
+
+        def ask(number: int) -> None:
+            parts = [image(data_uri(png(color=(9 * number, 0, 0))))] if number % 3 == 0 else []
+            accepted[number] = server.ask(
+                f"{number}", *parts, max_tokens=tokens, ignore_eos=True, max_repeats=1000, stream=number % 2 == 0
+            )
+
+        with ThreadPoolExecutor(count) as threads:
+            asked = [threads.submit(ask, number) for number in range(count)]
+            wait_for(lambda: server.figure("requests_under_way") == count)
+            server.process.send_signal(signal.SIGTERM)
+            wait_for(lambda: httpx.get(f"{server.url}/ready").status_code == 503)
+            refused = server.ask()
+            assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
+            for one in asked:
+                one.result()
+        assert server.process.wait(SLACK) == 0
+    for number, reply in accepted.items():
+        assert reply.status_code == 200, reply.text
+        if number % 2:
+            assert reply.json()["usage"]["completion_tokens"] == tokens
+        else:
+            assert reply.text.endswith("data: [DONE]\n\n") and '"error"' not in reply.text
+            assert reply.text.count('"finish_reason":"length"') == 1
