@@ -127,51 +127,56 @@ AVX512 INLINE __m512 sixteen(const int narrow, const void *values, size_t at, __
 AVX512 INLINE void dots512(const int deep, const int count, const int narrow, const mr_matrix *w, const float *x, int row, int first, float *y) {
     const size_t cols = w->cols, begin = row * cols;
     const float *at = x + first * cols;
-    __m512 made[4][8];
+    __m512 made[4][6];
+#pragma GCC unroll 8
     for (int r = 0; r < deep; r++)
+#pragma GCC unroll 8
         for (int t = 0; t < count; t++) made[r][t] = _mm512_setzero_ps();
     size_t c = 0;
     for (; c + 16 <= cols; c += 16) {
         __m512 line[4];
-        if (!narrow || c % 32 == 0)
+        if (first == 0 && (!narrow || c % 32 == 0))
+#pragma GCC unroll 8
             for (int r = 0; r < deep; r++)
                 _mm_prefetch((const char *)w->values + (begin + (r + ROWS_AHEAD) * cols + c) * (narrow ? 2 : 4), _MM_HINT_T0);
+#pragma GCC unroll 8
         for (int r = 0; r < deep; r++) line[r] = sixteen(narrow, w->values, begin + r * cols + c, 0xffff);
+#pragma GCC unroll 8
         for (int t = 0; t < count; t++) {
             __m512 value = _mm512_loadu_ps(at + t * cols + c);
+#pragma GCC unroll 8
             for (int r = 0; r < deep; r++) made[r][t] = _mm512_fmadd_ps(line[r], value, made[r][t]);
         }
     }
     if (c < cols) {
         __mmask16 mask = (__mmask16)((1u << (cols - c)) - 1);
+#pragma GCC unroll 8
         for (int r = 0; r < deep; r++) {
             __m512 line = sixteen(narrow, w->values, begin + r * cols + c, mask);
+#pragma GCC unroll 8
             for (int t = 0; t < count; t++) made[r][t] = _mm512_fmadd_ps(line, _mm512_maskz_loadu_ps(mask, at + t * cols + c), made[r][t]);
         }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < deep; r++)
+#pragma GCC unroll 8
         for (int t = 0; t < count; t++)
             y[(size_t)(first + t) * w->rows + row + r] = _mm512_reduce_add_ps(made[r][t]) + (w->bias ? w->bias[row + r] : 0.0f);
 }
 
-#define FLOATS512(deep, n, narrow) case n: dots512(deep, n, narrow, w, x, row, first, y); break;
+#define FLOATS512(deep, n) case n: dots512(deep, n, narrow, w, x, row, first, y); break;
 AVX512 INLINE void floats512(const int narrow, const mr_matrix *w, const float *x, int n, int begin, int end, float *y) {
-    for (int first = 0; first < n; first += 8) {
-        int count = n - first < 8 ? n - first : 8, row = begin;
-        for (; row + 4 <= end; row += 4) {
-            switch (count) {
-                FLOATS512(4, 1, narrow) FLOATS512(4, 2, narrow) FLOATS512(4, 3, narrow) FLOATS512(4, 4, narrow)
-                FLOATS512(4, 5, narrow) FLOATS512(4, 6, narrow)
-                case 7: dots512(2, 7, narrow, w, x, row, first, y); dots512(2, 7, narrow, w, x, row + 2, first, y); break;
-                case 8: dots512(2, 8, narrow, w, x, row, first, y); dots512(2, 8, narrow, w, x, row + 2, first, y); break;
+    for (int row = begin; row < end;) { /* rows outside: these few are read from memory once, then from the cache */
+        int deep = row + 4 <= end ? 4 : 1;
+        for (int first = 0, count; first < n; first += count) {
+            count = n - first > 6 ? 4 : n - first; /* more sums than 24 have no registers */
+            if (deep == 4) {
+                switch (count) { FLOATS512(4, 1) FLOATS512(4, 2) FLOATS512(4, 3) FLOATS512(4, 4) FLOATS512(4, 5) FLOATS512(4, 6) }
+            } else {
+                switch (count) { FLOATS512(1, 1) FLOATS512(1, 2) FLOATS512(1, 3) FLOATS512(1, 4) FLOATS512(1, 5) FLOATS512(1, 6) }
             }
         }
-        for (; row < end; row++) {
-            switch (count) {
-                FLOATS512(1, 1, narrow) FLOATS512(1, 2, narrow) FLOATS512(1, 3, narrow) FLOATS512(1, 4, narrow)
-                FLOATS512(1, 5, narrow) FLOATS512(1, 6, narrow) FLOATS512(1, 7, narrow) FLOATS512(1, 8, narrow)
-            }
-        }
+        row += deep;
     }
 }
 
@@ -192,85 +197,151 @@ AVX2 INLINE __m256 scales256(const mr_panel *p, int group, int half) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p->scales + at * 2)));
 }
 
-/* Eight rows of the panel against `count` <= 4 rows of x. */
-AVX2 INLINE void tile256(const int count, const int four, const int half, const mr_panel *p, const mr_rounded *x, int first, float *y) {
-    const int bytes = PANEL * BLOCK / (four ? 2 : 1);
-    const uint8_t *line = p->values + half * 32;
-    const size_t stride = x->cols, blocks = x->blocks;
-    const int8_t *values = x->values + first * stride;
-    const float *scales = x->scales + first * blocks;
-    const int32_t *offsets = x->offsets + first * blocks, *sums = x->sums + first * blocks;
-    const __m256i ones = _mm256_set1_epi16(1), low_bits = _mm256_set1_epi8(15);
-    __m256 made[4];
-    for (int t = 0; t < count; t++) made[t] = _mm256_setzero_ps();
-    for (int b = 0, group = 0; b < x->blocks; group++) {
-        __m256 scale = scales256(p, group, half);
-        __m256i zero = _mm256_setzero_si256();
-        if (four && p->zeros)
-            zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p->zeros + (size_t)group * PANEL + half * 8)));
-        int stop = b + p->group_blocks < x->blocks ? b + p->group_blocks : x->blocks;
-        for (; b < stop; b++, line += bytes) {
-            const int8_t *at = values + b * BLOCK;
-            __m256i dot[4];
+/* What the sums of a block come to: `low` and (INT8) 16 times `high`, less the weights' offset, times both scales. */
+AVX2 INLINE __m256 scaled256(const int four, const int zeros, __m256i low, __m256i high, __m256i zero, int32_t offset, __m256 scale, float by, __m256 sum) {
+    __m256i dot = _mm256_madd_epi16(low, _mm256_set1_epi16(1)), start = _mm256_set1_epi32(offset);
+    if (!four) dot = _mm256_add_epi32(dot, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
+    dot = zeros ? _mm256_sub_epi32(dot, _mm256_mullo_epi32(zero, start)) : _mm256_add_epi32(dot, start);
+    return _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(dot), scale), _mm256_set1_ps(by), sum);
+}
+
+/* sum += the products of bytes of w, unsigned, and of x, in pairs. Written like this a compiler has no other products wait in
+ * registers that it lacks then: sums that go through memory took twice as long. */
+AVX2 INLINE __m256i pairs256(__m256i sum, __m256i w, __m256i x) {
+    __m256i product;
+    __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(w), "x"(x));
+    return sum;
+}
+
+/* Eight rows of a block against `count` rows of x (INT4: up to 8, INT8: up to 4), whose sums so far are made[0 .. count).
+ *
+ * Bytes are taken apart into halves of at most 15, so that a block's products of one row, 16 of at most 15 * 127 in a lane of 16
+ * bits, are summed without widening: 30480, no overflow. Sums have names, not indices, and the loop is not unrolled: then
+ * compilers keep all of them in registers. */
+AVX2 INLINE void block256(const int count, const int four, const int zeros, const uint8_t *line, const int8_t *at, size_t stride,
+                          const float *scales, const int32_t *offsets, size_t blocks, __m256 scale, __m256i zero, __m256 *made) {
+    const __m256i bits = _mm256_set1_epi8(15);
+    __m256i sum0 = _mm256_setzero_si256(), sum1 = sum0, sum2 = sum0, sum3 = sum0, sum4 = sum0, sum5 = sum0, sum6 = sum0, sum7 = sum0;
+#define FOUR256(t)                                                                                           \
+    if (four && t < count) {                                                                                 \
+        sum##t = pairs256(sum##t, low, _mm256_set1_epi32(four_bytes(at + t * stride)));                      \
+        sum##t = pairs256(sum##t, high, _mm256_set1_epi32(four_bytes(at + t * stride + 16)));                \
+    }
+#define EIGHT256(t, more)                                                                                    \
+    if (!four && t < count) {                                                                                \
+        __m256i x = _mm256_set1_epi32(four_bytes(at + t * stride));                                          \
+        sum##t = pairs256(sum##t, low, x), sum##more = pairs256(sum##more, high, x);                         \
+    }
+    int lines = four ? 4 : 8;
+    __asm__("" : "+r"(lines)); /* else it is unrolled */
+    for (; lines > 0; lines--, line += 64, at += 4) {
+        __m256i low = _mm256_loadu_si256((const __m256i *)line), high = _mm256_and_si256(_mm256_srli_epi16(low, 4), bits);
+        low = _mm256_and_si256(low, bits);
+        FOUR256(0) FOUR256(1) FOUR256(2) FOUR256(3) FOUR256(4) FOUR256(5) FOUR256(6) FOUR256(7)
+        EIGHT256(0, 4) EIGHT256(1, 5) EIGHT256(2, 6) EIGHT256(3, 7)
+    }
+#define SCALE256(t, more) \
+    if (t < count && (four || t < 4)) made[t] = scaled256(four, zeros, sum##t, sum##more, zero, offsets[t * blocks], scale, scales[t * blocks], made[t]);
+    SCALE256(0, 4) SCALE256(1, 5) SCALE256(2, 6) SCALE256(3, 7) SCALE256(4, 0) SCALE256(5, 0) SCALE256(6, 0) SCALE256(7, 0)
+}
+
+/* A block against one row of x. */
+AVX2 INLINE void one_block256(const int four, const int zeros, const uint8_t *line, const int8_t *at, float by, int32_t offset, const __m256 *scale, const __m256i *zero, __m256 *made) {
+    const __m256i bits = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    __m256i sum[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (int j = 0; j < (four ? 4 : 8); j++) {
+        __m256i x = _mm256_set1_epi32(four_bytes(at + j * 4)), more = four ? _mm256_set1_epi32(four_bytes(at + 16 + j * 4)) : x;
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            __m256i w = _mm256_loadu_si256((const __m256i *)(line + j * 64 + half * 32));
             if (four) {
-                /* 16 products of at most 15 * 127 in a lane of 16 bits: 30480, no overflow */
-                for (int t = 0; t < count; t++) dot[t] = _mm256_setzero_si256();
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; j++) {
-                    __m256i both = _mm256_loadu_si256((const __m256i *)(line + j * 64));
-                    __m256i low = _mm256_and_si256(both, low_bits), high = _mm256_and_si256(_mm256_srli_epi16(both, 4), low_bits);
-                    for (int t = 0; t < count; t++) {
-                        __m256i a = _mm256_set1_epi32(four_bytes(at + t * stride + j * 4));
-                        __m256i c = _mm256_set1_epi32(four_bytes(at + t * stride + 16 + j * 4));
-                        dot[t] = _mm256_add_epi16(dot[t], _mm256_add_epi16(_mm256_maddubs_epi16(low, a), _mm256_maddubs_epi16(high, c)));
-                    }
-                }
-                for (int t = 0; t < count; t++) {
-                    __m256i start = p->zeros ? _mm256_mullo_epi32(zero, _mm256_set1_epi32(-sums[t * blocks + b]))
-                                             : _mm256_set1_epi32(offsets[t * blocks + b]);
-                    dot[t] = _mm256_add_epi32(_mm256_madd_epi16(dot[t], ones), start);
-                }
-            } else {
-                for (int t = 0; t < count; t++) dot[t] = _mm256_setzero_si256();
-#pragma GCC unroll 8
-                for (int j = 0; j < 8; j++) {
-                    __m256i w = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(line + j * 64)), _mm256_set1_epi8(-128));
-                    __m256i magnitude = _mm256_abs_epi8(w); /* of -128: 128, read as unsigned */
-                    for (int t = 0; t < count; t++) {
-                        /* two products of at most 128 * 127 in a lane of 16 bits: 32512, no overflow */
-                        __m256i a = _mm256_sign_epi8(_mm256_set1_epi32(four_bytes(at + t * stride + j * 4)), w);
-                        dot[t] = _mm256_add_epi32(dot[t], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, a), ones));
-                    }
-                }
+                sum[half] = pairs256(sum[half], _mm256_and_si256(w, bits), x);
+                sum[half] = pairs256(sum[half], _mm256_and_si256(_mm256_srli_epi16(w, 4), bits), more);
+            } else { /* for one row, signs cost less than halves: two products of at most 128 * 127, no overflow */
+                w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+                __m256i product = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+                sum[half] = _mm256_add_epi32(sum[half], _mm256_madd_epi16(product, ones));
             }
-            for (int t = 0; t < count; t++)
-                made[t] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(dot[t]), scale), _mm256_set1_ps(scales[t * blocks + b]), made[t]);
         }
     }
-    int valid = p->valid - half * 8;
-    for (int t = 0; t < count; t++) {
-        float out[8];
-        _mm256_storeu_ps(out, made[t]);
-        float *to = y + (size_t)(first + t) * p->rows + p->row + half * 8;
-        for (int r = 0; r < 8 && r < valid; r++) to[r] = out[r] + (p->bias ? p->bias[half * 8 + r] : 0.0f);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        if (four)
+            made[half] = scaled256(1, zeros, sum[half], sum[half], zero[half], offset, scale[half], by, made[half]);
+        else
+            made[half] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(sum[half]), scale[half]), _mm256_set1_ps(by), made[half]);
     }
 }
 
-#define CASE256(n) case n: tile256(n, four, half, p, x, first, y); break;
-AVX2 INLINE void panel256(const int four, const mr_panel *p, const mr_rounded *x, int first, int count, float *y) {
-    for (int stop = first + count; first < stop; first += 4) {
-        for (int half = 0; half < (p->valid > 8 ? 2 : 1); half++) {
-            switch (stop - first < 4 ? stop - first : 4) { CASE256(1) CASE256(2) CASE256(3) CASE256(4) }
+/* A panel against step * many + rest rows of x, of which `step` share what is taken apart. Each block comes from memory once. */
+AVX2 INLINE void tile256(const int many, const int rest, const int four, const int zeros, const mr_panel *p, const mr_rounded *x, int first, float *y) {
+    const int bytes = PANEL * BLOCK / (four ? 2 : 1), step = four ? 8 : 4, count = step * many + rest;
+    const uint8_t *line = p->values;
+    const size_t stride = x->cols, blocks = x->blocks;
+    const int8_t *values = x->values + first * stride;
+    const float *scales = x->scales + first * blocks;
+    const int32_t *offsets = (zeros ? x->sums : x->offsets) + first * blocks;
+    __m256 made[2 * MOST_TILE]; /* of the first half of the panel, then of the second; one row: both side by side */
+    for (int t = 0; t < 2 * count; t++) made[t] = _mm256_setzero_ps();
+    for (int b = 0, group = 0; b < x->blocks; group++) {
+        __m256 scale[2] = {scales256(p, group, 0), scales256(p, group, 1)};
+        __m256i zero[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+        for (int half = 0; half < 2 && zeros; half++)
+            zero[half] = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p->zeros + (size_t)group * PANEL + half * 8)));
+        int stop = b + p->group_blocks < x->blocks ? b + p->group_blocks : x->blocks;
+        for (; b < stop; b++, line += bytes) {
+            const int8_t *at = values + b * BLOCK;
+#pragma GCC unroll 8
+            for (int ahead = 0; ahead < bytes; ahead += 64) _mm_prefetch((const char *)line + AHEAD + ahead, _MM_HINT_T0);
+            if (!many && rest == 1) {
+                one_block256(four, zeros, line, at, scales[b], offsets[b], scale, zero, made);
+                continue;
+            }
+            int half = 0;
+            __asm__("" : "+r"(half)); /* else both halves are made into one, for which registers do not suffice */
+            for (; half < 2; half++) {
+                const uint8_t *lines = line + half * 32;
+                __m256 *to = made + half * count;
+                for (int t = 0; t < step * many; t += step)
+                    block256(step, four, zeros, lines, at + t * stride, stride, scales + t * blocks + b, offsets + t * blocks + b, blocks,
+                             scale[half], zero[half], to + t);
+                const size_t t = step * many;
+                if (rest)
+                    block256(rest, four, zeros, lines, at + t * stride, stride, scales + t * blocks + b, offsets + t * blocks + b, blocks,
+                             scale[half], zero[half], to + t);
+            }
         }
+    }
+    float bias[PANEL] = {0}, out[PANEL];
+    if (p->bias) memcpy(bias, p->bias, p->valid * sizeof(float));
+    for (int t = 0; t < count; t++) {
+        float *to = y + (size_t)(first + t) * p->rows + p->row, *whole = p->valid == PANEL ? to : out;
+        _mm256_storeu_ps(whole, _mm256_add_ps(made[t], _mm256_loadu_ps(bias)));
+        _mm256_storeu_ps(whole + 8, _mm256_add_ps(made[count + t], _mm256_loadu_ps(bias + 8)));
+        if (whole == out) memcpy(to, out, p->valid * sizeof(float));
+    }
+}
+
+#define CASE256(n, many, rest) case n: tile256(many, rest, four, zeros, p, x, first, y); break;
+AVX2 INLINE void panel256(const int four, const int zeros, const mr_panel *p, const mr_rounded *x, int first, int count, float *y) {
+    const int step = four ? 8 : 4;
+    switch (count) {
+        CASE256(1, 0, 1) CASE256(2, 0, 2) CASE256(3, 0, 3)
+        CASE256(4, 4 / step, 4 % step) CASE256(5, 5 / step, 5 % step) CASE256(6, 6 / step, 6 % step) CASE256(7, 7 / step, 7 % step)
+        CASE256(8, 8 / step, 8 % step) CASE256(9, 9 / step, 9 % step) CASE256(10, 10 / step, 10 % step) CASE256(11, 11 / step, 11 % step)
+        CASE256(12, 12 / step, 12 % step)
     }
 }
 
 AVX2 static void panel8_256(const mr_panel *p, const mr_rounded *x, int first, int count, float *y) {
-    panel256(0, p, x, first, count, y);
+    panel256(0, 0, p, x, first, count, y);
 }
 
 AVX2 static void panel4_256(const mr_panel *p, const mr_rounded *x, int first, int count, float *y) {
-    panel256(1, p, x, first, count, y);
+    if (p->zeros)
+        panel256(1, 1, p, x, first, count, y);
+    else
+        panel256(1, 0, p, x, first, count, y);
 }
 
 AVX2 static void round_row_256(const float *x, int cols, int padded, int offset, int8_t *values, float *scales, int32_t *sums, int32_t *offsets) {
@@ -325,18 +396,29 @@ AVX2 INLINE void dots256(const int deep, const int count, const int narrow, cons
     const size_t cols = w->cols, begin = row * cols;
     const float *at = x + first * cols;
     __m256 made[4][4];
+#pragma GCC unroll 8
     for (int r = 0; r < deep; r++)
+#pragma GCC unroll 8
         for (int t = 0; t < count; t++) made[r][t] = _mm256_setzero_ps();
     size_t c = 0;
     for (; c + 8 <= cols; c += 8) {
+        if (first == 0 && c % (narrow ? 32 : 16) == 0)
+#pragma GCC unroll 8
+            for (int r = 0; r < deep; r++)
+                _mm_prefetch((const char *)w->values + (begin + (r + ROWS_AHEAD) * cols + c) * (narrow ? 2 : 4), _MM_HINT_T0);
         __m256 line[4];
+#pragma GCC unroll 8
         for (int r = 0; r < deep; r++) line[r] = eight(narrow, w->values, begin + r * cols + c);
+#pragma GCC unroll 8
         for (int t = 0; t < count; t++) {
             __m256 value = _mm256_loadu_ps(at + t * cols + c);
+#pragma GCC unroll 8
             for (int r = 0; r < deep; r++) made[r][t] = _mm256_fmadd_ps(line[r], value, made[r][t]);
         }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < deep; r++)
+#pragma GCC unroll 8
         for (int t = 0; t < count; t++) {
             float sum = sum256(made[r][t]);
             for (size_t k = c; k < cols; k++) {
