@@ -11,12 +11,15 @@ from collections import deque
 
 import torch
 
+from mirada.engine import memory
 from mirada.engine.sequence import Sequence
 from mirada.engine.step import Engine
 from mirada.errors import MiradaError, NotAvailable, QueueFull, RequestFailed
 
 PATIENCE = 30.0
 """Seconds that a step under way may take to end when the interpreter exits."""
+TRIM = 10.0
+"""Seconds of work after which memory that nobody uses is given back: some milliseconds each time."""
 
 
 class EngineThread:
@@ -158,12 +161,16 @@ class _Line:
             return self._resting.wait_for(lambda: not self._busy and not self._fresh and not self._announced, timeout)
 
     def _run(self) -> None:
+        trimmed = time.monotonic()
         with torch.inference_mode():
             while self._take():
                 try:
                     self.engine.step()
                 except BaseException as error:  # there is nobody above to tell; the requests are told
                     self.engine.fail(error)
+                if time.monotonic() - trimmed > TRIM:
+                    memory.trim()
+                    trimmed = time.monotonic()
         self._end()
 
     def _take(self) -> bool:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import platform
+import resource
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from mirada import VLM, Message, Sampling
-from mirada.engine import load, memory
+from mirada.engine import load, memory, thread
 from mirada.errors import OutOfMemory
 
 CPU = torch.device("cpu")
@@ -126,6 +131,31 @@ def test_running_out_in_the_middle_is_the_same_error(vlm, monkeypatch):
     bad, good = vlm.generate(chats, [Sampling(max_tokens=9, ignore_eos=True), Sampling(max_tokens=4, ignore_eos=True)])
     assert isinstance(bad.error, OutOfMemory) and "max_tokens" in str(bad.error)
     assert good.error is None and len(good.tokens) == 4
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or sys.platform != "linux", reason="needs glibc")
+def test_holes_are_given_back():
+    """Memory that is free between what is held: the system has it again."""
+    held = [bytearray(b"x" * 60_000) for _ in range(1000)]
+    del held[:-1]
+    full = resident()
+    memory.trim()
+    assert resident() < full - 40_000_000
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_a_busy_engine_gives_memory_back(vlm, monkeypatch):
+    calls = []
+    monkeypatch.setattr(memory, "trim", lambda: calls.append(1))
+    chat = [Message("user", "hi")]
+    vlm.submit(chat, Sampling(max_tokens=5, ignore_eos=True)).result()
+    assert not calls, "not with every step"
+    monkeypatch.setattr(thread, "TRIM", -1.0)
+    vlm.submit(chat, Sampling(max_tokens=5, ignore_eos=True)).result()
+    assert len(calls) >= 4
 
 
 def test_bytes_as_people_write_them():

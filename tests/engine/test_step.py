@@ -244,11 +244,12 @@ def test_who_has_begun_with_a_video_goes_on_with_it(vlm):
     frames = np.random.default_rng(4).integers(0, 256, (8, 56, 84, 3), dtype=np.uint8)
     chat = [Message("user", [Video(list(frames), fps=1.0), Text("What?")])]
     engine = small(vlm, step_patches=24, encoder_cache_bytes=1 << 20)
-    first = line_up(engine, [Message("user", "Look. " * 40), *chat], max_tokens=1)
+    first = line_up(engine, [*chat, Message("user", "Look. " * 40)], max_tokens=1)
     step(engine, 2)
     begun = engine._engine.engine.encoder.num_patches
     assert first.features.gathered and first.features.units
     second = line_up(engine, chat, max_tokens=1)
+    assert len(second.prompt.tokens) < first.left
     (item,) = first.media
     finish(engine)
     assert begun < engine._engine.engine.encoder.num_patches == len(item.pixels)
