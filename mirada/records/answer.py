@@ -8,7 +8,7 @@ from typing import Any
 
 from mirada import errors
 from mirada.errors import MiradaError
-from mirada.types import Finish, Logprob, Output, ToolCall, Usage
+from mirada.types import Annotation, Finish, Logprob, Output, ToolCall, Usage
 
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot say (OpenAI's own choice)."""
@@ -61,7 +61,24 @@ def choice_to_openai(
         choice["logprobs"] = logprobs_to_openai(output.logprobs, token_bytes)
     if return_token_ids:
         choice["token_ids"] = list(output.tokens)
+    if output.annotations:
+        choice["annotations"] = [annotation_to_openai(one) for one in output.annotations]
     return choice
+
+
+def annotation_to_openai(one: Annotation, told: int = 0) -> dict[str, Any]:
+    """One entry of ``annotations``; ``start`` and ``end`` count from character ``told`` of the answer on."""
+    made: dict[str, Any] = {"type": one.kind, "label": one.label}
+    if one.kind == "box":
+        made["box"] = [side for point in one.points for side in point]
+    elif one.kind == "point":
+        made["point"] = list(one.points[0])
+    else:
+        made["points"] = [list(point) for point in one.points]
+    made |= {one.media: one.index, "chosen": one.chosen, "size": list(one.size), "resized": list(one.resized)}
+    if one.time is not None:
+        made["time"] = list(one.time)
+    return made | {"start": one.start - told, "end": one.end - told}
 
 
 def finish_to_openai(finish: Finish) -> str:

@@ -11,7 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mirada.errors import ParameterError, nearest
-from mirada.records.answer import TokenBytes, call_to_openai, finish_to_openai, logprobs_to_openai, usage_to_openai
+from mirada.records.answer import (
+    TokenBytes,
+    annotation_to_openai,
+    call_to_openai,
+    finish_to_openai,
+    logprobs_to_openai,
+    usage_to_openai,
+)
 from mirada.records.request import KNOWN
 from mirada.serve.errors import HttpError
 from mirada.types import Delta, Message, Output, ToolCall
@@ -91,6 +98,8 @@ class Chunks:
             beside["logprobs"] = logprobs_to_openai(delta.logprobs, self.token_bytes)
         if self.return_token_ids and delta.tokens:
             beside["token_ids"] = list(delta.tokens)
+        if delta.annotations:
+            beside["annotations"] = [annotation_to_openai(one) for one in delta.annotations]
         if said or beside:
             yield self._chunk(index, said, **beside)
         if delta.finish is not None:

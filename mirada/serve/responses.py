@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mirada.errors import MiradaError, ParameterError, nearest
-from mirada.records.answer import usage_to_openai
+from mirada.records.answer import annotation_to_openai, usage_to_openai
 from mirada.serve import chat
 from mirada.serve.errors import http_error, reply
 from mirada.serve.guard import Ticket
@@ -163,6 +163,10 @@ class Items:
         """Kind of the item that grows (message, reasoning or call), and its text or arguments."""
         self._name = ""
         """Of the call that grows."""
+        self._found: list[dict[str, Any]] = []
+        """Boxes and points in the message that grows."""
+        self._told = 0
+        """Characters of earlier messages."""
         self._number = -1
 
     def opening(self) -> bytes:
@@ -176,6 +180,7 @@ class Items:
         for kind, text in (("reasoning", delta.reasoning), ("message", delta.text)):
             if text:
                 said += self._grow(kind, text)
+        self._found += [annotation_to_openai(one, self._told) for one in delta.annotations]
         for call in delta.tool_calls:
             said += self._call(call)
         return said
@@ -189,6 +194,10 @@ class Items:
         if kind == "call":
             return self._end_call("".join(texts))
         item = self._item(kind, "".join(texts), "completed")
+        if kind == "message":
+            # Beside the part, whose own annotations OpenAI's schema keeps for citations.
+            item |= {"annotations": self._found} if self._found else {}
+            self._found, self._told = [], self._told + len("".join(texts))
         at, part = self._at(item), item["content"][0]
         name = "output_text" if kind == "message" else "reasoning_text"
         more = {"logprobs": []} if kind == "message" else {}

@@ -1,16 +1,25 @@
 // Boxes and points of an answer, drawn over the picture they speak of, with a list that says the same in words.
 
-import { el } from "./dom.js";
+import { el, svg } from "./dom.js";
 
 const SMALL = 336;
 
-/** Annotations that can be drawn: {type: "box", box: [x1, y1, x2, y2]} or {type: "point", point: [x, y]}, pixels of the picture. */
+/** Annotations that can be drawn, in pixels of the picture: a box [x1, y1, x2, y2], a point [x, y], or a polygon's points [[x, y], ...]. */
 export function usable(annotations) {
   const numbers = (list, count) => Array.isArray(list) && list.length === count && list.every(Number.isFinite);
   return (Array.isArray(annotations) ? annotations : []).filter(
-    (one) => (one?.type === "box" && numbers(one.box, 4)) || (one?.type === "point" && numbers(one.point, 2)),
+    (one) => one?.video === undefined // what a video shows at some second is not drawn
+      && ((one?.type === "box" && numbers(one.box, 4))
+      || (one?.type === "point" && numbers(one.point, 2))
+      || (one?.type === "polygon" && Array.isArray(one.points) && one.points.length > 2 && one.points.every((point) => numbers(point, 2)))),
   );
 }
+
+/** An answer as a reader wants it: marks that are drawn are left out, and of labels only the words stay. */
+export const unmarked = (text) =>
+  text
+    .replace(/<\|(box|quad|point)_start\|>[^<]*(<\|\1_end\|>|$)/g, "")
+    .replace(/<\|(?:object_ref|ocr_text)_(?:start|end)\|>/g, "");
 
 /** One figure per picture that is spoken of; `pictures` are the conversation's, in order. */
 export function figures(annotations, pictures) {
@@ -35,8 +44,7 @@ function figure(picture, marks) {
     toggle.setAttribute("aria-pressed", String(!layer.hidden));
   });
   const lay = () => {
-    const width = picture.width || image.naturalWidth;
-    const height = picture.height || image.naturalHeight;
+    const [width, height] = marks[0].size || [picture.width || image.naturalWidth, picture.height || image.naturalHeight];
     if (!width || !height) return;
     if (width < SMALL) image.style.width = `${SMALL}px`; // marks need room
     layer.replaceChildren();
@@ -51,19 +59,29 @@ function figure(picture, marks) {
 function place(mark, index, layer, list, width, height) {
   const percent = (value, whole) => `${(100 * Math.min(Math.max(value, 0), whole)) / whole}%`;
   const name = String(mark.label || `${mark.type} ${index + 1}`);
-  const [x1, y1, x2, y2] = mark.type === "box" ? mark.box : [...mark.point, ...mark.point];
+  const points = mark.type === "box" ? [mark.box.slice(0, 2), mark.box.slice(2)] : mark.type === "point" ? [mark.point] : mark.points;
+  const [xs, ys] = [0, 1].map((axis) => points.map((point) => point[axis]));
+  const [left, top, right, bottom] = [Math.min(...xs), Math.min(...ys), Math.max(...xs), Math.max(...ys)];
   const shape = el("div", { class: mark.type }, el("span", { text: name }));
-  shape.style.left = percent(Math.min(x1, x2), width);
-  shape.style.top = percent(Math.min(y1, y2), height);
-  if (mark.type === "box") {
-    shape.style.right = percent(width - Math.max(x1, x2), width);
-    shape.style.bottom = percent(height - Math.max(y1, y2), height);
-    if (Math.min(y1, y2) < 0.08 * height) shape.classList.add("below");
+  shape.style.left = percent(left, width);
+  shape.style.top = percent(top, height);
+  if (mark.type !== "point") {
+    shape.style.right = percent(width - right, width);
+    shape.style.bottom = percent(height - bottom, height);
+    if (top < 0.08 * height) shape.classList.add("below");
   }
-  if (Math.min(x1, x2) > 0.5 * width) shape.classList.add("leftward");
+  if (mark.type === "polygon") shape.append(outline(points, left, top, right, bottom));
+  if (left > 0.5 * width) shape.classList.add("leftward");
   layer.append(shape);
-  const item = el("li", {}, el("strong", { text: name }), ` ${(mark.box || mark.point).map(Math.round).join(", ")}`);
+  const item = el("li", {}, el("strong", { text: name }), ` ${points.flat().map(Math.round).join(", ")}`);
   item.addEventListener("pointerenter", () => shape.classList.add("lit"));
   item.addEventListener("pointerleave", () => shape.classList.remove("lit"));
   list.append(item);
+}
+
+/** The sides of a polygon, stretched over the box around it. */
+function outline(points, left, top, right, bottom) {
+  const around = `${left} ${top} ${Math.max(right - left, 1)} ${Math.max(bottom - top, 1)}`;
+  const corners = points.map((point) => point.join(",")).join(" ");
+  return svg("svg", { viewBox: around, preserveAspectRatio: "none" }, svg("polygon", { points: corners }));
 }

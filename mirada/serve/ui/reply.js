@@ -1,7 +1,7 @@
 // Turns as they stand in the conversation: what was asked, and an answer that grows.
 
 import { counts } from "./api.js";
-import { figures } from "./boxes.js";
+import { figures, unmarked } from "./boxes.js";
 import { announce, copyButton, el, icon } from "./dom.js";
 import { showMarkdown } from "./markdown.js";
 
@@ -52,14 +52,13 @@ export class Reply {
   /** Takes one event of the stream (a chat.completion.chunk). */
   take(event) {
     if (event.usage) this.usage = event.usage;
-    if (Array.isArray(event.annotations)) this.annotations.push(...event.annotations);
     const choice = event.choices?.[0];
     if (!choice) return;
     if (choice.finish_reason) this.finish = choice.finish_reason;
     const delta = choice.delta || choice.message || {};
     const thought = delta.reasoning_content || delta.reasoning || "";
     const said = (delta.content || "") + (delta.refusal || "");
-    for (const found of [choice.annotations, delta.annotations]) if (Array.isArray(found)) this.annotations.push(...found);
+    if (Array.isArray(choice.annotations)) this.annotations.push(...choice.annotations);
     if (!thought && !said) return;
     this.last = performance.now();
     this.first ||= this.last;
@@ -82,7 +81,7 @@ export class Reply {
     const from = performance.now();
     this.waiting.remove();
     if (this.reasoning) this.drawThoughts();
-    showMarkdown(this.body, this.text);
+    showMarkdown(this.body, this.annotations.length ? unmarked(this.text) : this.text);
     this.onGrow();
     this.lagUntil = performance.now() + 4 * (performance.now() - from);
   }

@@ -22,7 +22,12 @@ USAGE = {
     "prompt_tokens": 280, "completion_tokens": 24, "total_tokens": 304,
     "prompt_tokens_details": {"image_tokens": 256, "video_tokens": 0},
 }  # fmt: skip
-MARKS = [("red circle", [10, 36, 50, 76]), ("<i>blue</i> rectangle", [66, 38, 103, 75])]
+MARKS = [
+    {"type": "box", "label": "red circle", "box": [10, 36, 50, 76]},
+    {"type": "box", "label": "<i>blue</i> rectangle", "box": [66, 38, 103, 75]},
+    {"type": "polygon", "label": "tip", "points": [[120, 40], [150, 70], [110, 80]]},
+    {"type": "point", "label": "", "point": [84, 84]},
+]
 ATTACK = """<img src=x onerror="window.hurt=1"><script>window.hurt=2</script>
 
 [click](javascript:window.hurt=3) [data](data:text/html,<script>window.hurt=4</script>) [ok](https://example.org/a)
@@ -37,7 +42,7 @@ ATTACK = """<img src=x onerror="window.hurt=1"><script>window.hurt=2</script>
 |---|---|
 | <svg onload=window.hurt=9> | `<b>` |
 """
-BOXES = "Yes, to the right of the blue square."
+BOXES = "Yes, to the right of the <|object_ref_start|>blue square<|object_ref_end|><|box_start|>(393,226),(613,446)<|box_end|>."
 RICH = """## What is there
 
 The sign has **two words** in *white* on green, set in `Helvetica`:
@@ -151,9 +156,9 @@ async def _script(said: str, go_on: threading.Event) -> AsyncIterator[dict[str, 
         await asyncio.sleep(0.004)
     last: dict[str, Any] = {"choices": [{"delta": {}, "finish_reason": "stop"}]}
     if "green triangle" in said:
-        last["choices"][0]["delta"]["annotations"] = [
-            {"type": "box", "label": label, "box": box, "image": 0} for label, box in MARKS
-        ]
+        seen = {"chosen": "only", "size": [168, 112], "resized": [168, 112], "start": 0, "end": 3}
+        elsewhere = {"type": "point", "point": [1, 1], "label": "of a video", "video": 0}
+        last["choices"][0]["annotations"] = [{**mark, "image": 0, **seen} for mark in MARKS] + [{**elsewhere, **seen}]
     yield last
     yield {"choices": [], "usage": USAGE}
 

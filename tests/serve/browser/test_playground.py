@@ -217,7 +217,18 @@ def test_boxes_lie_where_the_server_says_and_can_be_hidden(server, open_page):
     got = ((box["x"] - image["x"]) / scale, (box["y"] - image["y"]) / scale, box["width"] / scale, box["height"] / scale)
     assert got == pytest.approx(want, abs=2)
     assert page.locator(".box span").all_inner_texts() == ["red circle", "<i>blue</i> rectangle"]
-    assert "10, 36, 50, 76" in page.locator(".legend").inner_text()
+    legend = page.locator(".legend li").all_inner_texts()
+    assert legend[0].split() == ["red", "circle", "10,", "36,", "50,", "76"] and legend[3].split() == [
+        "point",
+        "4",
+        "84,",
+        "84",
+    ]
+    assert len(legend) == 4  # what a video shows is not drawn over a picture
+    tip, point = page.locator(".polygon svg").bounding_box(), page.locator(".point").bounding_box()
+    assert ((tip["x"] - image["x"]) / scale, (tip["y"] - image["y"]) / scale) == pytest.approx((110, 40), abs=2)
+    assert (point["x"] + point["width"] / 2 - image["x"]) / scale == pytest.approx(84, abs=2)
+    assert page.locator(".text").inner_text() == "Yes, to the right of the blue square."
     page.get_by_role("button", name="Marks").click()
     assert page.locator(".box:visible").count() == 0
 
