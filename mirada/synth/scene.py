@@ -212,9 +212,15 @@ def _pair(rng: random.Random, facts: dict[str, Any]) -> tuple[Thing, Thing, str]
     fitting = _unique(facts["objects"])
     if len(fitting) < 2:
         return None
-    thing, other = rng.sample(fitting, 2)
-    sides = [side for side in SIDES if on_side(thing, other, side)]
-    return (thing, other, rng.choice(sides)) if sides else None
+    pairs = [(a, b, side) for a, b in itertools.permutations(fitting, 2) for side in SIDES if on_side(a, b, side)]
+    if pairs and rng.random() < 0.5:  # clear ones are learnt first
+        pairs = sorted(pairs, key=_distance, reverse=True)[: 1 + len(pairs) // 4]
+    return rng.choice(pairs) if pairs else None
+
+
+def _distance(pair: tuple[Thing, Thing, str]) -> int:
+    thing, other, side = pair
+    return abs(thing["x"] - other["x"]) if SIDES[side][0] else abs(thing["y"] - other["y"])
 
 
 def _side_of(rng: random.Random, facts: dict[str, Any]) -> Question | None:
@@ -237,6 +243,17 @@ def _further(rng: random.Random, facts: dict[str, Any]) -> Question | None:
     first, second = rng.sample((name(thing), name(other)), 2)
     arguments = {"object": first, "other": second, "end": _ENDS[side]}
     return arguments, arguments, name(thing)
+
+
+def _where_each(rng: random.Random, facts: dict[str, Any]) -> Question | None:
+    """The places of two to four objects in one answer: each name must find its own object before anything is compared."""
+    fitting = [(o, place_name(o, facts["height"], facts["width"])) for o in _unique(facts["objects"])]
+    fitting = [(name(o), spot) for o, spot in fitting if spot]
+    if len(fitting) < 2:
+        return None
+    chosen = rng.sample(fitting, min(len(fitting), rng.randint(2, 4)))
+    objects = ", ".join(its for its, _ in chosen)
+    return {"objects": objects}, {"objects": objects}, ", ".join(str(spot) for _, spot in chosen)
 
 
 def _what_at(rng: random.Random, facts: dict[str, Any]) -> Question | None:
@@ -273,11 +290,13 @@ QUESTIONS: dict[str, Callable[[random.Random, dict[str, Any]], Question | None]]
     "extreme": _extreme, "compare": _compare,
 }  # fmt: skip
 EXERCISES = QUESTIONS | {
-    "what_at": _what_at, "side_of": _side_of, "further": _further, "list_across": _list_across, "list_down": _list_down,
+    "what_at": _what_at, "where_each": _where_each, "side_of": _side_of, "further": _further,
+    "list_across": _list_across, "list_down": _list_down,
 }  # fmt: skip
 """What further turns ask: beside the questions, exercises whose answers say more about places than the questions' do."""
-PRACTICE = {"where": 5, "compare": 5, "side_of": 4, "further": 3, "colour_of": 5, "count_all": 2, "count_shape": 3, "count_colour": 3,
-            "count_both": 2, "exists": 3, "what_at": 2, "list_across": 0.15, "list_down": 0.15}  # fmt: skip
+PRACTICE = {"where": 5, "compare": 5, "colour_of": 4, "exists": 3,
+            "count_all": 3, "count_shape": 3, "count_colour": 3, "count_both": 2,
+            "where_each": 7, "side_of": 4, "further": 3, "what_at": 2, "list_across": 0.15, "list_down": 0.15}  # fmt: skip
 """How often further turns ask a type, against 1 for the others: often what is learnt last, seldom what takes many tokens."""
 
 

@@ -38,6 +38,8 @@ def solve_scene(kind, given, facts):
     if kind == "what_at":
         (only,) = [t for t in things if _spot(t, facts) == given["spot"]]
         return _name(only)
+    if kind == "where_each":
+        return ", ".join(_spot(named[one], facts) for one in given["objects"].split(", "))
     if kind == "side_of":
         near, far = named[given["object"]], named[given["other"]]
         dx, dy = near["x"] - far["x"], near["y"] - far["y"]
@@ -140,7 +142,7 @@ def test_further_questions_are_about_the_same_picture(task):
             questions.add(more.question)
             kinds.add(more.facts["question_type"])
     assert len(questions) > 40
-    assert task != "scene" or {"what_at", "side_of", "further", "list_across", "list_down"} <= kinds
+    assert task != "scene" or {"what_at", "where_each", "side_of", "further", "list_across", "list_down"} <= kinds
     line = synth.sample("line", 8, 0, fonts="builtin")
     assert synth.more_questions(line, 4, 8, 0) == []
 
