@@ -133,11 +133,12 @@ class VLM:
         budget = settings.cache_bytes
         if whole and weight.device.type == "cuda":
             budget = pool_bytes(weight.device, memory.available(weight.device), budget)
-        cache = make_cache(parts.cache_spec, weight.dtype, weight.device, kv=settings.kv, budget=budget)
+        layout = None if settings.layout == "auto" else settings.layout
+        cache = make_cache(parts.cache_spec, weight.dtype, weight.device, layout=layout, kv=settings.kv, budget=budget)
         if parts.placement is not None:
             cache.spread(parts.placement.layers)
         if parts.group is not None:
-            cache: Any = lead(parts, cache, settings.kv)
+            cache: Any = lead(parts, cache, settings.kv, layout)
         self.parts = _bounded(parts, settings.max_length)
         self.limits = limits or FetchLimits()
         self._pool = Pool(settings.workers)
@@ -154,7 +155,7 @@ class VLM:
         runner = Runner(parts.model, cache, parts.eos, self._adapters)
         if isinstance(cache, Pages):
             cache.pools(0)  # made at once: what is left of the device's memory is what steps may take
-        if whole and weight.device.type == "cuda" and settings.cuda_graphs:
+        if isinstance(cache, Pages) and whole and weight.device.type == "cuda" and settings.cuda_graphs:
             runner.graphs = Graphs(parts.model, cache, self.parts.context)
         self._engine = EngineThread(Engine(runner, parts.rule.grid, settings, prefix, features))
         self._preparing = Preparing(self._engine.line, self._pool, settings.prepared_bytes)

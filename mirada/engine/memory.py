@@ -84,8 +84,8 @@ class Budget:
         return min(found)
 
     def alone(self, sequence: Sequence) -> int:
-        """Bytes of cache that ``sequence`` takes at its longest."""
-        return self.cache.bytes_for(len(sequence.prompt.tokens) + sequence.limit)
+        """Bytes of cache that ``sequence`` takes at most, on its way to its longest."""
+        return self.cache.peak_bytes(len(sequence.prompt.tokens) + sequence.limit)
 
     def passing(self, sequences: Iterable[Sequence]) -> int:
         """Bytes that the widest step of ``sequences`` needs besides the cache (an estimate)."""

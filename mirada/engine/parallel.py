@@ -60,7 +60,7 @@ def spec_of(model: Any, spec: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-def lead(parts: Any, cache: Any, kv: str) -> LeadCache:
+def lead(parts: Any, cache: Any, kv: str, layout: str | None) -> LeadCache:
     """Tell the others that an engine begins, and with which cache; theirs does from now on what the one returned does.
 
     SettingsError on a rank that is not the first.
@@ -70,7 +70,7 @@ def lead(parts: Any, cache: Any, kv: str) -> LeadCache:
         raise SettingsError(
             f"rank {group.share.rank} of {group.share.ranks} runs no engine of its own", "call VLM.follow there"
         )
-    group.say("begin", _facts(parts, kv, cache.budget))
+    group.say("begin", _facts(parts, kv, layout, cache.budget))
     return LeadCache(cache, group)
 
 
@@ -82,12 +82,13 @@ def serve(parts: Any) -> None:
         raise SettingsError("the first rank runs the engine", "call VLM(...) there, and VLM.follow on the others")
     weight = next(parts.model.parameters())
     what, facts, _ = group.hear(weight.device)
-    if what != "begin" or facts != _facts(parts, facts.get("kv", ""), facts.get("budget")):
+    if what != "begin" or facts != _facts(parts, facts.get("kv", ""), facts.get("layout"), facts.get("budget")):
         raise CheckpointError("the first rank has opened another model", "give all ranks the same model and dtype")
-    cache = make_cache(parts.cache_spec, weight.dtype, weight.device, kv=facts["kv"], budget=facts["budget"])
+    how = {name: facts[name] for name in ("layout", "kv", "budget")}
+    cache = make_cache(parts.cache_spec, weight.dtype, weight.device, **how)
     follow(parts.model, cache, group)
 
 
-def _facts(parts: Any, kv: str, budget: int | None) -> dict[str, Any]:
+def _facts(parts: Any, kv: str, layout: str | None, budget: int | None) -> dict[str, Any]:
     dtype = str(next(parts.model.parameters()).dtype)
-    return {"config": parts.model.config_text, "dtype": dtype, "kv": kv, "budget": budget}
+    return {"config": parts.model.config_text, "dtype": dtype, "kv": kv, "layout": layout, "budget": budget}

@@ -85,8 +85,8 @@ class Scheduler:
                 self.waiting.popleft().fail(error)
                 continue
             left = sequence.limit - len(sequence.tokens)
-            asked = self.cache.bytes_for(sequence.num_tokens + min(left, ROOM_TO_GROW))
-            if self.running and self._needed() + asked > self.budget.total((*self.running, sequence)):
+            asked = sequence.num_tokens + min(left, ROOM_TO_GROW)
+            if self.running and self._needed(asked) > self.budget.total((*self.running, sequence)):
                 break
             self.waiting.popleft()
             self._enter(sequence)
@@ -176,9 +176,13 @@ class Scheduler:
         )  # fmt: skip
         self.leave(sequence)
 
-    def _needed(self) -> int:
-        """Bytes of cache that the running sequences take once all their tokens are computed."""
-        return self.cache.bytes_held + sum(self.cache.growth_bytes(s.slot, _end(s)) for s in self.running)
+    def _needed(self, more: int = 0) -> int:
+        """Bytes of cache that the running sequences take until all their tokens are computed, with another of ``more``.
+        They grow one after another, so of what growth takes in passing only the most counts."""
+        cache = self.cache
+        growth = [(cache.growth_bytes(s.slot, _end(s)), _end(s)) for s in self.running] + [(cache.bytes_for(more), more)]
+        passing = max(cache.passing_bytes(tokens) if size else 0 for size, tokens in growth)
+        return cache.bytes_held + sum(size for size, _ in growth) + passing
 
     def plan(self, ready: Callable[[Sequence], int | None]) -> list[Chunk]:
         """What to compute now, within ``step_tokens``: the next token of all that decode, then prompts in turn, each as far

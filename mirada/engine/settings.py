@@ -28,6 +28,8 @@ class EngineSettings:
     """Bytes of keys and values of all sequences together; None: what the device has free."""
     kv: Literal["auto", "int8"] = "auto"
     """How keys and values are kept: in the model's type, or as int8 with a scale per head and token."""
+    layout: Literal["auto", "slab", "paged"] = "auto"
+    """How they lie: a slab per sequence, or pages of one pool; auto: pages on CUDA, slabs elsewhere."""
     prefix_cache_bytes: int = 512 * MB
     encoder_cache_bytes: int = 256 * MB
     pixel_cache_bytes: int = 128 * MB
@@ -54,5 +56,6 @@ class EngineSettings:
                 )
         if not isinstance(self.cuda_graphs, bool):
             raise SettingsError(f"engine setting cuda_graphs={self.cuda_graphs!r} is no truth value", "give True or False")
-        if self.kv not in ("auto", "int8"):
-            raise SettingsError(f"engine setting kv={self.kv!r} is unknown", "use 'auto' or 'int8'")
+        for name, known in (("kv", ("auto", "int8")), ("layout", ("auto", "slab", "paged"))):
+            if (value := getattr(self, name)) not in known:
+                raise SettingsError(f"engine setting {name}={value!r} is unknown", f"use one of {', '.join(known)}")

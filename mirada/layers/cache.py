@@ -169,6 +169,14 @@ class Cache(ABC):
         """Bytes that a sequence of ``tokens`` tokens holds, exactly, however it came to that length."""
         return self.capacity(tokens) * self.bytes_per_token
 
+    def passing_bytes(self, tokens: int) -> int:
+        """Bytes that are held besides, for a moment at a time, while one sequence grows to ``tokens`` tokens: at most."""
+        return 0
+
+    def peak_bytes(self, tokens: int) -> int:
+        """Most bytes that are ever held for a sequence on its way to ``tokens`` tokens."""
+        return self.bytes_for(tokens) + self.passing_bytes(tokens)
+
     @abstractmethod
     def growth_bytes(self, slot: int, tokens: int) -> int:
         """Bytes that will be held more once ``slot`` has ``tokens`` tokens: exact, 0 where they fit into what it has."""
@@ -226,7 +234,8 @@ class Slabs(Cache):
 
     A slab that is too short is copied into a longer one. Up to 8 blocks it grows by a block, then by at most an eighth of its
     length, so that a sequence of N tokens copies at most 9 N of them, fewer than one decode step in ten reads, and never
-    holds more than an eighth too much. Layers grow one by one: the copy needs room for one layer of one sequence beside.
+    holds more than an eighth too much. Layers grow one by one, and while one is copied the old one is held too: ``bytes_held``
+    counts it, and ``passing_bytes`` says how much that may be.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -242,6 +251,11 @@ class Slabs(Cache):
         unit = max(BLOCK, (1 << max(tokens, 1).bit_length() - 1) // 8)
         return -(-tokens // unit) * unit
 
+    def passing_bytes(self, tokens: int) -> int:
+        wanted = self.capacity(tokens)
+        unit = max(BLOCK, (1 << (wanted - 1).bit_length() - 1) // 8)  # by which the one before it is shorter
+        return (wanted - unit) * self.bytes_per_row
+
     def growth_bytes(self, slot: int, tokens: int) -> int:
         wanted = self.capacity(tokens)
         rows = sum(wanted - room for held in self._slabs[slot] if (room := _room_of(held)) < tokens)
@@ -256,8 +270,9 @@ class Slabs(Cache):
     def grow(self, slot: int, tokens: int) -> None:
         # All or nothing: what the last layer would lack is refused before the first one grows.
         size = self.growth_bytes(slot, tokens)
-        self._take(size)
-        self.bytes_held -= size
+        old = max(room for held in self._slabs[slot] if (room := _room_of(held)) < tokens) if size else 0
+        self._take(size + old * self.bytes_per_row)
+        self.bytes_held -= size + old * self.bytes_per_row
         for layer in range(self.num_layers):
             self._room(layer, slot, tokens)
 
@@ -297,16 +312,26 @@ class Slabs(Cache):
         if held is not None and before >= total:
             return held
         wanted = self.capacity(total)
-        self._take((wanted - before) * self.bytes_per_row)
-        device = self.devices[layer]
-        grown = tuple(torch.empty((heads, wanted, width), dtype=dtype, device=device) for heads, width, dtype in self.planes)
+        grown = self._slab(layer, wanted)
         if held is not None:
             used = before if past is None else min(past, before)
             for plane, old in zip(grown, held, strict=True):
                 plane[:, :used] = old[:, :used]
         self._slabs[slot][layer] = grown
+        del held
+        self.bytes_held -= before * self.bytes_per_row
         self._tables[slot][layer] = torch.tensor([*(plane.data_ptr() for plane in grown), wanted])
         return grown
+
+    def _slab(self, layer: int, room: int) -> tuple[Tensor, ...]:
+        """Fresh planes of one layer, counted as held. OutOfMemory, or whatever the allocator raises, changes nothing."""
+        size, device = room * self.bytes_per_row, self.devices[layer]
+        self._take(size)
+        try:
+            return tuple(torch.empty((heads, room, width), dtype=dtype, device=device) for heads, width, dtype in self.planes)
+        except BaseException:
+            self.bytes_held -= size
+            raise
 
 
 def _room_of(held: tuple[Tensor, ...] | None) -> int:

@@ -121,12 +121,14 @@ def draw_asks(vlm: VLM, random: np.random.Generator, count: int) -> list[Ask]:
 
 
 def draw_settings(random: np.random.Generator, vlm: VLM) -> dict[str, Any]:
-    size = vlm._engine.engine.runner.cache.bytes_for(1)
+    cache = vlm._engine.engine.runner.cache
+    size, least = cache.bytes_for(1), cache.peak_bytes(3 * 256)
     return {
         "max_running": int(random.choice([2, 5, 16])),
         "step_tokens": int(random.choice([3, 24, 200, 1024])),
         "step_patches": int(random.choice([8, 64, 4096])),
-        "cache_bytes": int(random.choice([3, 4, 12])) * size,
+        "cache_bytes": least + int(random.choice([0, 1, 8])) * size,
+        "layout": str(random.choice(["auto", "paged"])),
         "prefix_cache_bytes": int(random.choice([0, size // 4, 64 * size])),
         "encoder_cache_bytes": int(random.choice([0, 4000, 1 << 24])),
         "speculate": int(random.choice([0, 3, 7])),

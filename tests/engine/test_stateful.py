@@ -15,8 +15,8 @@ from mirada import VLM, Sampling
 from mirada.engine import scheduler as scheduling
 from mirada.types import Prompt
 
-BLOCKS = 3
-"""Of 256 tokens; a single request may need all."""
+LONGEST = 3 * 256
+"""Tokens that a single request may need room for: all there is."""
 EDGE = 252
 """Tokens of a prompt that outgrows its first block soon."""
 
@@ -32,7 +32,7 @@ class Traffic(RuleBasedStateMachine):
         super().__init__()
         parts = self.vlm.parts
         cache = self.vlm._engine.engine.runner.cache
-        self.most = BLOCKS * cache.bytes_for(1)
+        self.most = cache.peak_bytes(LONGEST)
         self.small = VLM.from_parts(
             parts.model, parts.renderer, parts.rule,
             engine={"cache_bytes": self.most, "max_running": 4, "step_tokens": 96, "step_patches": 32, "speculate": 3},

@@ -15,7 +15,8 @@ from mirada.engine import scheduler as scheduling
 from mirada.engine import step as stepping
 from mirada.engine.runner import Choice
 from mirada.engine.sequence import Sequence
-from mirada.errors import OutOfMemory, RequestFailed
+from mirada.errors import OutOfMemory, RequestFailed, SettingsError
+from mirada.layers.paged import PAGE, Pages
 from mirada.types import Prompt, Span
 
 ENDLESS = {"ignore_eos": True, "max_repeats": None}
@@ -296,6 +297,32 @@ def test_the_youngest_gives_way_and_is_recomputed(vlm, monkeypatch, prefix):
     assert made[2].metrics["queue"] > made[0].metrics["queue"]
 
 
+@pytest.mark.parametrize("kv", ["auto", "int8"])
+def test_pages_give_the_same_replies(vlm, kv):
+    """``layout="paged"`` where slabs are the rule: alone, together, with a prefix that is shared, and preempted."""
+    chats = ["one two three", pictures(2), "one two three", sized(vlm, 90, "b")]
+    plain = small(vlm, kv=kv)
+    made = [line_up(plain, chat, max_tokens=12) for chat in chats]
+    finish(plain)
+    most = 7 * plain._engine.engine.runner.cache.bytes_per_token * PAGE
+    paged = small(vlm, layout="paged", cache_bytes=most, kv=kv, prefix_cache_bytes=1 << 20, speculate=2)
+    assert isinstance(paged._engine.engine.runner.cache, Pages)
+    with watched(paged):
+        for _ in range(2):
+            again = [line_up(paged, chat, max_tokens=12) for chat in chats]
+            finish(paged)
+            assert [s.output().tokens for s in again] == [s.output().tokens for s in made]
+    assert paged.stats()["prefix_cache_hits"] > 0
+
+
+@pytest.mark.parametrize("vlm", ["Keye"], indirect=True)
+def test_pages_need_a_number_of_bytes(vlm):
+    with pytest.raises(SettingsError, match="cache_bytes"):
+        small(vlm, layout="paged")
+    with pytest.raises(SettingsError, match="layout is 'rows'"):
+        small(vlm, layout="rows")
+
+
 def test_media_are_encoded_again_after_preemption(vlm):
     (prompt, media), (other, none) = next(
         pair for seed in range(50) for pair in [mix(vlm, seed, 2)] if pair[0][1] and not pair[1][1]
@@ -324,7 +351,7 @@ def test_what_could_never_run_is_refused_at_once(vlm):
     large, good = line_up(engine, "hi", max_tokens=1000), line_up(engine, "ho", max_tokens=2)
     step(engine)
     assert isinstance(large.error, OutOfMemory) and large.error.available == 2 * cache.bytes_for(1)
-    assert large.error.needed == cache.bytes_for(len(large.prompt.tokens) + 1000)
+    assert large.error.needed == cache.peak_bytes(len(large.prompt.tokens) + 1000) > cache.bytes_for(1000)
     for word in ("1000 new", "cache_bytes", "max_tokens"):
         assert word in str(large.error)
     finish(engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ from mirada.layers.cache import Cache, SlabCache, make_cache
 from mirada.layers.kv_int8 import Quantised, quantise
 from mirada.layers.latent_cache import LatentCache
 from mirada.layers.mla import MLA, LatentSizes
-from mirada.layers.paged import PagedCache, PagedLatentCache
+from mirada.layers.paged import PagedCache, PagedLatentCache, Pages
 from mirada.layers.past import attend_one, attend_pieces, merge, written_piece
 from mirada.layers.rope import mrope_angles, rotation
 
@@ -218,7 +219,10 @@ def test_growth_is_exact_and_the_budget_is_never_passed(wishes, kv):
                 cache.allocate(slot)
                 tokens[slot] = 0
             before, growth = cache.bytes_held, cache.growth_bytes(slot, wish)
-            if before + growth > cache.budget:
+            beside = 0 if isinstance(cache, Pages) or not growth else cache.capacity(tokens[slot]) * cache.bytes_per_row
+            beside = beside if tokens[slot] else 0
+            assert beside <= cache.passing_bytes(wish) or not growth
+            if before + growth + beside > cache.budget:
                 with pytest.raises(OutOfMemory, match="cache_bytes"):
                     cache.grow(slot, wish)
                 assert cache.bytes_held == before and cache.growth_bytes(slot, wish) == growth
@@ -230,6 +234,55 @@ def test_growth_is_exact_and_the_budget_is_never_passed(wishes, kv):
                 tokens[slot] = max(tokens[slot], wish)
             assert cache.bytes_held == sum(map(cache.bytes_for, tokens.values()))
             assert cache.bytes_free == cache.budget - cache.bytes_held
+
+
+@pytest.mark.parametrize("kv", ["auto", "int8"])
+def test_what_a_slab_was_is_counted_while_it_is_copied(monkeypatch, kv):
+    """All tensors that hold keys and values at once, old ones too, are what ``bytes_held`` says, and ``peak_bytes`` bounds."""
+    live, seen, fresh = [0], [], torch.empty
+
+    def empty(*args, **options):
+        made = fresh(*args, **options)
+        live[0] += made.nbytes
+        weakref.finalize(made, lambda size=made.nbytes: live.__setitem__(0, live[0] - size))
+        seen.append((live[0], cache.bytes_held))
+        return made
+
+    monkeypatch.setattr(torch, "empty", empty)
+    cache = SlabCache(3, 2, 8, kv=kv)
+    cache.allocate(0)
+    for tokens in (1, 256, 257, 700, 3000, 3001, 9000):
+        cache.grow(0, tokens)
+        assert live[0] == cache.bytes_held == cache.bytes_for(tokens)
+        assert max(size for size, _ in seen) <= max(held for _, held in seen) <= cache.peak_bytes(tokens)
+        assert all(size <= held for size, held in seen)
+    assert max(held for _, held in seen) > cache.bytes_for(9000), "the last slab was copied beside an old one"
+
+
+def test_growth_with_no_room_for_the_copy_is_refused():
+    cache = SlabCache(2, 1, 4, budget=(2 * 512 + 255) * 32)
+    cache.allocate(0)
+    cache.grow(0, 256)
+    with pytest.raises(OutOfMemory):
+        cache.grow(0, 257)
+    assert cache.bytes_held == cache.bytes_for(256) and cache.room(0) == 256
+    larger = SlabCache(2, 1, 4, budget=(2 * 512 + 256) * 32)
+    larger.allocate(0)
+    larger.grow(0, 256)
+    larger.grow(0, 257)
+    assert larger.bytes_held == larger.bytes_for(257)
+
+
+def test_an_allocator_that_fails_leaves_the_count_as_it_was(monkeypatch):
+    cache = SlabCache(2, 1, 4)
+    cache.allocate(0)
+    cache.grow(0, 200)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(torch, "empty", lambda *a, **o: (_ for _ in ()).throw(MemoryError()))
+        cache.grow(0, 300)
+    assert cache.bytes_held == cache.bytes_for(200)
+    cache.free(0)
+    assert cache.bytes_held == 0
 
 
 def test_writing_past_the_budget_raises():
