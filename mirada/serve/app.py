@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 import mirada
 from mirada.errors import MiradaError, SettingsError
-from mirada.serve import chat, openai, responses
+from mirada.serve import chat, openai, responses, schema
 from mirada.serve.errors import HttpError, error_reply, reply
 from mirada.serve.guard import Gate, Guard, read_body
 from mirada.serve.live import mount_live
@@ -46,6 +46,7 @@ def create_app(models: Mapping[str, VLM], settings: ServeSettings | None = None)
     _add_answer_routes(app, desk)
     mount_live(app, desk)
     mount_page(app)
+    app.openapi = lambda: schema.document(app.title, app.version, desk.names, bool(settings.api_keys))
     return app
 
 
@@ -64,17 +65,13 @@ def check_models(models: Mapping[str, VLM], settings: ServeSettings) -> None:
 
 
 def _add_answer_routes(app: FastAPI, desk: chat.Desk) -> None:
-    body = {"required": True, "content": {"application/json": {"schema": openai.schema("OpenAI's chat completions")}}}
-
-    @app.post("/v1/chat/completions", openapi_extra={"requestBody": body}, response_model=None)
+    @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(request: Request) -> Any:
         """Answer a chat about text, pictures and videos, whole or (``stream``) as server-sent events."""
         data = await read_body(request, desk.gate, desk.settings)
         return await chat.complete(request, openai.read_json(data), desk)
 
-    form = {"required": True, "content": {"application/json": {"schema": responses.schema()}}}
-
-    @app.post("/v1/responses", openapi_extra={"requestBody": form}, response_model=None)
+    @app.post("/v1/responses", response_model=None)
     async def create_response(request: Request) -> Any:
         """The same by OpenAI's newer form. Nothing is stored."""
         data = await read_body(request, desk.gate, desk.settings)

@@ -19,7 +19,6 @@ from mirada.records.answer import (
     logprobs_to_openai,
     usage_to_openai,
 )
-from mirada.records.request import KNOWN
 from mirada.serve.errors import HttpError
 from mirada.types import Delta, Message, Output, ToolCall
 
@@ -149,19 +148,3 @@ def no_model(name: str, names: Sequence[str]) -> HttpError:
     return HttpError(
         404, f"the model {shown!r} is not served here; {nearest(shown, names)}", param="model", code="model_not_found"
     )
-
-
-def schema(description: str) -> dict[str, Any]:
-    """The form of a body in the server's own OpenAPI document: what it needs, and every parameter that it knows."""
-    optional = {name: {} for name in sorted(KNOWN)}
-    needed: dict[str, Any] = {
-        "model": {"type": "string"},
-        "messages": {"type": "array", "minItems": 1, "items": {"type": "object"}},
-    }
-    return {
-        "type": "object",
-        "description": description,
-        "required": list(needed),
-        "properties": optional | needed,
-        "additionalProperties": False,
-    }

@@ -82,13 +82,6 @@ def as_chat(body: Mapping[str, Any], allow_unknown: bool = False) -> dict[str, A
     return made
 
 
-def schema() -> dict[str, Any]:
-    """The form of a body in the server's own OpenAPI document."""
-    needed = {"model": {"type": "string"}, "input": {"type": ["string", "array"]}}
-    properties = {name: {} for name in sorted(KNOWN)} | needed
-    return {"type": "object", "required": list(needed), "properties": properties, "additionalProperties": False}
-
-
 def _mapping(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = given.get(name, {})
     if not isinstance(value, Mapping):

@@ -48,7 +48,7 @@ class Script:
 
 class Echo(mirada.VLM):
     def submit(self, chat, sampling=None, *, guide=None, **more):
-        last = [message for message in chat if message.role == "user"][-1].text
+        last = next((message.text for message in reversed(chat) if message.role == "user"), "")
         if guide is None and "say:" in last:
             guide = Script(self.parts.renderer.tokenizer.encode_control(last.partition("say:")[2]))
         return super().submit(chat, sampling, guide=guide, **more)
