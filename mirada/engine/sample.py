@@ -11,6 +11,7 @@ import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from mirada.engine import guide as guides
 from mirada.engine.guide import Guide
 from mirada.errors import MiradaError, RequestFailed
+from mirada.layers.largest import largest
 from mirada.types import Logprob, Sampling
 
 BLOCK = 128
@@ -162,11 +164,16 @@ class Board:
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
         self.size = logits.shape[-1]
+
+    @cached_property
+    def maxima(self) -> Tensor:
+        """[B, ceil(V / BLOCK)]."""
+        logits = self.logits
         even = self.size - self.size % BLOCK
         maxima = logits[:, :even].unflatten(-1, (even // BLOCK, BLOCK)).amax(-1)
         if even < self.size:
             maxima = torch.cat((maxima, logits[:, even:].amax(-1, keepdim=True)), -1)
-        self.maxima = maxima
+        return maxima
 
     def best(self) -> Tensor:
         """The largest logit of each row [B]; NaN where any is."""
@@ -212,8 +219,10 @@ class Picked:
 def pick(logits: Tensor, choosers: Sequence[Chooser | None]) -> Picked:
     """One token per row of ``logits``; a row without a chooser takes that of its largest logit."""
     board = Board(logits)
-    tokens, finite = torch.stack((board.likely(), board.best().isfinite().long())).tolist()
-    errors: dict[int, MiradaError] = {row: _not_finite() for row, good in enumerate(finite) if not good}
+    tokens = _likely(board)
+    errors: dict[int, MiradaError] = {row: _not_finite() for row, token in enumerate(tokens) if token < 0}
+    if not errors and all(chooser is None or chooser.plain for chooser in choosers):
+        return Picked(tokens, [None] * len(tokens))
     free = [(row, chooser) for row, chooser in enumerate(choosers) if chooser and row not in errors and not chooser.forced]
     hot = [row for row, chooser in free if chooser.sampling.temperature > 0 and not chooser.edited]
     edited = [row for row, chooser in free if chooser.edited]
@@ -228,6 +237,12 @@ def pick(logits: Tensor, choosers: Sequence[Chooser | None]) -> Picked:
         if chooser and chooser.forced:
             tokens[row] = chooser.forced[0]
     return Picked(tokens, _reports(board, choosers, tokens, errors), errors)
+
+
+def _likely(board: Board) -> list[int]:
+    """Per row the token of its largest logit, -1 where that is not finite."""
+    found = largest(board.logits)
+    return board.likely().where(board.best().isfinite(), -1).tolist() if found is None else found
 
 
 def _pick_edited(logits: Tensor, choosers: Sequence[Chooser]) -> tuple[list[int], dict[int, RequestFailed]]:

@@ -13,6 +13,8 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from operator import contains, eq, is_
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ LAYER_BYTES = 256 << 10
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 _KEPT = {torch.float32: 0, torch.bfloat16: 1}
 _KEPT_INT8 = 2
+_NO_SUCH_TOKEN = ctypes.c_size_t(-1).value
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class Parts:
     shape: Shape
     blocks: Sequence[Block]
     norm: nn.Module
+    embed: nn.Module | None = None
+    """The table that tokens are looked up in."""
 
 
 class _Layer(ctypes.Structure):
@@ -91,7 +96,7 @@ class _Decoder(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("eps", "head_eps", "scale")),
         ("layer", ctypes.POINTER(_Layer)),
         *((name, ctypes.c_void_p) for name in ("norm", "frequency", "axis")),
-        ("head", Matrix),
+        *((name, Matrix) for name in ("head", "table")),
         ("wide", ctypes.POINTER(_Wide)),
         ("wides", ctypes.c_int32),
     )
@@ -108,7 +113,8 @@ class _Call(ctypes.Structure):
         ("threads", ctypes.c_int32),
         ("positions", ctypes.c_void_p),
         ("position_strides", ctypes.c_int64 * 2),
-        *((name, ctypes.c_void_p) for name in ("x", "hidden", "logits", "scratch")),
+        *((name, ctypes.c_void_p) for name in ("x", "tokens", "hidden", "logits", "scratch")),
+        ("room", ctypes.c_size_t),
     )
 
 
@@ -139,28 +145,36 @@ class Step:
         return self._plan is not None
 
     def run(
-        self, root: nn.Module, parts: Callable[[], Parts], x: Tensor, batch: Batch, cache: Any, head: nn.Module | None = None
-    ) -> tuple[Tensor, Tensor | None] | None:
+        self,
+        root: nn.Module,
+        parts: Callable[[], Parts],
+        x: Tensor | None,
+        batch: Batch,
+        cache: Any,
+        head: nn.Module | None = None,
+    ) -> tuple[Tensor | None, Tensor | None] | None:
         """Embeddings x [n, D] -> hidden values [n, D] after the final norm, and with ``head`` float32 logits [n, V].
 
+        Without x the embeddings are those of the batch's tokens, and only logits are made.
         ``parts`` gives the modules below ``root`` that compute them, or raises Unplannable. None, and nothing written, where
         this is not for a plan. OutOfMemory if the cache has no room.
         """
-        if not self._suits(x, cache):
+        if not self._suits(x, batch, cache):
             return None
         with self._lock:
             plan = self._current(root, parts, head)
-            return None if plan is None or not plan.fits(cache) else plan.run(x, batch, cache, head is not None)
+            return None if plan is None or not plan.fits(x, cache) else plan.run(x, batch, cache, head is not None)
 
-    def _suits(self, x: Tensor, cache: Any) -> bool:
+    def _suits(self, x: Tensor | None, batch: Batch, cache: Any) -> bool:
+        given = batch.tokens if x is None else x
         return (
             self.on
             and type(cache) is SlabCache
-            and 0 < len(x) <= MOST_ROWS
+            and 0 < given.shape[0] <= MOST_ROWS
             and not torch.is_grad_enabled()
-            and type(x) is Tensor
-            and x.dtype in _KEPT
-            and x.device.type == "cpu"
+            and type(given) is Tensor
+            and (given.dtype == torch.int64 if x is None else given.dtype in _KEPT)
+            and given.device.type == "cpu"
             and not torch.compiler.is_compiling()
             and library() is not None
         )
@@ -186,36 +200,37 @@ class _Watch:
 
     def __init__(self, roots: Iterable[nn.Module]) -> None:
         modules = [module for root in roots for module in root.modules()]
-        self._held: list[tuple[dict[str, Any], str, Any]] = []
-        self._places: list[tuple[Tensor, int]] = []
+        held: list[tuple[dict[str, Any], str, Any]] = []
+        places: list[tuple[Tensor, int]] = []
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._own = [module.__dict__ for module in modules]
         self._attentions = [module for module in modules if hasattr(module, "attention_kind")]
         self._was_plain = self.plain()
         for module in modules:
             if isinstance(module, MatrixLinear):
-                self._held.append((module.__dict__, "matrix", module.matrix))
-            self._held += [(module._modules, name, child) for name, child in module._modules.items()]
+                held.append((module.__dict__, "matrix", module.matrix))
+            held += [(module._modules, name, child) for name, child in module._modules.items()]
             for name, parameter in module._parameters.items():
-                self._held.append((module._parameters, name, parameter))
+                held.append((module._parameters, name, parameter))
                 if parameter is not None:
-                    self._places.append((parameter, parameter.data_ptr()))
+                    places.append((parameter, parameter.data_ptr()))
+        # Columns, which are compared below without a line of Python for each: this is asked before every step.
+        self._holders, self._names, self._values = zip(*held, strict=True) if held else ((), (), ())
+        self._tensors, self._addresses = zip(*places, strict=True) if places else ((), ())
 
     def plain(self) -> bool:
         """Whether nothing is hooked in or put in a forward's place, and attention is of the kind that is compiled."""
-        if any(self._hooks) or any("forward" in own for own in self._own):
+        if any(self._hooks) or any(map(contains, self._own, repeat("forward"))):
             return False
         return all(module.attention_kind == DEFAULT for module in self._attentions)
 
     def holds(self) -> bool:
         """Whether all is as it was seen, and as ``plain`` or not."""
-        for held, name, value in self._held:
-            if held.get(name) is not value:
-                return False
-        for tensor, place in self._places:
-            if tensor.data_ptr() != place:
-                return False
-        return self.plain() == self._was_plain
+        return (
+            all(map(is_, map(dict.get, self._holders, self._names), self._values))
+            and all(map(eq, map(Tensor.data_ptr, self._tensors), self._addresses))
+            and self.plain() == self._was_plain
+        )
 
 
 class _Plan:
@@ -241,14 +256,16 @@ class _Plan:
         model.inner = self._layers[0].down.cols
         if head is not None:
             model.head = self._matrix(head)
+        if parts.embed is not None:
+            model.table = self._table(parts.embed, parts.norm)
         model.wides, model.wide = len(self._wide), (_Wide * len(self._wide))(*self._wide)
         self._model = model
         self._check(norms, pairs)
         self._weight = sum(_bytes(getattr(self._layers[0], name)) for name in ("qkv", "out", "gate_up", "down"))
         self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._calls: dict[int, tuple[_Call, Any, Any, Any]] = {}
         self._library: Any = library()
-        self._library.mr_step_bytes.restype = ctypes.c_size_t
-        self._library.mr_step.restype = None
+        self._by = ctypes.addressof(model)
 
     def _layer(self, block: Block) -> _Layer:
         q_norm, k_norm = block.head_norms or (None, None)
@@ -279,6 +296,17 @@ class _Plan:
             format=_FORMATS[weight.dtype], rows=rows, cols=cols, values=weight.data_ptr(),
             bias=None if bias is None else self._floats(bias),
         )  # fmt: skip
+
+    def _table(self, embed: Any, norm: Any) -> Matrix:
+        """Of embeddings; one without rows where the modules would do more than read a row of it."""
+        plain = type(embed) is nn.Embedding and embed.max_norm is None
+        weight = embed.weight if plain else None
+        if weight is None or weight.dtype not in _FORMATS or weight.device.type != "cpu" or not weight.is_contiguous():
+            return Matrix()
+        if norm.weight.dtype not in (torch.float32, weight.dtype):  # the modules would round what is looked up
+            return Matrix()
+        rows, cols = weight.shape
+        return Matrix(format=_FORMATS[weight.dtype], rows=rows, cols=cols, values=weight.data_ptr())
 
     def _vector(self, norm: nn.Module) -> int:
         if type(norm) is not RMSNorm:
@@ -318,49 +346,72 @@ class _Plan:
         right = right and all(norm.weight.numel() == s.head_width for norm in pairs)
         right = right and s.head_width % 4 == 0 and s.heads % s.kv_heads == 0
         right = right and len(s.frequencies) == len(s.axes) == s.head_width // 2
-        if not right or (self.head is not None and m.head.cols != m.width):
+        if not right or (self.head is not None and m.head.cols != m.width) or (m.table.rows and m.table.cols != m.width):
             raise Unplannable
 
-    def fits(self, cache: SlabCache) -> bool:
-        """Whether the compiled code reads ``cache``."""
+    def fits(self, x: Tensor | None, cache: SlabCache) -> bool:
+        """Whether the compiled code reads ``cache`` and, without x, knows the embeddings."""
         s = self.shape
+        if x is None and not self._model.table.rows:
+            return False
         return (
             (cache.num_layers, cache.num_kv_heads, cache.head_dim) == (len(self._layers), s.kv_heads, s.head_width)
             and (cache.kv == "int8" or cache.dtype in _KEPT)
             and cache.device.type == "cpu"
         )
 
-    def run(self, x: Tensor, batch: Batch, cache: SlabCache, with_logits: bool) -> tuple[Tensor, Tensor | None]:
-        n, sequences = len(x), len(batch.lengths)
+    def run(
+        self, x: Tensor | None, batch: Batch, cache: SlabCache, with_logits: bool
+    ) -> tuple[Tensor | None, Tensor | None] | None:
+        """What ``Step.run`` returns; None for a token that is not in the table. For one thread at a time."""
+        n, positions = len(batch.tokens), batch.positions
         for slot, past, length in zip(batch.slots, batch.past, batch.lengths, strict=True):
             if cache.room(slot) < past + length:
                 cache.grow(slot, past + length)
-        kind, x, positions = x.dtype, x.float().contiguous(), batch.positions
-        hidden = torch.empty_like(x)
+        wide = None if x is None else x.float().contiguous()
+        tokens = batch.tokens.contiguous()
+        hidden = None if wide is None else torch.empty_like(wide)
         logits = torch.empty(n, self._model.head.rows) if with_logits else None
-        numbers = ctypes.c_int32 * sequences
-        lengths, past = numbers(*batch.lengths), numbers(*batch.past)
-        slabs = (ctypes.c_void_p * sequences)(*(cache.table(slot).data_ptr() for slot in batch.slots))
+        call, lengths, pasts, slabs = self._call(len(batch.lengths))
+        lengths[:], pasts[:] = batch.lengths, batch.past
+        slabs[:] = [cache.table(slot).data_ptr() for slot in batch.slots]
         threads = torch.get_num_threads()
         if self._library.mr_threads() != threads:
             self._library.mr_set_threads(threads)
-        call = _Call(
-            sequences, n, ctypes.addressof(lengths), ctypes.addressof(past), ctypes.addressof(slabs),
-            _KEPT_INT8 if cache.kv == "int8" else _KEPT[cache.dtype],
-            max(1, min(threads, self._weight // LAYER_BYTES)), positions.data_ptr(), positions.stride(),
-            x.data_ptr(), hidden.data_ptr(), None if logits is None else logits.data_ptr(), None,
-        )  # fmt: skip
-        model, by = ctypes.byref(self._model), ctypes.byref(call)
-        call.scratch = self._room(self._library.mr_step_bytes(model, by))
-        self._library.mr_step(model, by)
-        return hidden.to(kind), logits
+        call.rows, call.kv = n, _KEPT_INT8 if cache.kv == "int8" else _KEPT[cache.dtype]
+        call.threads = max(1, min(threads, self._weight // LAYER_BYTES))
+        call.positions, call.position_strides[:] = positions.data_ptr(), positions.stride()
+        call.x, call.tokens = None if wide is None else wide.data_ptr(), tokens.data_ptr()
+        call.hidden = None if hidden is None else hidden.data_ptr()
+        call.logits = None if logits is None else logits.data_ptr()
+        while needed := self._library.mr_step(self._by, ctypes.addressof(call)):
+            if needed == _NO_SUCH_TOKEN:
+                return None
+            self._make_room(needed)
+            call.scratch, call.room = self._room
+        return None if hidden is None or x is None else hidden.to(x.dtype), logits
 
-    def _room(self, size: int) -> int:
-        """The address, a multiple of 64, of that many bytes."""
-        if len(self._scratch) < size + 64:
-            # A third more than is wanted now: attention's share of it grows with the sequences.
-            self._scratch = torch.empty(size * 4 // 3 + 64, dtype=torch.uint8)
-        return -(-self._scratch.data_ptr() // 64) * 64
+    def _call(self, sequences: int) -> tuple[_Call, Any, Any, Any]:
+        """A call for so many sequences, with its lengths, pasts and slabs: made once, written to each time."""
+        if sequences not in self._calls:
+            numbers, pointers = ctypes.c_int32 * sequences, ctypes.c_void_p * sequences
+            lengths, pasts, slabs = numbers(), numbers(), pointers()
+            call = _Call(sequences, 0, ctypes.addressof(lengths), ctypes.addressof(pasts), ctypes.addressof(slabs))
+            self._calls[sequences] = call, lengths, pasts, slabs
+        made = self._calls[sequences]
+        made[0].scratch, made[0].room = self._room
+        return made
+
+    @property
+    def _room(self) -> tuple[int, int]:
+        """The scratch's first address that is a multiple of 64, and the bytes from there."""
+        start = self._scratch.data_ptr()
+        first = -(-start // 64) * 64
+        return first, max(0, start + len(self._scratch) - first)
+
+    def _make_room(self, size: int) -> None:
+        # A third more than is wanted now: attention's share of it grows with the sequences.
+        self._scratch = torch.empty(size * 4 // 3 + 64, dtype=torch.uint8)
 
 
 def _eps(norms: Sequence[Any]) -> float:

@@ -123,7 +123,7 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, batch: Batch, cache: KVCache | None = None) -> Tensor:
         """[T, D] embeddings -> [T, D] after the final norm. Few tokens on a CPU: in one call, where ``layers.step`` can."""
         made = self.steps.run(self, self._parts, x, batch, cache)
-        if made is not None:
+        if made is not None and made[0] is not None:
             return made[0]
         c = self.config
         turn = rotation(mrope_angles(batch.positions, c.mrope_section, c.head_dim, c.rope_theta))
@@ -132,8 +132,9 @@ class Decoder(nn.Module):
             x = layer(x, ctx)
         return self.norm(x)
 
-    def logits(self, x: Tensor, batch: Batch, cache: KVCache | None, head: nn.Module) -> Tensor | None:
-        """[T, D] embeddings -> float32 logits [T, V] of every token, in the same call; None where ``layers.step`` cannot."""
+    def logits(self, x: Tensor | None, batch: Batch, cache: KVCache | None, head: nn.Module) -> Tensor | None:
+        """[T, D] embeddings, or None for those of the batch's tokens -> float32 logits [T, V] of every token, in the same
+        call; None where ``layers.step`` cannot."""
         made = self.steps.run(self, self._parts, x, batch, cache, head)
         return None if made is None else made[1]
 
@@ -142,7 +143,7 @@ class Decoder(nn.Module):
         axes = [axis for axis, count in enumerate(c.mrope_section) for _ in range(count)]
         frequencies = inverse_frequencies(c.head_dim, c.rope_theta)
         shape = Shape(c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.head_dim**-0.5, frequencies, axes)
-        return Parts(shape, [_block(layer) for layer in self.layers], self.norm)
+        return Parts(shape, [_block(layer) for layer in self.layers], self.norm, self.embed)
 
 
 def _block(layer: nn.Module) -> Block:

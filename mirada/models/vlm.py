@@ -83,9 +83,15 @@ class VisionLanguageModel(nn.Module):
 
     def next_logits(self, batch: Batch, features: Tensor | None = None, cache: Any = None) -> Tensor:
         """float32 [T, V]: ``logits`` of ``forward``, for every token of ``batch``; a decoder may compute both at once."""
-        x = self.embed(batch, features)
         at_once = getattr(self.decoder, "logits", None)
-        made = None if at_once is None else at_once(x, batch, cache, self.lm_head)
+        if at_once is None:
+            return self.logits(self.forward(batch, features, cache))
+        plain = features is None and batch.feature_rows is None
+        made = at_once(None, batch, cache, self.lm_head) if plain else None
+        if made is not None:
+            return made
+        x = self.embed(batch, features)
+        made = at_once(x, batch, cache, self.lm_head)
         return self.logits(self.decoder(x, batch, cache)) if made is None else made
 
     @torch.no_grad()

@@ -39,6 +39,8 @@ size_t mr_prepared_bytes(int format, int cols, int group, int n);
 void mr_prepare(int format, int group, const float *x, int n, int cols, void *prepared);
 /* Rows [begin, end) of y [n, R]; begin is a multiple of 16. No threads of its own: it is called inside a task. */
 void mr_rows(const mr_matrix *w, const void *prepared, int n, int begin, int end, float *y);
+/* Rows [begin, begin + count) of a matrix as float32 [count, cols]. */
+void mr_widen(const mr_matrix *w, int begin, int count, float *to);
 /* All of it, on all threads of the pool: y [n, R]. 0, or 1 if there is no memory for the prepared x. */
 int mr_linear(const mr_matrix *w, const float *x, int n, float *y);
 

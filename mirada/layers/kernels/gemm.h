@@ -54,6 +54,9 @@ typedef struct {
 extern const mr_kernels mr_scalar;
 #if defined(__x86_64__)
 extern const mr_kernels mr_avx2, mr_avx512;
+/* floats_x86.c */
+void mr_floats_avx2(const mr_matrix *w, const float *x, int n, int begin, int end, float *y);
+void mr_floats_avx512(const mr_matrix *w, const float *x, int n, int begin, int end, float *y);
 #endif
 
 /* The ones in use: the best that the processor has, or what mr_set_isa chose. */

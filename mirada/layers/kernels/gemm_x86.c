@@ -10,7 +10,6 @@
 #include <string.h>
 
 #define AHEAD 3072 /* bytes of a panel that are asked for before they are used: what comes after a panel is the next one */
-#define ROWS_AHEAD 4 /* the same for rows of floats */
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 
@@ -117,77 +116,7 @@ AVX512 static void round_row_512(const float *x, int cols, int padded, int offse
     }
 }
 
-AVX512 INLINE __m512 sixteen(const int narrow, const void *values, size_t at, __mmask16 mask) {
-    if (!narrow) return _mm512_maskz_loadu_ps(mask, (const float *)values + at);
-    __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)values + at);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-/* `deep` rows of w against `count` rows of x. */
-AVX512 INLINE void dots512(const int deep, const int count, const int narrow, const mr_matrix *w, const float *x, int row, int first, float *y) {
-    const size_t cols = w->cols, begin = row * cols;
-    const float *at = x + first * cols;
-    __m512 made[4][6];
-#pragma GCC unroll 8
-    for (int r = 0; r < deep; r++)
-#pragma GCC unroll 8
-        for (int t = 0; t < count; t++) made[r][t] = _mm512_setzero_ps();
-    size_t c = 0;
-    for (; c + 16 <= cols; c += 16) {
-        __m512 line[4];
-        if (first == 0 && (!narrow || c % 32 == 0))
-#pragma GCC unroll 8
-            for (int r = 0; r < deep; r++)
-                _mm_prefetch((const char *)w->values + (begin + (r + ROWS_AHEAD) * cols + c) * (narrow ? 2 : 4), _MM_HINT_T0);
-#pragma GCC unroll 8
-        for (int r = 0; r < deep; r++) line[r] = sixteen(narrow, w->values, begin + r * cols + c, 0xffff);
-#pragma GCC unroll 8
-        for (int t = 0; t < count; t++) {
-            __m512 value = _mm512_loadu_ps(at + t * cols + c);
-#pragma GCC unroll 8
-            for (int r = 0; r < deep; r++) made[r][t] = _mm512_fmadd_ps(line[r], value, made[r][t]);
-        }
-    }
-    if (c < cols) {
-        __mmask16 mask = (__mmask16)((1u << (cols - c)) - 1);
-#pragma GCC unroll 8
-        for (int r = 0; r < deep; r++) {
-            __m512 line = sixteen(narrow, w->values, begin + r * cols + c, mask);
-#pragma GCC unroll 8
-            for (int t = 0; t < count; t++) made[r][t] = _mm512_fmadd_ps(line, _mm512_maskz_loadu_ps(mask, at + t * cols + c), made[r][t]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < deep; r++)
-#pragma GCC unroll 8
-        for (int t = 0; t < count; t++)
-            y[(size_t)(first + t) * w->rows + row + r] = _mm512_reduce_add_ps(made[r][t]) + (w->bias ? w->bias[row + r] : 0.0f);
-}
-
-#define FLOATS512(deep, n) case n: dots512(deep, n, narrow, w, x, row, first, y); break;
-AVX512 INLINE void floats512(const int narrow, const mr_matrix *w, const float *x, int n, int begin, int end, float *y) {
-    for (int row = begin; row < end;) { /* rows outside: these few are read from memory once, then from the cache */
-        int deep = row + 4 <= end ? 4 : 1;
-        for (int first = 0, count; first < n; first += count) {
-            count = n - first > 6 ? 4 : n - first; /* more sums than 24 have no registers */
-            if (deep == 4) {
-                switch (count) { FLOATS512(4, 1) FLOATS512(4, 2) FLOATS512(4, 3) FLOATS512(4, 4) FLOATS512(4, 5) FLOATS512(4, 6) }
-            } else {
-                switch (count) { FLOATS512(1, 1) FLOATS512(1, 2) FLOATS512(1, 3) FLOATS512(1, 4) FLOATS512(1, 5) FLOATS512(1, 6) }
-            }
-        }
-        row += deep;
-    }
-}
-
-AVX512 static void floats_512(const mr_matrix *w, const float *x, int n, int begin, int end, float *y) {
-    if (w->format == MR_BF16)
-        floats512(1, w, x, n, begin, end, y);
-    else
-        floats512(0, w, x, n, begin, end, y);
-}
-
-const mr_kernels mr_avx512 = {panel8_512, panel4_512, floats_512, round_row_512};
+const mr_kernels mr_avx512 = {panel8_512, panel4_512, mr_floats_avx512, round_row_512};
 
 /* -- AVX2 ---------------------------------------------------------------------------------------------------------------- */
 
@@ -380,84 +309,7 @@ AVX2 static void round_row_256(const float *x, int cols, int padded, int offset,
     }
 }
 
-AVX2 INLINE __m256 eight(const int narrow, const void *values, size_t at) {
-    if (!narrow) return _mm256_loadu_ps((const float *)values + at);
-    __m128i half = _mm_loadu_si128((const __m128i *)((const uint16_t *)values + at));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-}
-
-AVX2 INLINE float sum256(__m256 v) {
-    __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    a = _mm_add_ps(a, _mm_movehl_ps(a, a));
-    return _mm_cvtss_f32(_mm_add_ss(a, _mm_shuffle_ps(a, a, 1)));
-}
-
-AVX2 INLINE void dots256(const int deep, const int count, const int narrow, const mr_matrix *w, const float *x, int row, int first, float *y) {
-    const size_t cols = w->cols, begin = row * cols;
-    const float *at = x + first * cols;
-    __m256 made[4][4];
-#pragma GCC unroll 8
-    for (int r = 0; r < deep; r++)
-#pragma GCC unroll 8
-        for (int t = 0; t < count; t++) made[r][t] = _mm256_setzero_ps();
-    size_t c = 0;
-    for (; c + 8 <= cols; c += 8) {
-        if (first == 0 && c % (narrow ? 32 : 16) == 0)
-#pragma GCC unroll 8
-            for (int r = 0; r < deep; r++)
-                _mm_prefetch((const char *)w->values + (begin + (r + ROWS_AHEAD) * cols + c) * (narrow ? 2 : 4), _MM_HINT_T0);
-        __m256 line[4];
-#pragma GCC unroll 8
-        for (int r = 0; r < deep; r++) line[r] = eight(narrow, w->values, begin + r * cols + c);
-#pragma GCC unroll 8
-        for (int t = 0; t < count; t++) {
-            __m256 value = _mm256_loadu_ps(at + t * cols + c);
-#pragma GCC unroll 8
-            for (int r = 0; r < deep; r++) made[r][t] = _mm256_fmadd_ps(line[r], value, made[r][t]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < deep; r++)
-#pragma GCC unroll 8
-        for (int t = 0; t < count; t++) {
-            float sum = sum256(made[r][t]);
-            for (size_t k = c; k < cols; k++) {
-                size_t i = begin + r * cols + k;
-                float value = narrow ? mr_bf16_to_float(((const uint16_t *)w->values)[i]) : ((const float *)w->values)[i];
-                sum = __builtin_fmaf(value, at[t * cols + k], sum);
-            }
-            y[(size_t)(first + t) * w->rows + row + r] = sum + (w->bias ? w->bias[row + r] : 0.0f);
-        }
-}
-
-#define FLOATS256(deep, n) case n: dots256(deep, n, narrow, w, x, row, first, y); break;
-AVX2 INLINE void floats256(const int narrow, const mr_matrix *w, const float *x, int n, int begin, int end, float *y) {
-    for (int row = begin; row < end;) { /* rows outside: these few are read from memory once, then from the cache */
-        int deep = row + 4 <= end ? 4 : 1;
-        for (int first = 0; first < n; first += 4) {
-            int count = n - first < 4 ? n - first : 4;
-            if (deep == 4) {
-                switch (count) {
-                    FLOATS256(4, 1) FLOATS256(4, 2)
-                    case 3: dots256(2, 3, narrow, w, x, row, first, y); dots256(2, 3, narrow, w, x, row + 2, first, y); break;
-                    case 4: dots256(2, 4, narrow, w, x, row, first, y); dots256(2, 4, narrow, w, x, row + 2, first, y); break;
-                }
-            } else {
-                switch (count) { FLOATS256(1, 1) FLOATS256(1, 2) FLOATS256(1, 3) FLOATS256(1, 4) }
-            }
-        }
-        row += deep;
-    }
-}
-
-AVX2 static void floats_256(const mr_matrix *w, const float *x, int n, int begin, int end, float *y) {
-    if (w->format == MR_BF16)
-        floats256(1, w, x, n, begin, end, y);
-    else
-        floats256(0, w, x, n, begin, end, y);
-}
-
-const mr_kernels mr_avx2 = {panel8_256, panel4_256, floats_256, round_row_256};
+const mr_kernels mr_avx2 = {panel8_256, panel4_256, mr_floats_avx2, round_row_256};
 #else
 typedef int mr_no_x86; /* a file may not be empty */
 #endif

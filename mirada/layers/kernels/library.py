@@ -11,7 +11,7 @@ from pathlib import Path
 from mirada import config
 from mirada.errors import SettingsError
 
-VERSION = 2
+VERSION = 4
 """What ``mr_version`` of gemm.c must say; counted up with every change of packed forms or of structures."""
 SETTING = "MIRADA_CPU_KERNELS"
 """Environment: auto (the best that the processor has), scalar, avx2, avx512, or off."""
@@ -89,6 +89,8 @@ def _declare(library: ctypes.CDLL) -> None:
         ("mr_widen", None, (matrix, whole, whole, pointer)),
         ("mr_quantise", whole, (whole, whole, pointer, whole, whole, pointer, pointer)),
         ("mr_fill", whole, (matrix, whole, whole, whole, pointer)),
+        ("mr_step", ctypes.c_size_t, (pointer, pointer)),
+        ("mr_largest", None, (pointer, whole, ctypes.c_int64, pointer)),
         ("mr_checksum", ctypes.c_uint64, (pointer, ctypes.c_size_t)),
     ):
         function = getattr(library, name)

@@ -109,6 +109,7 @@ typedef struct {
     const mr_call *call;
     const lanes *with;
     _Atomic int *next;   /* [layers * STAGES + 1]: the piece that is taken next */
+    const float *first;  /* [n, D] embeddings */
     float *x;            /* [n, D] residual */
     float *qkv;          /* [n, (H + 2K) d] */
     float *sum;          /* [n, D] what is added to the residual */
@@ -158,6 +159,7 @@ static size_t lay_out(const mr_decoder *m, const mr_call *call, char *scratch, s
     made->model = m, made->call = call, made->with = lanes_for(d), made->threads = call->threads;
     made->next = cut(scratch, &at, sizeof(_Atomic int) * (m->layers * STAGES + 1));
     made->x = cut(scratch, &at, n * m->width * f);
+    made->first = call->x ? call->x : cut(scratch, &at, n * m->width * f);
     made->qkv = cut(scratch, &at, n * (m->heads + 2 * m->kv_heads) * d * f);
     made->sum = cut(scratch, &at, n * m->width * f);
     made->gate_up = cut(scratch, &at, n * 2 * m->inner * f);
@@ -179,11 +181,6 @@ static size_t lay_out(const mr_decoder *m, const mr_call *call, char *scratch, s
         if (scratch) made->own[t] = mine;
     }
     return at;
-}
-
-size_t mr_step_bytes(const mr_decoder *decoder, const mr_call *call) {
-    step nowhere;
-    return lay_out(decoder, call, NULL, &nowhere);
 }
 
 /* Takes rows [begin, end) of `rows`, whole sixteens but for the last; false: there are none left. */
@@ -374,7 +371,7 @@ static void run(void *context, int part, int parts) {
     const mr_decoder *m = s->model;
     own *mine = &s->own[part];
     _Atomic int *next = s->next;
-    const float *x = s->call->x;
+    const float *x = s->first;
     for (int l = 0; l < m->layers; l++, next += STAGES) {
         const mr_layer *layer = &m->layer[l];
         norm_rows(s, x, layer->norm1, mine);
@@ -397,15 +394,28 @@ static void run(void *context, int part, int parts) {
         mr_barrier();
     }
     norm_rows(s, x, m->norm, mine);
-    if (part == 0) memcpy(s->call->hidden, mine->row, (size_t)s->call->rows * m->width * 4);
+    if (part == 0 && s->call->hidden) memcpy(s->call->hidden, mine->row, (size_t)s->call->rows * m->width * 4);
     if (!s->call->logits) return;
     prepare(s, &m->head, mine->row, mine);
     product(s, &m->head, mine, next, parts, s->call->logits);
 }
 
-void mr_step(const mr_decoder *decoder, const mr_call *call) {
+/* The rows of the table that the tokens name; false if it has no such row. */
+static bool look_up(const mr_decoder *m, const mr_call *call, float *x) {
+    for (int r = 0; r < call->rows; r++, x += m->width) {
+        int64_t token = call->tokens[r];
+        if (token < 0 || token >= m->table.rows) return false;
+        mr_widen(&m->table, (int)token, 1, x);
+    }
+    return true;
+}
+
+size_t mr_step(const mr_decoder *decoder, const mr_call *call) {
     step made;
+    size_t needed = lay_out(decoder, call, NULL, &made);
+    if (needed > call->room) return needed;
     lay_out(decoder, call, call->scratch, &made);
+    if (!call->x && !look_up(decoder, call, (float *)made.first)) return MR_NO_SUCH_TOKEN;
     int half = decoder->head_width / 2;
     for (int i = 0; i < decoder->layers * STAGES + 1; i++) atomic_init(&made.next[i], 0);
     for (int w = 0; w < decoder->wides; w++)
@@ -418,4 +428,27 @@ void mr_step(const mr_decoder *decoder, const mr_call *call) {
         }
     }
     mr_parallel_most(call->threads, run, &made);
+    return 0;
+}
+
+void mr_largest(const float *x, int n, int64_t width, int64_t *places) {
+    enum { STRANDS = 16 };
+    for (int r = 0; r < n; r++, x += width) {
+        float tops[STRANDS], top = -INFINITY;
+        int32_t odd[STRANDS] = {0}, strange = 0;
+        for (int k = 0; k < STRANDS; k++) tops[k] = -INFINITY;
+        int64_t i = 0, at = 0;
+        for (; i + STRANDS <= width; i += STRANDS)
+            for (int k = 0; k < STRANDS; k++) {
+                float value = x[i + k];
+                tops[k] = value > tops[k] ? value : tops[k];
+                odd[k] |= value != value;
+            }
+        for (int k = 0; k < STRANDS; k++) top = tops[k] > top ? tops[k] : top, strange |= odd[k];
+        for (; i < width; i++) top = x[i] > top ? x[i] : top, strange |= x[i] != x[i];
+        places[r] = -1;
+        if (strange || !isfinite(top)) continue;
+        while (x[at] != top) at++;
+        places[r] = at;
+    }
 }

@@ -31,6 +31,7 @@ typedef struct {
     const float *frequency;     /* [d / 2] */
     const int32_t *axis;        /* [d / 2]: which row of the positions turns a channel */
     mr_matrix head;             /* [V, D]; no rows: there is none */
+    mr_matrix table;            /* [V, D] embeddings, F32 or BF16; no rows: there is none */
     const mr_wide *wide;        /* [wides] */
     int32_t wides;
 } mr_decoder;
@@ -45,19 +46,24 @@ typedef struct {
     int32_t threads;                /* at most so many work */
     const int64_t *positions;       /* [3, n] */
     int64_t position_strides[2];
-    const float *x;                 /* [n, D] embeddings */
-    float *hidden;                  /* [n, D] after the final norm */
+    const float *x;                 /* [n, D] embeddings, or NULL: those of the tokens */
+    const int64_t *tokens;          /* [n] rows of the table; read without x */
+    float *hidden;                  /* [n, D] after the final norm, or NULL */
     float *logits;                  /* [n, V], or NULL */
-    void *scratch;                  /* mr_step_bytes, aligned to 64 */
+    void *scratch;                  /* aligned to 64 */
+    size_t room;                    /* bytes of it */
 } mr_call;
 
-/* Bytes of scratch that a call needs; of the call only sequences, rows, lengths, past and threads are read. */
-size_t mr_step_bytes(const mr_decoder *decoder, const mr_call *call);
+#define MR_NO_SUCH_TOKEN SIZE_MAX
 
-/* All layers, the final norm and, where wanted, the head. Writes the new keys and values into the slabs.
+/* All layers, the final norm and, where wanted, the head. Writes the new keys and values into the slabs. Returns 0; with nothing
+ * done the bytes of scratch that it needs, if there are fewer, or MR_NO_SUCH_TOKEN for one that is not in the table.
  *
  * A row's result depends on nothing but its own sequence: not on its batch mates, on how many tokens of the sequence come
  * at once, or on the number of threads, as long as mr_rows computes each row by itself. */
-void mr_step(const mr_decoder *decoder, const mr_call *call);
+size_t mr_step(const mr_decoder *decoder, const mr_call *call);
+
+/* The place of the largest of each row of x [n, width], of equal ones the first; -1 where it is not finite or one is no number. */
+void mr_largest(const float *x, int n, int64_t width, int64_t *places);
 
 #endif
