@@ -71,6 +71,24 @@ def start(folder: Path, *words: str, log: str = "log.txt"):
         process.stdout.close()  # type: ignore[union-attr]
 
 
+@contextmanager
+def start_command(folder: Path, config: dict, *words: str):
+    """``mirada serve`` as people type it, with ``config`` in a file: (process, address, its log). Ended at the end."""
+    file, log = folder / "serve.yaml", folder / "log.txt"
+    file.write_text(json.dumps(config))  # JSON is yaml
+    command = [sys.executable, "-W", "error", "-m", "mirada.cli", "serve", "--port", "0", "--config", str(file), *words]
+    with log.open("w") as err:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True)
+    try:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        assert " at http" in first, log.read_text()
+        yield process, first.split(" at ")[1].split()[0], log
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def png(size=(90, 60), color=(200, 10, 10)) -> bytes:
     out = io.BytesIO()
     Image.new("RGB", size, color).save(out, "PNG")

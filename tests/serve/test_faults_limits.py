@@ -9,27 +9,27 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import httpx
 import pytest
 from PIL import Image
-from serving import data_uri, gif, image, png, user
+from serving import data_uri, gif, image, png, start_command, user
 
 from mirada.media.fetch import FetchLimits
 
 SECONDS = 1.0
 """Of each limit on time."""
-SLACK = 15.0
+FETCH = 2.0
+SLACK = 60.0
 """Seconds that a busy machine may add to any of them."""
 CONFIG = {
     "engine": {"workers": 1, "prefix_cache_bytes": 0},
-    "media": {"seconds": SECONDS},
+    "media": {"seconds": FETCH},
     "header_seconds": SECONDS, "body_seconds": SECONDS, "max_connections": 40,
 }  # fmt: skip
 
@@ -69,6 +69,11 @@ class Strained:
             int(line.split()[1]) / 1024 for line in (self.proc / "status").read_text().splitlines() if line.startswith("VmRSS")
         )
 
+    def cpu(self) -> float:
+        """Processor seconds so far, without its workers'."""
+        words = (self.proc / "stat").read_text().rpartition(")")[2].split()
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
     def connect(self) -> socket.socket:
         host, port = self.url.removeprefix("http://").split(":")
         return socket.create_connection((host, int(port)), timeout=30)
@@ -78,22 +83,9 @@ class Strained:
 
 
 @contextmanager
-def strained(folder: Path):
-    config, log = folder / "serve.yaml", folder / "log.txt"
-    config.write_text(json.dumps(CONFIG))
-    words = ["--port", "0", "--private-media", "--config", str(config)]
-    with log.open("w") as err:
-        process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "mirada.cli", "serve", *words], stdout=subprocess.PIPE, stderr=err, text=True
-        )
-    try:
-        assert process.stdout is not None
-        first = process.stdout.readline()
-        assert " at http" in first, log.read_text()
-        yield Strained(process, first.split(" at ")[1].split()[0], log)
-    finally:
-        process.kill()
-        process.communicate()
+def strained(folder: Path, **config):
+    with start_command(folder, CONFIG | config, "--private-media") as made:
+        yield Strained(*made)
 
 
 @pytest.fixture(scope="module")
@@ -170,71 +162,73 @@ def test_a_crowd_that_says_nothing_keeps_nobody_out(tight):
     wait_for(lambda: tight.held()[1] <= before + 1)
 
 
-@pytest.fixture(scope="module")
-def site():
-    """A web server that never answers (/hang) or never ends (others: a byte at a time)."""
-    listening = socket.create_server(("127.0.0.1", 0), backlog=64)
-    ended = threading.Event()
-    open_now: list[socket.socket] = []
+class Site:
+    """A web server that never answers (/hang), never ends (/drip: a byte at a time), or answers once the gate is open."""
 
-    def serve_one(client: socket.socket) -> None:
-        with closing(client):
-            asked = client.recv(4096)
-            if b"/hang" not in asked:
-                client.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n\r\n")
-            while not ended.wait(0.1):
-                try:
-                    if b"/hang" not in asked:
-                        client.sendall(b"\x89")
-                except OSError:
-                    return
+    def __init__(self) -> None:
+        self._listening = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
+        self.gate, self._ended = threading.Event(), threading.Event()
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
 
-    def accept() -> None:
+    def _accept(self) -> None:
         while True:
             try:
-                client = listening.accept()[0]
+                client = self._listening.accept()[0]
             except OSError:
                 return
-            open_now.append(client)
-            threading.Thread(target=serve_one, args=(client,), daemon=True).start()
+            self._threads.append(threading.Thread(target=self._answer, args=(client,)))
+            self._threads[-1].start()
 
-    thread = threading.Thread(target=accept, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    ended.set()
-    listening.shutdown(socket.SHUT_RDWR)
-    listening.close()
-    thread.join()
+    def _answer(self, client: socket.socket) -> None:
+        with client, suppress(OSError):
+            asked, data = client.recv(4096), png()
+            if b"/gate" in asked:
+                assert self.gate.wait(300)
+                client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+                return
+            if b"/drip" in asked:
+                client.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n\r\n")
+            while not self._ended.wait(0.1):
+                client.sendall(b"\x89" if b"/drip" in asked else b"")
+
+    def close(self) -> None:
+        self.gate.set()
+        self._ended.set()
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        for thread in self._threads:
+            thread.join()
 
 
-@pytest.mark.parametrize("path", ["/hang", "/drip.png"])
-def test_media_that_hang_or_drip_end_by_a_clock_and_hold_up_nobody(tight, site, path):
-    """Twenty at once are more than there are threads that prepare; a picture that is sent, not fetched, passes them."""
-    with ThreadPoolExecutor(20) as threads:
-        began = time.monotonic()
-        slow = [threads.submit(tight.ask, "?", image(f"{site}{path}?{i}")) for i in range(20)]
-        wait_for(lambda: tight.figure("engine_preparing") >= 20)
-        text, shown = tight.answer("hello"), tight.answer("what?", image(data_uri(png())))
-        assert text == tight.answer("hello") and shown == tight.answer("what?", image(data_uri(png())))
-        waited = [one for one in slow if not one.done()]
+@pytest.fixture(scope="module")
+def site():
+    with closing(Site()) as made:
+        yield made
+
+
+def test_media_that_hang_or_drip_end_by_a_clock(tight, site):
+    """The time of a fetch is counted as a whole, so a byte now and then does not lengthen it."""
+    with ThreadPoolExecutor(4) as threads:
+        slow = [threads.submit(tight.ask, "?", image(f"{site.url}/{path}?{i}")) for i in range(2) for path in ("hang", "drip")]
+        assert tight.ask("hello").status_code == 200
         replies = [one.result() for one in slow]
-        took = time.monotonic() - began
-    assert waited, "the others were to be answered while these hang"
-    assert {reply.status_code for reply in replies} == {400}
-    assert {reply.json()["error"]["code"] for reply in replies} == {"media_timeout"}
-    assert took < 2 * SECONDS + SLACK
+    assert {(reply.status_code, reply.json()["error"]["code"]) for reply in replies} == {(400, "media_timeout")}
+    assert FETCH <= min(reply.elapsed.total_seconds() for reply in replies)
+    assert max(reply.elapsed.total_seconds() for reply in replies) < FETCH + SLACK
     wait_for(lambda: tight.figure("engine_preparing") == 0 and tight.figure("engine_prepared_bytes") == 0)
 
 
 def test_a_client_that_goes_while_its_picture_hangs_frees_its_place(tight, site):
-    body = {"model": "mini", "messages": user("?", image(f"{site}/hang"))}
+    body = {"model": "mini", "messages": user("?", image(f"{site.url}/hang"))}
     clients = [tight.connect() for _ in range(10)]
     for client in clients:
         client.sendall(request(body))
     wait_for(lambda: tight.figure("engine_preparing") >= 10)
     for client in clients:
         client.close()
-    wait_for(lambda: tight.figure("engine_preparing") == 0 and tight.figure("requests_under_way") == 0, SECONDS + SLACK)
+    wait_for(lambda: tight.figure("engine_preparing") == 0 and tight.figure("requests_under_way") == 0)
 
 
 def long_gif(frames: int, side: int = 64) -> bytes:
@@ -250,7 +244,7 @@ def test_a_gif_of_ten_thousand_frames(tight):
     """As a picture its first frame, in bounded time and memory; as a video it is refused, and a shorter one is sampled."""
     many, few = long_gif(10_000, 16), long_gif(300, 16)
     assert tight.ask("?", image(data_uri(gif(), "image/gif"))).status_code == 200
-    before, began = tight.megabytes(), time.monotonic()
+    before, spent = tight.megabytes(), tight.cpu()
     first = tight.answer("what?", image(data_uri(many, "image/gif")))
     assert first == tight.answer("what?", image(data_uri(long_gif(1, 16), "image/gif")))
     refused = tight.ask("what?", {"type": "video_url", "video_url": {"url": data_uri(many, "image/gif")}})
@@ -258,7 +252,7 @@ def test_a_gif_of_ten_thousand_frames(tight):
     assert str(FetchLimits().animation_frames) in refused.text.replace(",", "")
     sampled = tight.ask("what?", {"type": "video_url", "video_url": {"url": data_uri(few, "image/gif")}}, nframes=4)
     assert sampled.status_code == 200 and sampled.json()["usage"]["num_frames"] == 4
-    assert time.monotonic() - began < SLACK and tight.megabytes() - before < 150
+    assert tight.cpu() - spent < 5 and tight.megabytes() - before < 150
 
 
 def test_a_killed_worker_fails_its_own_request_alone(tight):
@@ -266,7 +260,7 @@ def test_a_killed_worker_fails_its_own_request_alone(tight):
     clip = {"type": "video_url", "video_url": {"url": data_uri(gif(6), "image/gif")}}
     other = {"type": "video_url", "video_url": {"url": data_uri(gif(5), "image/gif")}}
     right = tight.answer("what?", clip, nframes=4)
-    lost = tight.figure("engine_workers_lost")
+    lost = tight.figure("engine_workers_lost_total")
     (worker,) = tight.workers()
     os.kill(worker, signal.SIGSTOP)
     with ThreadPoolExecutor(1) as threads:
@@ -278,7 +272,7 @@ def test_a_killed_worker_fails_its_own_request_alone(tight):
         reply = doomed.result()
     assert reply.status_code == 500 and "died (killed by signal 9)" in reply.json()["error"]["message"], reply.text
     assert tight.ask("what?", other, nframes=4).status_code == 200 and tight.answer("what?", clip, nframes=4) == right
-    assert tight.figure("engine_workers_lost") == lost + 1
+    assert tight.figure("engine_workers_lost_total") == lost + 1
     assert tight.workers() != [worker] and len(tight.workers()) == 1
 
 
@@ -316,29 +310,33 @@ def test_a_client_that_vanishes_mid_stream_two_hundred_times(tight):
     assert len([line for line in tight.logged() if line.get("status") == 499]) >= 216
 
 
-def test_sigterm_under_load_loses_nothing_that_was_accepted(tmp_path):
-    """More requests than run together, half of them streams, some with pictures: all are whole, later ones are refused, and
-    the process ends with 0."""
-    with strained(tmp_path) as server:
-        count, tokens = 24, 40
+def test_sigterm_under_load_loses_nothing_that_was_accepted(tmp_path, site):
+    """Half of the requests are streams, and a third wait for pictures that a slow site does not give yet: more than there are
+    threads for what is here. One that brings its picture is answered meanwhile. After the signal new ones are refused; all
+    that was accepted is answered whole, and the process ends with 0."""
+    with strained(tmp_path, media={"seconds": 300}) as server:
+        count, tokens = 30, 16
         accepted: dict[int, httpx.Response] = {}
 
         def ask(number: int) -> None:
-            parts = [image(data_uri(png(color=(9 * number, 0, 0))))] if number % 3 == 0 else []
+            parts = [image(f"{site.url}/gate?{number}")] if number % 3 == 0 else []
             accepted[number] = server.ask(
                 f"{number}", *parts, max_tokens=tokens, ignore_eos=True, max_repeats=1000, stream=number % 2 == 0
             )
 
         with ThreadPoolExecutor(count) as threads:
             asked = [threads.submit(ask, number) for number in range(count)]
-            wait_for(lambda: server.figure("requests_under_way") == count)
+            wait_for(lambda: server.figure("engine_preparing") >= count // 3)
+            assert server.ask("what?", image(data_uri(png()))).status_code == 200
             server.process.send_signal(signal.SIGTERM)
             wait_for(lambda: httpx.get(f"{server.url}/ready").status_code == 503)
             refused = server.ask()
             assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
+            site.gate.set()
             for one in asked:
                 one.result()
         assert server.process.wait(SLACK) == 0
+    assert len(accepted) == count
     for number, reply in accepted.items():
         assert reply.status_code == 200, reply.text
         if number % 2:
