@@ -56,6 +56,12 @@ def sampling_to_body(sampling: Sampling) -> dict[str, Any]:
         body["stop"] = list(sampling.stop)
     if sampling.logprobs is not None:
         body |= {"logprobs": True, "top_logprobs": sampling.logprobs}
+    if sampling.json_schema is not None:
+        named = {"name": "answer", "schema": sampling.json_schema}
+        body["response_format"] = {"type": "json_schema", "json_schema": named}
+    elif sampling.form is not None:  # as vLLM's users say it
+        value = getattr(sampling, sampling.form)
+        body["structured_outputs"] = {sampling.form: list(value) if sampling.form == "choice" else value}
     return body
 
 

@@ -254,8 +254,10 @@ def _json_text(schema: Any) -> str:
         schema = {}
     if not isinstance(schema, Mapping):
         raise _refused("json_schema", "nothing fulfils it")
-    own = schema.get("x-guidance")
-    options = {"whitespace_pattern": SPACE, **(own if isinstance(own, Mapping) else {})}
+    own = schema.get("x-guidance") or {}
+    if not isinstance(own, Mapping):
+        raise _refused("json_schema", f"its x-guidance is a {type(own).__name__}")
+    options = own if "whitespace_flexible" in own else {"whitespace_pattern": SPACE, **own}
     try:
         return json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -332,9 +334,9 @@ def _panics(what: str) -> Iterator[None]:
 
 
 def _refused(what: str, why: str) -> SettingsError:
-    lines = [line for line in why.strip().splitlines() if line.strip()]
-    said = " ".join(" ".join(lines).split())
-    said = said if len(said) <= 300 else said[:299] + "…"
+    reason = re.search(r"^\s*error: (.+)$", why, re.MULTILINE)  # of an expression, after the whole of it
+    said = " ".join((reason[1] if reason else why).split())
+    said = said if len(said) <= 300 else f"{said[:150]} … {said[-150:]}"
     return SettingsError(f"{what} cannot be kept to: {said}", "correct it, or leave it out")
 
 

@@ -40,12 +40,13 @@ async def respond(request: Request, body: Mapping[str, Any], desk: chat.Desk) ->
     try:
         form = as_chat(body, desk.settings.unknown_parameters == "warn")
         asked = chat.read(form, desk, request.scope["mirada.tenant"])
+        ticket: Ticket = request.scope["mirada.ticket"]
+        ticket.facts |= {"model": asked.name, "stream": asked.chat.options.stream}
+        choices = await chat.submit(asked)
     except ParameterError as error:
-        raise ParameterError(error.problem, error.fix, param=_BACK.get(error.param, error.param)) from error
-    ticket: Ticket = request.scope["mirada.ticket"]
-    ticket.facts |= {"model": asked.name, "stream": asked.chat.options.stream}
+        param = _BACK.get(error.param, error.param.replace("].function.", "]."))
+        raise ParameterError(error.problem.replace(error.param, param), error.fix, param=param) from error
     items = Items(f"resp_{secrets.token_hex(16)}", asked, body)
-    choices = await chat.submit(asked)
     if asked.chat.options.stream:
         return await chat.first_then_all(request, _events(request, choices, items, asked, desk), choices, asked, desk)
     choices.begin()

@@ -112,6 +112,17 @@ def test_what_is_sent_is_what_the_server_reads(ask):
     assert (messages, read, options.thinking) == (chat, sampling, "on")
 
 
+@pytest.mark.parametrize(
+    "form", [{"json_schema": {"type": "null"}}, {"regex": "a+"}, {"choice": ("a", "b")}, {"grammar": 'start: "a"'}], ids=str
+)
+def test_the_form_of_an_answer_is_sent_too(ask, form):
+    from mirada.records import request_from_openai
+
+    with serving(stream(words("x"))) as server:
+        ask(server, sampling=Sampling(**form))
+    assert request_from_openai(server.bodies[0]).sampling == Sampling(**form)
+
+
 def test_media_travel_as_data_and_addresses_as_they_are(ask, tmp_path):
     path = tmp_path / "a.png"
     Pillow.new("RGB", (4, 3), (200, 10, 10)).save(path)
