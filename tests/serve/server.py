@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from oracle import Recorder
+from tiny_adapters import make_adapter
 
 import mirada
 from mirada.engine.guide import allow
@@ -79,8 +80,10 @@ def main(folder: str, *keys: str) -> None:
     root = Path(folder)
     limits = replace(FetchLimits.serving(root), allow_private=True)
     engine = {"workers": 0}
+    mini = mirada.VLM("mini", limits=limits, engine=engine)
+    mini.load_adapter("loud", make_adapter(root / "loud", mini.parts.model, strength=3.0))
     models = {
-        "mini": mirada.VLM("mini", limits=limits, engine=engine),
+        "mini": mini,
         "echo": Echo(make_echo(root), limits=limits, engine=engine),
     }
     settings = ServeSettings(port=0, api_keys=keys, drain_seconds=20)

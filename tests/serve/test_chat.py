@@ -27,7 +27,7 @@ def create(client, text, model="echo", **more):
 
 
 def test_models_are_listed_and_found(client):
-    assert [model.id for model in client.models.list()] == ["mini", "echo"]
+    assert [model.id for model in client.models.list()] == ["mini", "echo", "loud"]
     assert client.models.retrieve("mini").max_model_len == 4096
     with pytest.raises(openai.NotFoundError) as error:
         client.models.retrieve("mimi")
