@@ -43,13 +43,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import harness
 import soak
+import throughput
 from serve_client import Answer, Broken, Connection
 
 ENGINE = {"prefix_cache_bytes": 16 << 20, "encoder_cache_bytes": 8 << 20, "pixel_cache_bytes": 8 << 20}
@@ -459,7 +460,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="mirada-load-") as name:
         status = load(options, Path(name))
         if options.peer_python and not options.smoke:
-            pass
+            compare(options, Path(name))
     if pressure > harness.BUSY:
         print(f"Other programs were busy (CPU pressure {pressure:.0f} %): the times are not to be quoted.")
     return status
@@ -535,6 +536,87 @@ def settled(server: Served, tally: Tally, seconds: float = 15.0) -> dict[str, fl
     for words in held:
         tally.faults[f"after the last client, {words}"] += 1
     return figures
+
+
+def compare(options: argparse.Namespace, folder: Path) -> None:
+    """The same load on both servers in turn, ratios printed."""
+    python = harness.peer_python(options, ("transformers", "fastapi", "uvicorn", "openai", "torchvision"))
+    made = throughput.make(argparse.Namespace(smoke=False, folder=options.folder))
+    pool = [case for case in cases(options.cases, options.seed + 1) if case.kind != "video"]
+    both = {
+        "mirada": (mirada("ours", folder, options.threads, f"made={made}"),
+                   {"model": "made", "max_tokens": options.new, "ignore_eos": True, "max_repeats": 1000}),
+        "transformers": (peer(python, made, folder, options.threads),
+                         {"model": str(made), "max_tokens": options.new, "generation_config": json.dumps(ENDLESS)}),
+    }  # fmt: skip
+    sides: dict[str, list[dict[str, float]]] = {name: [] for name in both}
+    with ExitStack() as stack:
+        servers = {name: stack.enter_context(context) for name, (context, _) in both.items()}
+        for name, (_, fields) in both.items():  # first touch, and a peer that cannot do it says so
+            answer = asyncio.run(_first(servers[name].address, [case.body | fields for case in pool[:3]]))
+            if answer.status != 200 or answer.usage.get("completion_tokens") != options.new:
+                print(f"{name} cannot run this load: {answer.status} {answer.usage} {answer.error}")
+                print(servers[name].log.read_text()[-1500:])
+                return
+        for pair in range(options.pairs):
+            for name, (_, fields) in both.items():
+                sides[name].append(one_side(options, servers[name], pool, fields, pair))
+    print(f"\n{options.clients} clients, text and pictures, {options.new} tokens each, {options.pairs} pairs of "
+          f"{options.peer_minutes:g} minutes, float32, {options.threads} thread(s); medians")  # fmt: skip
+    print(f"  {'':22}{'mirada':>12}{'transformers':>14}{'ratio':>8}")
+    for figure, better in (
+        ("tokens/s", "more"),
+        ("whole answers/s", "more"),
+        ("first token p50", "less"),
+        ("first token p95", "less"),
+    ):
+        ours, theirs = ([side[figure] for side in sides[name]] for name in both)
+        ratios = [
+            (a / b if better == "more" else b / a) if a and b else float("nan") for a, b in zip(ours, theirs, strict=True)
+        ]
+        print(f"  {figure:22}{statistics.median(ours):12.2f}{statistics.median(theirs):14.2f}{statistics.median(ratios):8.2f}")
+    for name, figures in sides.items():
+        faults = sum((Counter(side["faults"]) for side in figures), Counter())
+        for words, count in faults.most_common(5):
+            print(f"  {name}: {words} ({count} times)")
+
+
+ENDLESS = {"do_sample": False, "eos_token_id": None}
+"""transformers' settings of generation for an answer that does not end before its last token."""
+PEER_KINDS = {"text": 43, "picture": 43, "cut": 14}
+
+
+async def _first(address: tuple[str, int], bodies: Sequence[dict[str, Any]]) -> Answer:
+    """The last of some whole answers, or the first that is none."""
+    connection, answer = Connection(*address), Answer()
+    for body in bodies:
+        answer = await connection.ask(json.dumps(body).encode())
+        if answer.status != 200:
+            break
+    connection.abort()
+    return answer
+
+
+def one_side(
+    options: argparse.Namespace, server: Served, pool: Sequence[Case], fields: dict[str, Any], pair: int
+) -> dict[str, Any]:
+    """One turn: what is under way at its end is cut, and only what became whole within it counts."""
+    own = argparse.Namespace(**vars(options) | {"seed": options.seed + pair, "patience": 600})
+    crowd = Crowd(server.address, pool, fields, own, kinds=PEER_KINDS)
+    took = asyncio.run(crowd.run(options.peer_minutes * 60, finish=False))
+    time.sleep(harness.PAUSE)
+    tally = crowd.tally
+    first = [one for times in tally.first.values() for one in times]
+    whole = sum(count for kind, count in tally.ended.items() if kind.startswith(("text", "picture")))
+    return {"tokens/s": tally.num_tokens / took, "whole answers/s": whole / took, "first token p50": _share(first, 50),
+            "first token p95": _share(first, 95), "faults": tally.faults}  # fmt: skip
+
+
+def peer(python: str, model: Path, folder: Path, threads: int) -> Any:
+    """``transformers serve`` in float32, pinned to the one model."""
+    port = free_port()
+    words = ["serve", str(model), "--port", str(port), "--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32"]
+    return served("transformers", [python, "-m", "transformers.cli.transformers", *words], folder, port, threads)
 
 
 def report(
