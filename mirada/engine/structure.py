@@ -161,9 +161,9 @@ def counted(form: PromptFormat, sampling: Sampling, thinking: Thinking, mode: st
 
 def check_choice(tools: Tools | None, choice: Any) -> tuple[str, str | None]:
     """(mode, name of the function that must be called). Raises SettingsError."""
-    names = [_function(tool)["name"] for tool in tools or ()]
-    if choice in ("auto", "none"):
+    if isinstance(choice, str) and choice in ("auto", "none"):
         return choice, None
+    names = [_function(tool)["name"] for tool in tools or ()]
     if choice == "required":
         if not names:
             raise SettingsError("tool_choice='required' asks for a call, and there are no tools", "give tools")

@@ -62,6 +62,18 @@ def test_lines_are_answered_as_the_front_door_answers(mirada, tiny, picture, tmp
     assert len(choices) == 2 and len(choices[0]["logprobs"]["content"]) == 4 and choices[0]["logprobs"]["content"][0]["bytes"]
 
 
+def test_answers_have_the_form_that_a_line_asks_for(mirada, tiny, tmp_path):
+    source = write(
+        tmp_path / "in.jsonl", request("a", guided_choice=["red", "blue"]), request("b", guided_regex="("),
+        request("c", response_format={"type": "json_schema", "json_schema": {"schema": {"const": 7}}}),
+    )  # fmt: skip
+    done = mirada("batch", source, tmp_path / "out.jsonl", "-m", tiny)
+    assert done.code == 1 and "3 lines: 2 answered, 1 failed" in done.err
+    made = by_name(tmp_path / "out.jsonl")
+    assert "red blue".find(text(made["a"])) >= 0 and text(made["c"]) == "7"
+    assert made["b"]["response"]["body"]["error"]["param"] == "guided_regex"
+
+
 def test_a_bad_line_is_an_error_line_and_stops_no_other(mirada, tiny, picture, tmp_path):
     source = write(
         tmp_path / "in.jsonl",

@@ -270,11 +270,12 @@ def test_a_schema_nested_too_deeply_is_said(qwen):
         qwen.guide({"json_schema": schema})
 
 
-def test_a_token_that_a_grammar_names_by_number_stays_forbidden(qwen):
-    """Control tokens are none of a caller's text, however a grammar asks for them."""
+def test_control_tokens_that_a_grammar_names_stay_forbidden(qwen):
+    """They are none of a caller's text, however a grammar asks for them; an end is one only where the form is whole."""
     pad = qwen.parts.renderer.tokenizer.id("<|image_pad|>")
-    output = qwen.submit(ASK, Sampling(grammar=f'start: "a" <[{pad}]>', max_tokens=5)).result()
-    assert isinstance(output.error, RequestFailed) and "allows no token" in str(output.error)
+    for token in (f"<[{pad}]>", "<|im_end|>"):
+        output = qwen.submit(ASK, Sampling(grammar=f'start: "a" {token} "b"', max_tokens=5)).result()
+        assert isinstance(output.error, RequestFailed) and "allows no token" in str(output.error)
 
 
 def test_a_pydantic_model_is_a_schema(qwen):
