@@ -540,7 +540,7 @@ def settled(server: Served, tally: Tally, seconds: float = 15.0) -> dict[str, fl
 
 def compare(options: argparse.Namespace, folder: Path) -> None:
     """The same load on both servers in turn, ratios printed."""
-    python = harness.peer_python(options, ("transformers", "fastapi", "uvicorn", "openai", "torchvision"))
+    python = harness.peer_python(options, ("transformers", "fastapi", "uvicorn", "openai"))
     made = throughput.make(argparse.Namespace(smoke=False, folder=options.folder))
     pool = [case for case in cases(options.cases, options.seed + 1) if case.kind != "video"]
     both = {
@@ -615,8 +615,8 @@ def one_side(
 def peer(python: str, model: Path, folder: Path, threads: int) -> Any:
     """``transformers serve`` in float32, pinned to the one model."""
     port = free_port()
-    words = ["serve", str(model), "--port", str(port), "--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32"]
-    return served("transformers", [python, "-m", "transformers.cli.transformers", *words], folder, port, threads)
+    words = [str(model), "--port", str(port), "--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32"]
+    return served("transformers", [python, str(harness.HERE / "peer_serve.py"), *words], folder, port, threads)
 
 
 def report(
