@@ -6,7 +6,7 @@ widens them tile by tile, so that no more than ``TILE_BYTES`` of a matrix exist 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -196,6 +196,10 @@ class PackedLinear(nn.Module):
         made = [part.weight for part in self.parts]
         return made[0] if len(made) == 1 else torch.cat([m.float() for m in made])  # pyright: ignore
 
+    def matrices(self) -> list[Matrix] | None:
+        """The stored matrices one below another, if compiled kernels multiply by all of them."""
+        return _compiled(self.parts)
+
     def forward(self, x: Tensor) -> Tensor:
         """[.., in] -> [.., out]."""
         made = [part(x) for part in self.parts]
@@ -216,8 +220,26 @@ class PackedStack(nn.Module):
 
     def __getitem__(self, index: int) -> Tensor:
         """[R, C], made anew at each use."""
+        return torch.cat([part.weight.to(self.dtype) for part in self._of(index)])  # pyright: ignore
+
+    def product(self, index: int, x: Tensor) -> Tensor:
+        """x [.., C] times matrix ``index`` transposed -> [.., R]."""
+        if self.matrices(index) is None:
+            return linear(x, self[index])
+        return torch.cat([part(x) for part in self._of(index)], -1)
+
+    def matrices(self, index: int) -> list[Matrix] | None:
+        """The stored matrices one below another that are matrix ``index``, if compiled kernels multiply by all of them."""
+        return _compiled(self._of(index))
+
+    def _of(self, index: int) -> list[nn.Module]:
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         each = len(self.parts) // len(self)
         begin = index % len(self) * each
-        return torch.cat([self.parts[i].weight.to(self.dtype) for i in range(begin, begin + each)])  # pyright: ignore
+        return [self.parts[i] for i in range(begin, begin + each)]
+
+
+def _compiled(parts: Iterable[nn.Module]) -> list[Matrix] | None:
+    made = [part.matrix if isinstance(part, PackedRows) else None for part in parts]
+    return None if any(matrix is None for matrix in made) else made  # pyright: ignore[reportReturnType]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mirada import config
 from mirada.errors import SettingsError
+from mirada.layers.kernels import library, matrix
 
 if TYPE_CHECKING:
     from mirada.layers.norm import RMSNorm
@@ -66,6 +67,17 @@ def on(x: Tensor) -> bool:
     )
 
 
+def compiles(x: Tensor) -> bool:
+    """Whether the compiled CPU kernels may read ``x``: they take addresses, which subclasses and traces do not have."""
+    return (
+        x.device.type == "cpu"
+        and type(x) is Tensor
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and library.library() is not None
+    )
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     """See ``norm.RMSNorm``: x [.., D] of at least one row; None where no kernel computes."""
     if not on(x) or weight.dtype != x.dtype or not x.numel():
@@ -94,6 +106,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
         made = triton_norm.swiglu(gate_up.reshape(-1, gate_up.shape[-1]))
         return made.view(*gate_up.shape[:-1], -1)
+    if gate_up.dtype == torch.float32 and compiles(gate_up):
+        return matrix.swiglu(gate_up)
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
 

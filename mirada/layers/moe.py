@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirada.layers import fused
-from mirada.layers.linear import linear
+from mirada.layers.experts import Table, plain
+from mirada.layers.linear import MatrixStack, linear
 from mirada.layers.mlp import GatedMLP
 
 
@@ -83,15 +84,26 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(experts, 2 * inner, dim).normal_(std=dim**-0.5))
         self.down = nn.Parameter(torch.empty(experts, dim, inner).normal_(std=inner**-0.5))
+        self.table = Table()
 
-    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Sum over a token's experts of weight times expert: x [T, D], chosen and weights [T, k] -> [T, D].
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor, shared: nn.Module | None = None) -> Tensor:
+        """Sum over a token's experts of weight times expert: x [T, D], chosen and weights [T, k] -> [T, D]; with ``shared``
+        (a GatedMLP) added.
 
-        Tokens are sorted by expert, so that each expert is one matrix product over all its tokens.
+        Tokens are sorted by expert, so that each expert is one matrix product over all its tokens. Few tokens on a CPU: in one
+        call, where ``layers.experts`` can.
         """
         if self.first is not None:  # those elsewhere come last, beyond the counts
             own = chosen - self.first
             chosen = torch.where((own >= 0) & (own < len(self.down)), own, len(self.down))
+        if not self.adapted and plain(shared):
+            made = self.table.run(x, chosen, weights, self.gate_up, self.down, shared)
+            if made is not None:
+                return made
+        made = self._sorted(x, chosen, weights)
+        return made if shared is None else made + shared(x)
+
+    def _sorted(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         order = chosen.flatten().argsort(stable=True)
         tokens, shares = order // chosen.shape[1], weights.flatten()[order].to(x.dtype)[:, None]
         counts = self._counts(chosen.flatten())
@@ -118,15 +130,15 @@ class Experts(nn.Module):
         for expert, count in enumerate(counts):
             if count:
                 rows = tokens[start : start + count]
-                gate, up = self._product("gate_up", expert, rows, x[rows]).chunk(2, -1)
-                out = self._product("down", expert, rows, F.silu(gate) * up)
+                out = self._product("down", expert, rows, fused.swiglu(self._product("gate_up", expert, rows, x[rows])))
                 # No token comes twice to one expert, so each row is added to once: the order of the sum is fixed.
                 made.index_add_(0, rows, out * shares[start : start + count])
                 start += count
         return made
 
     def _product(self, name: str, expert: int, rows: Tensor, x: Tensor) -> Tensor:
-        made = linear(x, getattr(self, name)[expert])
+        held = getattr(self, name)
+        made = linear(x, held[expert]) if isinstance(held, Tensor | MatrixStack) else held.product(expert, x)
         if self.adapted is not None:
             self.adapted(name, expert, rows, x, made)
         return made
@@ -153,5 +165,4 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
-        made = self.experts(x, *self.router(x))
-        return made if self.shared is None else made + self.shared(x)
+        return self.experts(x, *self.router(x), self.shared)

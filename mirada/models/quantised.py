@@ -134,7 +134,7 @@ def replace(model: nn.Module, packed: Mapping[str, Source], compiled: bool = Fal
             parent, _, child = owner.rpartition(".")
             setattr(model.get_submodule(parent), child, PackedLinear(parts, module.bias, module.in_features))
         elif rule.how == "stack" and _stacks_rows(rule, held := getattr(module, attribute)):
-            parts = _parts(rule, packed, held)
+            parts = _parts(rule, packed, held, compiled)
             delattr(module, attribute)
             setattr(module, attribute, PackedStack(parts, held.shape, held.dtype))
 

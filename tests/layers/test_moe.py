@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mirada.layers import linear as products
-from mirada.layers.linear import Linear, linear
+from mirada.layers.kernels.library import library
+from mirada.layers.kernels.matrix import Format, Matrix
+from mirada.layers.linear import Linear, MatrixStack, linear
 from mirada.layers.moe import Experts, MoE, Router, Routing
 
 ROUTINGS = (
@@ -197,6 +201,129 @@ def test_shared_experts_take_every_token_and_may_be_absent() -> None:
     assert block.shared is not None and block.shared.down.weight.shape == (10, 12)
     torch.testing.assert_close(block(x), block.experts(x, *block.router(x)) + block.shared(x))
     assert MoE(10, 6, 0, Routing(8, 2)).shared is None
+
+
+# ---- few tokens, in compiled code
+
+needs_library = pytest.mark.skipif(library() is None, reason="the CPU kernels are not compiled")
+FORMS = {"float32": None, "bfloat16": (Format.BF16, 0), "int8": (Format.INT8, 32), "int4": (Format.INT4, 32)}
+
+
+def stacked(weights: torch.Tensor, form: tuple[Format, int] | None) -> torch.nn.Module | torch.nn.Parameter:
+    """[E, R, C] as ``form`` holds it."""
+    if form is None:
+        return torch.nn.Parameter(weights.detach().clone())
+    if form[0] == Format.BF16:
+        return MatrixStack([Matrix.of(one.detach().bfloat16()) for one in weights])
+    made = [Matrix.empty(form[0], *one.shape, form[1]) for one in weights]
+    for matrix, one in zip(made, weights, strict=True):
+        matrix.fill(0, one.detach())
+    return MatrixStack(made)
+
+
+def block(form: str, shared: int = 2, inner: int = 48) -> MoE:
+    torch.manual_seed(3)
+    made = MoE(64, inner, shared, Routing(8, 3, scale=2.5))
+    for name in ("gate_up", "down"):
+        held = getattr(made.experts, name)
+        delattr(made.experts, name)
+        setattr(made.experts, name, stacked(held, FORMS[form]))
+    return made
+
+
+def by_reference(block: MoE, x: torch.Tensor) -> torch.Tensor:
+    made = block.experts._sorted(x, *block.router(x))
+    return made if block.shared is None else made + block.shared(x)
+
+
+def in_compiled_code(experts: Experts) -> bool:
+    return experts.table._array is not None
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shared", [0, 2])
+def test_few_tokens_in_one_call_equal_the_reference(form: str, shared: int) -> None:
+    module = block(form, shared)
+    for n in (1, 2, 5, 8):
+        x = torch.randn(n, 64)
+        torch.testing.assert_close(module(x), by_reference(module, x), atol=1e-5, rtol=1e-5)
+    assert in_compiled_code(module.experts)
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMS)
+def test_a_token_has_one_result_whatever_its_company(form: str) -> None:
+    module = block(form)
+    x = torch.randn(8, 64)
+    x[3] *= 300
+    chosen, weights = module.router(x)
+    alone = torch.cat([module.experts(x[i : i + 1], chosen[i : i + 1], weights[i : i + 1], module.shared) for i in range(8)])
+    for n in (2, 3, 5, 8):
+        assert torch.equal(module.experts(x[:n], chosen[:n], weights[:n], module.shared), alone[:n]), n
+    if form.startswith("int"):  # more tokens go expert by expert, to the same bits
+        many = module.experts(*(t.repeat(4, 1) for t in (x, chosen, weights)))
+        assert torch.equal(many[:8], module.experts(x, chosen, weights))
+
+
+@needs_library
+@torch.no_grad()
+def test_experts_elsewhere_are_left_out_in_one_call() -> None:
+    module, x, chosen, weights = drawn(5, 6, 8, 3, dim=32, inner=16)
+    whole = module(x, chosen, weights)
+    made = torch.zeros_like(x)
+    for first, end in ((0, 3), (3, 8)):
+        part = Experts(end - first, 32, 16)
+        part.gate_up.copy_(module.gate_up[first:end])
+        part.down.copy_(module.down[first:end])
+        part.first = first
+        made += part(x, chosen, weights)
+        assert in_compiled_code(part)
+    torch.testing.assert_close(made, whole, atol=2e-6, rtol=1e-5)
+
+
+@needs_library
+@torch.no_grad()
+def test_weights_that_are_replaced_are_seen() -> None:
+    module = block("float32")
+    x = torch.randn(2, 64)
+    before = module(x)
+    module.experts.down = torch.nn.Parameter(module.experts.down * 2)
+    module.shared.down.weight.mul_(2)
+    torch.testing.assert_close(module(x), 2 * before)
+    assert in_compiled_code(module.experts) and in_compiled_code(copy.deepcopy(module).experts) is False
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["adapter", "hook", "rows"])
+def test_what_compiled_code_cannot_take_is_left_to_the_modules(how: str) -> None:
+    module = block("int8", inner=40 if how == "rows" else 48)  # 40: gates end inside a panel
+    x = torch.randn(2, 64)
+    before = by_reference(module, x)
+    seen = []
+    if how == "adapter":
+        module.experts.adapted = lambda *given: seen.append(given)
+    elif how == "hook":
+        module.shared.down.register_forward_hook(lambda *given: seen.append(given))
+    torch.testing.assert_close(module(x), before, atol=1e-5, rtol=1e-5)
+    assert not in_compiled_code(module.experts) and bool(seen) == (how != "rows")
+
+
+@needs_library
+@torch.no_grad()
+def test_threads_share_the_experts_of_a_token() -> None:
+    torch.manual_seed(0)
+    module = MoE(256, 320, 1, Routing(8, 3))
+    x = torch.randn(3, 256)
+    alone, threads = module(x), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert all(torch.equal(module(x), alone) for _ in range(20))
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ---- products

@@ -14,6 +14,7 @@ from mirada import adapt
 from mirada.adapt.packed import PackedLinear, PackedStack
 from mirada.layers.batch import Batch
 from mirada.layers.cache import make_cache
+from mirada.layers.kernels.library import library
 from mirada.models import quantised, shards
 from mirada.models.deepseek import DeepseekConfig, DeepseekDecoder, cache_spec, ignored, rules
 from mirada.models.layout import Layout
@@ -82,6 +83,24 @@ def test_packed_experts_compute_what_they_mean(tmp_path: Path, form: str) -> Non
     wide = LanguageModel()
     load_weights(wide, LAYOUT, packed, scheme)  # pyright: ignore[reportArgumentType]
     assert all(torch.equal(a, b) for a, b in zip(wide.parameters(), expected.parameters(), strict=True))
+
+
+@pytest.mark.skipif(library() is None, reason="the CPU kernels are not compiled")
+@pytest.mark.parametrize("form", ["gptq 4", "compressed 4"])
+def test_packed_experts_are_multiplied_packed(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a precision mode: within what rounding activations changes, and no weight is ever widened."""
+    packed, _, scheme = checkpoint(tmp_path, form)
+    exact, ours = LanguageModel(), LanguageModel()
+    for model, compiled in ((exact, False), (ours, True)):
+        quantised.replace(model, quantised.check(LAYOUT, packed, scheme), compiled)  # pyright: ignore
+        load_weights(model, LAYOUT, packed, scheme)  # pyright: ignore[reportArgumentType]
+    tokens = torch.randint(0, 90, (23,), generator=torch.Generator().manual_seed(1))
+    expected = exact.run(tokens)
+    monkeypatch.setattr(PackedStack, "__getitem__", None)
+    made = ours.run(tokens)
+    experts = ours.decoder.layers[1].mlp.experts
+    assert isinstance(experts.gate_up, PackedStack) and experts.table._array is not None
+    assert (made - expected).abs().median() < 0.02 * expected.std()  # a near tie between experts may fall otherwise
 
 
 def test_the_need_for_memory_counts_experts_as_stored(tmp_path: Path) -> None:

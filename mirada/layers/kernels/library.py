@@ -83,6 +83,8 @@ def _declare(library: ctypes.CDLL) -> None:
         ("mr_threads", whole, ()),
         ("mr_set_threads", None, (whole,)),
         ("mr_linear", whole, (matrix, pointer, whole, pointer)),
+        ("mr_experts", whole, (pointer, whole, pointer, pointer, pointer, whole, pointer, whole, pointer)),
+        ("mr_swiglu_rows", None, (pointer, whole, whole, pointer)),
         ("mr_packed_bytes", None, (whole, whole, whole, whole, whole, ctypes.POINTER(ctypes.c_size_t))),
         ("mr_pack", None, (matrix, whole, whole, pointer, pointer, pointer)),
         ("mr_unpack", None, (matrix, whole, whole, pointer, pointer, pointer)),

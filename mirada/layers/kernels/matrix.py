@@ -16,8 +16,10 @@ from torch import Tensor
 from mirada.errors import NotAvailable, OutOfMemory, TensorError
 from mirada.layers.kernels import library as compiled
 
-__all__ = ["BLOCK", "Format", "Matrix", "kernels", "product"]
+__all__ = ["BLOCK", "PANEL", "Format", "Matrix", "kernels", "product", "swiglu"]
 
+PANEL = 16
+"""Rows of integers that lie together."""
 BLOCK = 32
 """Columns of activations that are rounded together; a group is a multiple of it."""
 
@@ -131,6 +133,16 @@ class Matrix:
         given = None if zeros is None else zeros.contiguous()
         kernels().mr_pack(self.struct, begin, len(values), values.data_ptr(), scales.data_ptr(), _address(given))
 
+    def part(self, begin: int, end: int) -> Matrix | None:
+        """Rows [begin, end) as a view, without a bias; None where they begin inside a panel."""
+        if self.format in (Format.F32, Format.BF16):
+            return Matrix(self.format, end - begin, self.columns, 0, self.values[begin:end])
+        if begin % PANEL or (end % PANEL and end != self.rows):
+            return None
+        panels = -(-self.rows // PANEL)
+        held = [None if t is None else t[begin * (len(t) // panels) // PANEL :] for t in (self.values, self.scales, self.zeros)]
+        return Matrix(self.format, end - begin, self.columns, self.group, held[0], *held[1:], wide=self.wide)  # pyright: ignore
+
     def unpack(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Canonical values, float32 scales and zeros, as ``pack`` takes them."""
         groups = -(-self.columns // self.group) if self.group else 1
@@ -164,3 +176,12 @@ def product(matrix: Matrix, x: Tensor) -> Tensor:
     if library.mr_linear(matrix.struct, flat.data_ptr(), len(flat), out.data_ptr()):
         raise OutOfMemory(f"no memory to round {len(flat)} x {x.shape[-1]} activations", "send smaller batches")
     return out.view(*x.shape[:-1], matrix.rows)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """float32 [.., 2 I], gates then ups -> silu(gate) * up [.., I], without gradients."""
+    x = x.contiguous()
+    inner = x.shape[-1] // 2
+    out = torch.empty(*x.shape[:-1], inner)
+    kernels().mr_swiglu_rows(x.data_ptr(), out.numel() // max(inner, 1), inner, out.data_ptr())
+    return out

@@ -6,6 +6,7 @@
  */
 #include "step.h"
 
+#include "experts.h"
 #include "gemm.h"
 
 #include <float.h>
@@ -452,3 +453,5 @@ void mr_largest(const float *x, int n, int64_t width, int64_t *places) {
         places[r] = at;
     }
 }
+
+void mr_swiglu(const float *gate, const float *up, int n, float *out) { lanes_for(PANEL)->swiglu(gate, up, n, out); }
