@@ -11,6 +11,7 @@ from mirada.cli.options import How, Who
 from mirada.engine import inputs
 from mirada.errors import InputError
 from mirada.media.fetch import FetchLimits
+from mirada.records.answer import annotation_to_openai
 from mirada.types import Output
 
 
@@ -32,6 +33,7 @@ def run(words: list[str], who: Who, how: How, as_json: bool) -> None:
         output = handle.result()
         if output.error is not None:
             raise output.error
+        show.notes(output)
     if as_json:
         print(json.dumps(as_object(output, getattr(client, "model", None) or who.model or "mini"), ensure_ascii=False))
 
@@ -45,6 +47,7 @@ def as_object(output: Output, model: str) -> dict:
         "finish": output.finish,
         "model": model,
         "usage": asdict(output.usage),
+        "annotations": [annotation_to_openai(one) for one in output.annotations],
         "notes": list(output.notes),
         "metrics": dict(output.metrics),
     }

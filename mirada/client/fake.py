@@ -115,5 +115,15 @@ def _finish(reply: Growing, output: Output) -> None:
     num_tokens = len(output.tokens)
     reply.usage = output.usage if output.usage != Usage() else Usage(completion_tokens=num_tokens)
     reply.metrics, reply.notes, reply.logprobs = dict(output.metrics), output.notes, output.logprobs is not None
-    calls = output.message.tool_calls
-    reply.publish(Delta(tokens=output.tokens, logprobs=output.logprobs or (), tool_calls=calls, finish=output.finish))
+    reply.publish(ending(output))
+
+
+def ending(output: Output) -> Delta:
+    """The last delta of an output: all but the words of ``pieces``."""
+    return Delta(
+        tokens=output.tokens,
+        logprobs=output.logprobs or (),
+        tool_calls=output.message.tool_calls,
+        finish=output.finish,
+        annotations=output.annotations,
+    )

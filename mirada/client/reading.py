@@ -1,7 +1,7 @@
 """What a server answers -> deltas: chunks of a stream, whole completions, fragments of tool calls, usage, logprobs.
 
 Fields that are not OpenAI's are those of vLLM and of Mirada's own server: ``reasoning_content`` (or ``reasoning``),
-``token_ids``, ``stop_reason``, image and video tokens of ``usage``.
+``token_ids``, ``stop_reason``, ``annotations``, image and video tokens of ``usage``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mirada.errors import RemoteError, RemoteRejected
-from mirada.types import Delta, Finish, Logprob, ToolCall, Usage
+from mirada.records.answer import annotation_from_openai
+from mirada.types import Annotation, Delta, Finish, Logprob, ToolCall, Usage
 
 _FINISH: dict[str, Finish] = {"stop": "stop", "length": "length", "tool_calls": "tool_calls", "function_call": "tool_calls"}
 
@@ -98,7 +99,7 @@ class AnswerReader:
         self.logprobs = self.logprobs or bool(logprobs)
         if choice.get("finish_reason") is not None:
             self.finish = _finish(choice)
-        return Delta(text, reasoning, tokens, logprobs)
+        return Delta(text, reasoning, tokens, logprobs, annotations=_annotations(choice.get("annotations")))
 
     def _fragment(self, fragment: Mapping[str, Any], position: int) -> None:
         self.num_fragments += 1
@@ -126,6 +127,11 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"text is a {type(value).__name__}")
     return value
+
+
+def _annotations(value: Any) -> tuple[Annotation, ...]:
+    """Boxes and points as Mirada's server says them; what other servers may call so (citations) is none."""
+    return tuple(annotation_from_openai(one) for one in value or () if one.get("type") in ("box", "point", "polygon"))
 
 
 def _finish(choice: Mapping[str, Any]) -> Finish:

@@ -18,13 +18,14 @@ from typing import Any
 
 from mirada import errors
 from mirada.client.body import Tools, chat_to_body, options_to_body
-from mirada.client.fake import pieces
+from mirada.client.fake import ending, pieces
 from mirada.client.handle import Growing, ReplyHandle
 from mirada.errors import MessageError, MiradaError, NotRecorded, RemoteError
 from mirada.media.fetch import FetchLimits
+from mirada.records.answer import annotation_from_openai, annotation_to_openai
 from mirada.records.files import JsonLines
 from mirada.records.wire import message_from_json, message_to_json
-from mirada.types import Chat, Client, Delta, Logprob, Output, Prompt, Sampling, Thinking, Usage
+from mirada.types import Chat, Client, Logprob, Output, Prompt, Sampling, Thinking, Usage
 
 
 class ReplayClient:
@@ -229,6 +230,7 @@ def output_to_json(output: Output) -> dict[str, Any]:
         "usage": asdict(output.usage),
         "metrics": dict(output.metrics),
         "notes": list(output.notes),
+        "annotations": [annotation_to_openai(one) for one in output.annotations],
         "raw": output.raw,
     }
 
@@ -253,6 +255,7 @@ def output_from_json(value: Mapping[str, Any]) -> Output:
         usage=Usage(**usage),
         metrics=value["metrics"],
         notes=tuple(value["notes"]),
+        annotations=tuple(map(annotation_from_openai, value.get("annotations", ()))),
         raw=value["raw"],
     )
 
@@ -270,8 +273,7 @@ def _say(reply: Growing, output: Output) -> None:
     reply.logprobs = output.logprobs is not None
     for delta in pieces(output, 1 << 30):
         reply.publish(delta)
-    calls = output.message.tool_calls
-    reply.publish(Delta(tokens=output.tokens, logprobs=output.logprobs or (), tool_calls=calls, finish=output.finish))
+    reply.publish(ending(output))
 
 
 def _read(path: Path) -> list[bytes]:

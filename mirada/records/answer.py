@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mirada import errors
@@ -79,6 +79,33 @@ def annotation_to_openai(one: Annotation, told: int = 0) -> dict[str, Any]:
     if one.time is not None:
         made["time"] = list(one.time)
     return made | {"start": one.start - told, "end": one.end - told}
+
+
+def annotation_from_openai(value: Mapping[str, Any]) -> Annotation:
+    """The other way round. Raises KeyError, TypeError or ValueError for what is none."""
+    kind, media = value["type"], "video" if "video" in value else "image"
+    points = {"box": lambda: (value["box"][:2], value["box"][2:]), "point": lambda: (value["point"],)}
+    pairs = points[kind]() if kind in points else value["points"]
+    if kind not in ("box", "point", "polygon") or value["chosen"] not in ("only", "named", "last"):
+        raise ValueError(f"an annotation of the type {kind!r}, chosen as {value['chosen']!r}")
+    return Annotation(
+        kind=kind,
+        points=tuple((float(x), float(y)) for x, y in pairs),
+        label=str(value["label"]),
+        media=media,
+        index=int(value[media]),
+        size=_pair(value["size"], int),
+        resized=_pair(value["resized"], int),
+        time=_pair(value["time"], float) if "time" in value else None,
+        chosen=value["chosen"],
+        start=int(value["start"]),
+        end=int(value["end"]),
+    )
+
+
+def _pair(value: Sequence[Any], kind: type) -> Any:
+    first, second = value
+    return kind(first), kind(second)
 
 
 def finish_to_openai(finish: Finish) -> str:
