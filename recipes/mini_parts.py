@@ -184,6 +184,7 @@ def write_card(out: Path, size: Size, stage: str) -> None:
         "trained_on": "drawn pictures only (mirada.synth), by the stages of recipes/mini.py; docs/LOG.md says which were run",
         "last_stage": stage,
         "vocabulary": size.vocabulary,
+        "untrained": ["video"],
         "sha256": files,
     }
     (out / "card.json").write_text(json.dumps(card, indent=1) + "\n")

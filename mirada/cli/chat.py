@@ -48,6 +48,7 @@ class Conversation:
             raise
         if output.error is not None:
             raise output.error
+        show.notes(output)
         self.messages += [question, output.message]
         self.media.clear()
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mirada.errors import MediaNotFound
-from mirada.types import Delta
+from mirada.types import Delta, Output
 
 
 def stream(deltas: Iterable[Delta]) -> None:
@@ -24,6 +24,12 @@ def stream(deltas: Iterable[Delta]) -> None:
         out.flush()
     out.write("\033[0m\n" if dim else "\n")
     out.flush()
+
+
+def notes(output: Output) -> None:
+    """What was done to media on the caller's behalf, and what to expect, on the error stream."""
+    for note in output.notes:
+        print(f"mirada: note: {printable(note)}", file=sys.stderr)
 
 
 def printable(text: str) -> str:

@@ -53,6 +53,8 @@ class Parts:
     """Where layers lie, if they lie on devices of their own."""
     advised: Sampling | None = None
     """How the release advises to sample; None: it says nothing."""
+    untrained: tuple[str, ...] = ()
+    """Kinds of media (image, video) that its card says it was never taught, though it takes them."""
     group: Any = None
     """The processes that share the model (``parallel.group.Group``), if several do."""
 
@@ -125,7 +127,9 @@ def _with_files(
         rule.bounded(min_pixels, max_pixels) if min_pixels or max_pixels else rule,
         eos=_eos(generation),
     )
-    return replace(parts, advised=advised([name, directory.resolve()], generation, str(file)))
+    card = directory / "card.json"  # of models that this package trained
+    untrained = tuple(read_json(card).get("untrained", ())) if card.exists() else ()
+    return replace(parts, advised=advised([name, directory.resolve()], generation, str(file)), untrained=untrained)
 
 
 def check_mode(

@@ -80,7 +80,7 @@ class Requests:
                 )
                 with times.stage("render"):
                     prompt = self.parts.renderer.render(messages, patches, thinking=thinking, tools=tools)
-                sequence.notes = notes(patches)
+                sequence.notes = (*notes(patches), *warnings(patches, self.parts.untrained))
                 self._fill(sequence, prompt, patches)
             finally:
                 for stage, seconds in times.items():
@@ -164,6 +164,12 @@ def notes(media: Seq[Patches]) -> tuple[str, ...]:
     return tuple(
         f"picture or video {index} of {len(media)}: {note}" for index, item in enumerate(media, 1) for note in item.notes
     )
+
+
+def warnings(media: Seq[Patches], untrained: Seq[str]) -> tuple[str, ...]:
+    """What to expect of a model that was never taught a kind of media that it is shown."""
+    shown = dict.fromkeys(patches.kind for patches in media)
+    return tuple(f"this model was never trained on a {kind}: its answer is a guess" for kind in shown if kind in untrained)
 
 
 def usage(prompt: Prompt, media: Seq[Patches]) -> Usage:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import mirada
-from mirada import VLM, Image, Message, Sampling, Text, synth
+from mirada import VLM, Image, Message, Sampling, Text, Video, synth
 
 MINI = Path(mirada.__file__).parent / "assets" / "mini"
 EXAMPLES = Path(mirada.__file__).parents[1] / "examples"
@@ -65,3 +65,13 @@ def test_says_what_is_in_a_scene(vlm: VLM) -> None:
 
 LEAST_READ, LEAST_SCENES = 0.5, 0.4
 """Well below what the card says, which is measured on many more samples, so that only a broken model fails here."""
+
+
+def test_an_answer_about_a_video_says_that_it_is_a_guess(vlm: VLM) -> None:
+    drawn = synth.video_sample(4, 0, "held")
+    chats = [
+        [Message("user", (media, Text(drawn.question)))] for media in (Video(drawn.frames, fps=2.0), Image(drawn.frames[0]))
+    ]
+    moving, still = vlm.generate(chats, Sampling(max_tokens=4))
+    assert [note for note in moving.notes if "never trained on a video" in note]
+    assert not [note for note in still.notes if "trained" in note]
