@@ -18,6 +18,7 @@ const scroller = byId("scroll");
 const live = new Live(byId("live"), () => byId("model").value, () => {
   byId("go-live").classList.toggle("on", live.shown);
   byId("go-live").setAttribute("aria-expanded", String(live.shown));
+  question.placeholder = live.active ? "Ask about what is shown" : "Ask about a picture or a video";
 });
 
 // ---- attachments
@@ -94,13 +95,12 @@ function watchCamera() {
       const opened = await openStream("camera");
       if (!dialog.open) return closeStream(opened); // closed while the browser asked for leave
       stream = finder.srcObject = opened;
-      byId("snap").disabled = false;
     } catch (error) {
       byId("shot-problem").textContent = error.message;
     }
   });
+  finder.addEventListener("loadeddata", () => { byId("snap").disabled = !stream; }); // before, there is nothing to take
   byId("snap").addEventListener("click", async () => {
-    if (!finder.videoWidth) return;
     const blob = await draw(finder, finder.videoWidth, finder.videoHeight);
     dialog.close();
     addFiles([new File([blob], `camera-${turns.length + pending.length + 1}.jpg`, { type: blob.type })], false);

@@ -45,8 +45,8 @@ export class Live {
       el("button", { type: "button", class: "primary", onclick: start("camera"), text: "Camera" }),
       el("button", { type: "button", class: "primary", onclick: start("screen"), text: "Screen" }));
     const window = el("label", { for: "live-seconds" }, "Looks back ", this.seconds, " s");
-    const end = el("button", { type: "button", class: "quiet", onclick: () => this.close(), text: "End live" });
-    this.panel.replaceChildren(this.video, el("div", { class: "live-side" }, this.state, this.problem, this.choices, el("div", { class: "live-row" }, window, end)));
+    this.end = el("button", { type: "button", class: "quiet", onclick: () => this.close(), text: "Close" });
+    this.panel.replaceChildren(this.video, el("div", { class: "live-side" }, this.state, this.problem, this.choices, el("div", { class: "live-row" }, window, this.end)));
     this.panel.hidden = false;
     this.choices.firstChild.focus();
     this.changed();
@@ -64,6 +64,7 @@ export class Live {
     this.video.srcObject = this.stream;
     this.video.hidden = false;
     this.choices.hidden = true;
+    this.end.textContent = "End live";
     this.state.textContent = "Connecting…";
     await this.video.play();
     this.connect();
@@ -87,6 +88,7 @@ export class Live {
   hear(message) {
     if (message.type === "state") {
       if (!this.timer) this.timer = setInterval(() => this.sendFrame(), 1000 / FRAMES_PER_SECOND);
+      this.state.classList.add("live-on");
       this.state.textContent = message.frames ? `Live · ${message.frames} frames of ${message.seconds.toFixed(0)} s held` : "Live";
       return;
     }
@@ -119,7 +121,7 @@ export class Live {
     this.asked.set(id, (message) => { queue.push(message); wake(); });
     const stop = () => { this.say({ type: "stop", id }); queue.push({ type: "stopped" }); wake(); };
     signal.addEventListener("abort", stop);
-    const { system, fps, ...sampling } = settings;
+    const { system, fps, nframes, ...sampling } = settings;
     this.say({ type: "question", id, text, seconds: Number(this.seconds.value) || 10, ...sampling });
     try {
       for (;;) {
@@ -142,7 +144,9 @@ export class Live {
     this.halt();
     this.problem.textContent = reason;
     this.state.textContent = "";
+    this.state.classList.remove("live-on");
     this.choices.hidden = false;
+    this.end.textContent = "Close";
     this.changed();
   }
 

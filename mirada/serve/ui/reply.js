@@ -115,12 +115,13 @@ export class Reply {
     const actions = el("div", { class: "actions" });
     if (this.text) actions.append(copyButton("Copy", () => this.text));
     actions.append(el("button", { type: "button", class: "quiet again", onclick: again }, icon("retry"), "Try again"));
-    this.foot.append(el("p", { class: "stats", text: this.stats(stopped) }), actions);
+    this.foot.append(el("p", { class: "stats" }, ...this.stats(stopped)), actions);
     if (error) announce("");
     else announce(`${stopped ? "Stopped. " : ""}${this.text.slice(0, 2000) || "The answer is empty."}`);
     this.onGrow();
   }
 
+  /** What was counted, each count in a piece that is not broken between lines. */
   stats(stopped) {
     const found = counts(this.usage);
     const number = (value) => value.toLocaleString("en");
@@ -135,7 +136,7 @@ export class Reply {
     const rate = this.rate(found.completion_tokens);
     if (rate) parts.push(`${rate} tokens/s`);
     if (this.first) parts.push(`first after ${seconds(this.first - this.began)}`);
-    return parts.join(" · ");
+    return parts.flatMap((part, index) => [index ? " · " : "", el("span", { text: part })]);
   }
 
   /** Tokens per second after the first, as text; empty when there is too little to tell. */

@@ -165,3 +165,11 @@ async def _script(said: str, go_on: threading.Event) -> AsyncIterator[dict[str, 
 
 def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content)}\r\n\r\n"
+
+
+def until(page, expression: str, seconds: float = 15) -> None:
+    """Waits for a script's expression to hold (the page's policy forbids Playwright's own way, which evaluates text in it)."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, expression
+        page.wait_for_timeout(50)

@@ -8,14 +8,13 @@ import json
 import os
 import stat
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from clips import encode, synth
 from PIL import Image
-from serve.browser.scripted import Scripted
+from serve.browser.scripted import Scripted, until
 
 pytestmark = pytest.mark.browser
 HERE = Path(__file__).parent
@@ -43,14 +42,6 @@ def ask(page, text: str, wait: str | None = DONE) -> None:
     page.press("#question", "Enter")
     if wait:
         page.wait_for_selector(wait, state="attached")  # the counts of a refused request are empty, and so not to be seen
-
-
-def until(page, expression: str, seconds: float = 15) -> None:
-    """Waits for a script's expression to hold (the page's policy forbids Playwright's own way, which evaluates text in it)."""
-    end = time.monotonic() + seconds
-    while not page.evaluate(expression):
-        assert time.monotonic() < end, expression
-        page.wait_for_timeout(50)
 
 
 def media(body: dict, kind: str = "image") -> list[tuple[str, bytes]]:
@@ -326,7 +317,14 @@ def test_settings_are_sent_only_where_they_are_set(server, open_page):
     ask(page, "one")
     assert set(server.seen[0]) == {"model", "messages", "stream", "stream_options"}
     page.click("#show-settings")
-    for name, value in {"temperature": "0.7", "top-p": "0.9", "max-tokens": "64", "fps": "2", "max-pixels": "200704"}.items():
+    for name, value in {
+        "temperature": "0.7",
+        "top-p": "0.9",
+        "max-tokens": "64",
+        "fps": "2",
+        "max-pixels": "200704",
+        "seed": "7",
+    }.items():
         page.fill(f"#s-{name}", value)
     page.fill("#s-system", "Be brief.")
     page.select_option("#s-thinking", "off")
@@ -340,6 +338,7 @@ def test_settings_are_sent_only_where_they_are_set(server, open_page):
         "max_tokens": 64,
         "fps": 2,
         "max_pixels": 200704,
+        "seed": 7,
         "thinking": "off",
         "model": "large",
     }
