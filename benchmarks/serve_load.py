@@ -43,7 +43,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -227,12 +227,12 @@ class Crowd:
             async with asyncio.timeout(self.options.patience):
                 work = {"cut": self._cut, "bad": self._bad}.get(kind)
                 await (work(connection, draw) if work else self._whole(connection, kind, draw))
+        except TimeoutError:  # an OSError too, so it comes first
+            connection.abort()
+            tally.faults[f"{kind}: no answer within {self.options.patience:g} s"] += 1
         except (Broken, OSError, ValueError, KeyError) as error:
             connection.abort()
             tally.faults[f"{kind}: {type(error).__name__}: {error}"] += 1
-        except TimeoutError:
-            connection.abort()
-            tally.faults[f"{kind}: no answer within {self.options.patience:g} s"] += 1
         finally:
             tally.num_pending -= 1
 
@@ -251,13 +251,18 @@ class Crowd:
     async def _whole(self, connection: Connection, kind: str, draw: random.Random) -> None:
         index = draw.choice(self.by_kind[kind])
         stream = draw.random() < STREAMED
-        answer = await self._ask(connection, self.pool[index].body | {"stream": stream})
+        how = {"stream": True, "stream_options": {"include_usage": True}} if stream else {"stream": False}
+        answer = await self._ask(connection, self.pool[index].body | how)
         tally = self.tally
         tally.ended[f"{kind}, {'streamed' if stream else 'whole'}"] += 1
-        tally.num_tokens += len(answer.tokens) or answer.usage.get("completion_tokens", 0)
+        count = answer.usage.get("completion_tokens", 0)
+        tally.num_tokens += count
         if answer.status != 200 or answer.error or answer.finish is None:
             tally.faults[f"{kind}: status {answer.status}, {answer.error or 'no end'}"] += 1
             return
+        wanted = len(answer.tokens) if self.alone else self.options.new
+        if count != wanted:
+            tally.faults[f"{kind}: {count} tokens instead of {wanted}"] += 1
         if stream and answer.first is not None:
             tally.first.setdefault(kind, []).append(answer.first)
             tally.gaps += answer.gaps
@@ -265,6 +270,7 @@ class Crowd:
             return
         if not answer.complete:
             tally.faults[f"{kind}: a stream without its last event"] += 1
+            return
         right = self.alone[index]
         if (answer.tokens, answer.text, answer.finish) == (right.tokens, right.text, right.finish):
             tally.num_equal += 1
@@ -497,7 +503,7 @@ def load(options: argparse.Namespace, folder: Path) -> int:
         began = time.monotonic()
         alone = asyncio.run(answers_alone(reference.address, pool, fields))
         print(f"{len(pool)} answers alone in {time.monotonic() - began:.0f} s", flush=True)
-        with mirada("loaded", folder, options.threads) as server:
+        with nullcontext(reference) if options.smoke else mirada("loaded", folder, options.threads) as server:
             crowd = Crowd(server.address, pool, fields, options, alone)
             recorder = Recorder(server, crowd.tally)
             before, own = server.cpu(), time.process_time()
