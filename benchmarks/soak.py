@@ -108,9 +108,10 @@ class Client:
     def sampling(self) -> Any:
         from mirada import Sampling
 
-        warm = self.draw.random() < 0.3
+        warm, long = self.draw.random() < 0.3, self.draw.random() < 0.05
         return Sampling(
-            max_tokens=self.draw.randint(1, 48), temperature=0.8 if warm else 0.0, top_p=0.9 if warm else None,
+            max_tokens=self.draw.randint(100, 320) if long else self.draw.randint(1, 48), ignore_eos=long,
+            temperature=0.8 if warm else 0.0, top_p=0.9 if warm else None,
             seed=self.draw.randrange(1000) if warm else None, logprobs=self.draw.choice((None, None, None, 2)),
             repetition_penalty=self.draw.choice((1.0, 1.0, 1.2)),
         )  # fmt: skip

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -111,6 +114,82 @@ def test_what_is_not_plain_decoding_goes_the_usual_way(tmp_path, monkeypatch):
         vlm.submit(said("again and again and again and again and again and"), Sampling(max_tokens=12, ignore_eos=True)).result()
         assert all(took == (max(counts) == 1) for took, counts in taken)
         assert any(took for took, _ in taken) and not all(took for took, _ in taken)
+
+
+class Recorded(Graphs):
+    """As on CUDA, with graphs that compute again what was recorded, into the same memory."""
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self.real, self.device = self.device, SimpleNamespace(type="cuda")
+
+    def _make(self, size):
+        self.device = self.real
+        try:
+            return super()._make(size)
+        finally:
+            self.device = SimpleNamespace(type="cuda")
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Stands in for torch.cuda: each capture takes 10 bytes; returns the graphs that were made."""
+    made, reserved = [], [0]
+
+    class Graph:
+        def replay(self) -> None:
+            self.replays += 1
+            self.bucket.logits.copy_(self.forward(self.bucket))
+
+    @contextmanager
+    def graph(into, pool):
+        into.pool, into.replays = pool, 0
+        made.append(into)
+        reserved[0] += 10
+        yield
+
+    forward = Graphs._forward
+
+    def noted(self, bucket):
+        if isinstance(bucket.graph, Graph):  # what is captured now, or was
+            bucket.graph.bucket, bucket.graph.forward = bucket, lambda bucket: forward(self, bucket)
+        return forward(self, bucket)
+
+    stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
+    for name, fake in {
+        "Stream": lambda device: stream, "current_stream": lambda device: stream, "stream": lambda one: nullcontext(),
+        "synchronize": lambda device: None, "memory_reserved": lambda device: reserved[0],
+        "graph_pool_handle": lambda: "pool", "CUDAGraph": Graph, "graph": graph,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(Graphs, "_forward", noted)
+    return made
+
+
+@pytest.mark.parametrize("most", [1, 1000])
+def test_captures_are_replayed_until_their_memory_is_spent(most, tmp_path, monkeypatch, recorded):
+    """One capture per number of rows, in one pool; then, as with no room for more, the usual way: the same replies."""
+    directory = make_tiny(tmp_path / "q", "qwen2_vl", seed=7)
+    with opened(directory, monkeypatch, False) as plain:
+        expected = [handle.result().tokens for handle in [plain.submit(chat, GREEDY) for chat in chats()]]
+    with opened(directory, monkeypatch, False) as vlm:
+        runner = vlm._engine.engine.runner
+        monkeypatch.setattr(Recorded, "_able", lambda self: True)
+        graphs = runner.graphs = Recorded(runner.model, runner.cache, vlm.parts.context, most)
+        made = {}
+        for count in (1, 2, 3, 3):
+            made[count] = [handle.result().tokens for handle in [vlm.submit(chat, GREEDY) for chat in chats()[:count]]]
+            assert made[count] == expected[:count]
+        stats = graphs.stats()
+        assert stats["captured"] == len(recorded) == (1 if most == 1 else len(graphs._buckets)) and stats["bytes"] == 10 * len(
+            recorded
+        )
+        assert stats["replayed"] == sum(one.replays for one in recorded) >= 8 and {one.pool for one in recorded} == {"pool"}
+        assert bool(graphs._refused) == (most == 1)
+        head = vlm.parts.model.lm_head.weight
+        head.data = head.data.clone()
+        assert vlm.submit(chats()[0], GREEDY).result().tokens == expected[0]
+        assert len(graphs._buckets) == 1 and graphs.stats()["bytes"] == 10 and not graphs._refused, "captured anew"
 
 
 def test_slabs_and_other_attention_are_refused(tmp_path):
