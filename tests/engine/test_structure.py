@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import jsonschema
 import numpy as np
@@ -18,8 +19,10 @@ from mirada.engine import structure
 from mirada.engine.structure import Structures
 from mirada.engine.thought import AfterThought
 from mirada.errors import RequestFailed, SettingsError
-from mirada.prompt.format import KEYE_1_5, KIMI, QWEN2_VL
+from mirada.prompt.format import KEYE_1_5, KIMI, QWEN2_VL, Tags
 from mirada.prompt.parse import Parser
+from mirada.prompt.tokenizer import Tokenizer
+from mirada.prompt.tokenizer_files import BYTE_TO_CHAR
 from mirada.types import joined_calls
 
 ASK = [Message("user", "Say it in JSON.")]
@@ -320,6 +323,16 @@ def test_grammars_are_kept_and_their_number_is_bounded(qwen, monkeypatch):
     assert len(made._kept) == 1
 
 
+def test_a_panic_is_an_error_of_its_grammar_alone():
+    class PanicException(BaseException):
+        pass
+
+    with pytest.raises(SettingsError, match="regex cannot be kept to: index out of bounds"), structure._panics("regex"):
+        raise PanicException("index out of bounds")
+    with pytest.raises(KeyboardInterrupt), structure._panics("regex"):
+        raise KeyboardInterrupt
+
+
 # tools
 
 
@@ -511,6 +524,38 @@ def test_where_a_block_may_stand(engines, kind, form, thinking, text, good):
     assert allowed == good
     if good:
         assert guide.finished and isinstance(guide, AfterThought)
+
+
+def test_no_token_closes_a_block_and_begins_the_answer_in_one():
+    """Where a vocabulary has such tokens, the rules would not see what they say of the answer."""
+    letters = [BYTE_TO_CHAR[byte] for byte in range(256)]
+    odd = ["k>a", ">a", ">Ċ", "</think>b", "</think>ĠĊ", "<think"]
+    spec = {
+        "model": {"type": "BPE", "vocab": {word: index for index, word in enumerate([*letters, *odd])}, "merges": []},
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+        "added_tokens": [{"id": 300, "content": "<end>", "special": True}],
+    }  # fmt: skip
+    tokenizer = Tokenizer(spec)
+    form = replace(KEYE_1_5, analysis=Tags("", ""))
+    guide = Structures(tokenizer, form, [300]).guide(Sampling(choice=("a", "b")), "on")
+
+    def allowed():
+        words = np.zeros(10, np.int32)
+        guide.mask(words)
+        bits = np.unpackbits(words.view(np.uint8), bitorder="little")
+        return {word for index, word in enumerate([*letters, *odd]) if bits[index]}
+
+    assert allowed() == {"<", "<think"}  # a block must come
+    for token in tokenizer.encode("<think>so"):
+        guide.accept(token)
+    assert set(odd) - allowed() == {"</think>b"} and set(letters) <= allowed()
+    for token in tokenizer.encode("</thin"):
+        guide.accept(token)
+    assert set(odd) - allowed() == {"</think>b", "k>a"}
+    guide.accept(tokenizer.encode("k")[0])
+    assert set(odd) - allowed() == {"</think>b", ">a"}
+    guide.accept(256 + odd.index(">Ċ"))
+    assert {"a", "b", "Ċ", "<"} <= allowed() and "c" not in allowed()
 
 
 def test_the_answer_may_begin_as_a_tag_does(engines):
