@@ -21,7 +21,15 @@ LARGE = 32 << 20
 
 
 async def app(scope, receive, send):
-    """/large sends more than any buffer holds; the others answer at once and read no body."""
+    """/large sends more than any buffer holds, /pieces too but piece by piece, /slow thinks first; the others answer at once.
+    None reads a body."""
+    if scope["path"] == "/pieces":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for number in range(LARGE >> 20):
+            await send({"type": "http.response.body", "body": bytes(1 << 20), "more_body": number < (LARGE >> 20) - 1})
+        return
+    if scope["path"] == "/slow":
+        await asyncio.sleep(3 * SOON)
     body = bytes(LARGE) if scope["path"] == "/large" else b"ok"
     headers = [(b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -125,12 +133,13 @@ def test_a_body_that_nobody_reads_may_not_drip_for_ever():
     assert data == b"" and seconds < 20 * SOON and left == 0
 
 
-def test_a_client_that_does_not_take_what_it_is_sent():
+@pytest.mark.parametrize("path", [b"large", b"pieces"])
+def test_a_client_that_does_not_take_what_it_is_sent(path):
     async def main():
         async with listening() as (port, state), connected(port, limit=1 << 10) as (reader, writer):
-            writer.write(HEAD % b"large" + b"Content-Length: 0\r\n\r\n")
+            writer.write(HEAD % path + b"Content-Length: 0\r\n\r\n")
             began = time.monotonic()
-            while not state.connections or state.total_requests == 0:
+            while not state.tasks and not state.total_requests:
                 await asyncio.sleep(0.01)
             while state.connections and time.monotonic() - began < 10:
                 await asyncio.sleep(0.02)
@@ -140,6 +149,15 @@ def test_a_client_that_does_not_take_what_it_is_sent():
 
     left, seconds, got = asyncio.run(main())
     assert left == 0 and seconds < 20 * SOON and got < LARGE
+
+
+def test_a_request_may_take_longer_than_its_head():
+    async def main():
+        async with listening() as (port, _), connected(port) as (reader, writer):
+            writer.write(HEAD % b"slow" + b"Content-Length: 0\r\n\r\n")
+            return await reader.readuntil(b"ok")
+
+    assert asyncio.run(main()).startswith(b"HTTP/1.1 200")
 
 
 def test_one_that_takes_it_slowly_gets_all():
