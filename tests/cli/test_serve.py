@@ -150,3 +150,18 @@ def test_what_is_wrong_is_said_before_anything_is_served(mirada, tiny, loud, wor
     done = mirada("serve", *(word.format(tiny=tiny, loud=loud) for word in words))
     assert done.code == 2 and said in done.err, done.err
     assert "Traceback" not in done.err and done.out == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("engine: 3", "engine in"), ("engine: {worker: 1}", "did you mean 'workers'"), ("engine: {workers: -1}", "workers=-1"),
+        ("media: [1]", "media in"), ("media: {second: 1}", "did you mean 'seconds'"), ("media: {seconds: 0}", "seconds=0"),
+        ("media: {file_root: /}", "--media-root"), ("media: {allow_private: true}", "--private-media"),
+    ],
+)  # fmt: skip
+def test_bounds_of_the_engine_and_of_media_that_do_not_do(mirada, tmp_path, text, words):
+    """What can be checked is, before a model is opened."""
+    (tmp_path / "c.yaml").write_text(text)
+    done = mirada("serve", "--port", "0", "--config", str(tmp_path / "c.yaml"))
+    assert done.code == 2 and words in done.err
