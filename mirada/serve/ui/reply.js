@@ -136,7 +136,7 @@ export class Reply {
     const rate = this.rate(found.completion_tokens);
     if (rate) parts.push(`${rate} tokens/s`);
     if (this.first) parts.push(`first after ${seconds(this.first - this.began)}`);
-    return parts.flatMap((part, index) => [index ? " · " : "", el("span", { text: part })]);
+    return parts.flatMap((part, index) => [index ? " " : "", el("span", { text: index < parts.length - 1 ? `${part} ·` : part })]);
   }
 
   /** Tokens per second after the first, as text; empty when there is too little to tell. */
