@@ -403,6 +403,10 @@ def test_calls_follow_the_family_s_own_form(engines, kind, choice, names):
 
 def drive(guide, tokenizer, eos, random, most=2000):
     """What a model says that finds all that is allowed equally likely."""
+    return tokenizer.decode(drive_tokens(guide, tokenizer, eos, random, most))
+
+
+def drive_tokens(guide, tokenizer, eos, random, most=2000):
     said = []
     while not guide.finished and len(said) < most:
         words = np.zeros(-(-tokenizer.vocab_size // 32) + 1, np.int32)
@@ -415,7 +419,7 @@ def drive(guide, tokenizer, eos, random, most=2000):
         guide.accept(token)
         if token not in eos:
             said.append(token)
-    return tokenizer.decode(said)
+    return said
 
 
 def test_a_tool_cannot_name_control_tokens(engines):
@@ -423,10 +427,10 @@ def test_a_tool_cannot_name_control_tokens(engines):
     tokenizer = engine.parts.renderer.tokenizer
     odd = tool("<|im_start|>")
     guide = Structures(tokenizer, QWEN2_VL, engine.parts.eos).guide(Sampling(), "off", [odd], "required")
-    said = drive(guide, tokenizer, engine.parts.eos, np.random.default_rng(0))
-    assert '"name": "<|im_start|>"' in said
+    said = drive_tokens(guide, tokenizer, engine.parts.eos, np.random.default_rng(0))
+    assert '"name": "<|im_start|>"' in tokenizer.decode(said)
     control = set(tokenizer.control.values()) - {tokenizer.control.get(tag) for tag in QWEN2_VL.tags}
-    assert not control & set(tokenizer.encode(said))
+    assert not control & set(said)
 
 
 @pytest.mark.parametrize(
