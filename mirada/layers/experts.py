@@ -163,11 +163,3 @@ def _check(made: Sequence[_Expert]) -> None:
         sizes = (e.gate.rows, e.gate.cols, e.up.rows, e.up.cols, e.down.rows)
         if sizes != (inner, width, inner, width, width) or (e.gate.format, e.gate.group) != (e.up.format, e.up.group):
             raise _Refused
-
-
-def plain(module: nn.Module | None) -> bool:
-    """Whether nothing is hooked on ``module`` or its children, or put in the place of a forward."""
-    if module is None:
-        return True
-    found = [module, *module._modules.values()]
-    return not any(m is None or m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in found)

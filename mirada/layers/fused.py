@@ -8,6 +8,7 @@ T tokens, D width, H query and K key-value heads, d head width, I inner width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mirada import config
 from mirada.errors import SettingsError
@@ -110,6 +111,54 @@ def swiglu(gate_up: Tensor) -> Tensor:
         return matrix.swiglu(gate_up)
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
+
+
+MOST_HEAD = 1024
+"""Channels of a head that the CPU kernel turns."""
+
+
+def turn_in_place(
+    made: Tensor,
+    by: nn.Module,
+    heads: Tensor,
+    turn: tuple[Tensor, Tensor],
+    norms: Sequence[tuple[RMSNorm, int]] = (),
+    pairs: bool = False,
+) -> Tensor | None:
+    """Normalises and turns ``heads`` [T, H, d], a view of what ``by`` has ``made``, where they lie, on a CPU.
+
+    That is ``rope.rotate`` of ``norm.norm_heads``, or, with ``pairs``, of ``rope.pairs_to_halves``. ``norms``: each with how
+    many of the heads are its.
+
+    Returns the heads; None, and nothing is written, where no kernel computes. What is hooked on ``by`` may keep what it saw:
+    heads are then of a copy.
+    """
+    weights = [norm.weight for norm, _ in norms]
+    if made.dtype != torch.float32 or not compiles(made) or heads.shape[-1] > MOST_HEAD or not plain(*(n for n, _ in norms)):
+        return None
+    if any(weight.dtype != torch.float32 for weight in weights) or any(side.dtype != torch.float32 for side in turn):
+        return None
+    if not plain(by):
+        heads = heads.clone()
+    begin = 0
+    for (norm, count), weight in zip(norms, weights, strict=True):
+        matrix.normalise_heads(heads[:, begin : begin + count], weight, norm.eps)
+        begin += count
+    matrix.turn_heads(heads, turn, pairs)
+    return heads
+
+
+def norm_in_place(x: Tensor, norm: RMSNorm) -> None:
+    """x [T, D], any number apart, becomes ``norm(x)``."""
+    if x.dtype == norm.weight.dtype == torch.float32 and compiles(x) and plain(norm):
+        matrix.normalise_heads(x[:, None], norm.weight, norm.eps)
+    else:
+        x.copy_(norm(x))
+
+
+def plain(*modules: nn.Module) -> bool:
+    """Whether nothing is hooked on them, or put in the place of a forward."""
+    return not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in modules)
 
 
 def turn_and_keep(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mirada.layers import fused
 from mirada.layers.attention import DEFAULT, attend_packed
 from mirada.layers.batch import Batch
 from mirada.layers.kv_int8 import Quantised
@@ -99,13 +100,21 @@ class MLA(nn.Module):
     def queries(self, x: Tensor, turn: Rotation) -> Tensor:
         """[T, D] -> [T, H, nope + rope], the last ``rope`` channels turned."""
         s = self.sizes
+        last = self.q if s.q_rank is None else self.q_b
         flat = self.q(x) if s.q_rank is None else self.q_b(self.q_norm(self.q_a(x)))
-        nope, rope = flat.view(len(x), s.heads, s.key).split((s.nope, s.rope), -1)
+        whole = flat.view(len(x), s.heads, s.key)
+        if fused.plain(last) and fused.turn_in_place(flat, last, whole[..., s.nope :], turn, pairs=True) is not None:
+            return whole
+        nope, rope = whole.split((s.nope, s.rope), -1)
         return torch.cat((nope, rotate(pairs_to_halves(rope), turn)), -1)
 
     def rows(self, x: Tensor, turn: Rotation) -> Tensor:
         """[T, D] -> [T, W]: normalised latent, and the turned key that all heads share."""
-        latent, key = self.kv_a(x).split((self.sizes.kv_rank, self.sizes.rope), -1)
+        rows = self.kv_a(x)
+        latent, key = rows.split((self.sizes.kv_rank, self.sizes.rope), -1)
+        if fused.plain(self.kv_a) and fused.turn_in_place(rows, self.kv_a, key[:, None], turn, pairs=True) is not None:
+            fused.norm_in_place(latent, self.kv_norm)
+            return rows
         return torch.cat((self.kv_norm(latent), rotate(pairs_to_halves(key)[:, None], turn)[:, 0]), -1)
 
     def expand(self, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirada.layers import fused
-from mirada.layers.experts import Table, plain
+from mirada.layers.experts import Table
 from mirada.layers.linear import MatrixStack, linear
 from mirada.layers.mlp import GatedMLP
 
@@ -96,7 +96,7 @@ class Experts(nn.Module):
         if self.first is not None:  # those elsewhere come last, beyond the counts
             own = chosen - self.first
             chosen = torch.where((own >= 0) & (own < len(self.down)), own, len(self.down))
-        if not self.adapted and plain(shared):
+        if not self.adapted and (shared is None or fused.plain(shared, *shared.children())):
             made = self.table.run(x, chosen, weights, self.gate_up, self.down, shared)
             if made is not None:
                 return made

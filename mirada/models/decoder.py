@@ -84,9 +84,11 @@ class DecoderAttention(nn.Module):
             cache: Any = ctx.cache
             return self.out(cache.attend_kept(self.index, q, ctx.batch, self.scale, self.attention_kind).flatten(1))
         qk, v = qkv.view(len(x), keys + self.kv_heads, -1).split((keys, self.kv_heads), 1)
-        if self.qk_norm:
-            qk = norm_heads(qk, self.q_norm, self.k_norm, self.heads)
-        q, k = rotate(qk, ctx.turn).split((self.heads, self.kv_heads), 1)
+        shared = ((norms[0], self.heads), (norms[1], self.kv_heads)) if norms else ()
+        turned = fused.turn_in_place(qkv, self.qkv, qk, ctx.turn, shared)
+        if turned is None:
+            turned = rotate(norm_heads(qk, *norms, self.heads) if norms else qk, ctx.turn)
+        q, k = turned.split((self.heads, self.kv_heads), 1)
         if ctx.cache is None:
             mixed = attend_packed(q, k, v, ctx.batch.lengths, causal=True, scale=self.scale, kind=self.attention_kind)
         else:

@@ -18,11 +18,12 @@ from mirada.engine.load import load
 from mirada.layers.batch import Batch
 from mirada.layers.cache import SlabCache, make_cache
 from mirada.layers.kernels.library import library
+from mirada.models.deepseek import DeepseekConfig, DeepseekDecoder, cache_spec
 
 PAST = 40
 COMPILED = {"calls": 3, "tensors": 3}
 """Of a whole step in compiled code: the embedding, and room for hidden values and logits."""
-PER_LAYER = {"calls": 19, "tensors": 17}
+PER_LAYER = {"calls": 12, "tensors": 10} if library() is not None else {"calls": 19, "tensors": 17}
 BESIDE = {"calls": 17, "tensors": 17}
 """Of a step by the modules for one sequence: in each layer, and once (embedding, rotation, last norm, head). No views."""
 PER_MATE = {"calls": 3, "tensors": 1}
@@ -30,6 +31,10 @@ PER_MATE = {"calls": 3, "tensors": 1}
 OBJECTS = 6000
 """Most bytes of Python objects that live at once because of one step in compiled code."""
 LAYERS = 4
+LATENT = 18
+"""Calls of a layer with latent attention and a dense block, for one sequence."""
+EXPERTS = 7
+"""More of them where the block is of experts: nine choose, and one makes room for what all chosen ones add."""
 
 
 class Calls(TorchDispatchMode):
@@ -116,3 +121,27 @@ def test_a_step_by_the_modules(mini: Any, ready: tuple[SlabCache, Batch, int]) -
     for name, found in (("calls", sum(calls.calls.values())), ("tensors", calls.tensors)):
         mates = PER_MATE[name] * (count - 1) + (count > 1)
         assert found <= LAYERS * (PER_LAYER[name] + mates) + BESIDE[name], (name, calls.calls)
+
+
+@pytest.mark.skipif(library() is None, reason="the CPU kernels are not compiled")
+def test_a_layer_of_latent_attention_and_experts() -> None:
+    def calls(layers: int, dense: int) -> int:
+        config = DeepseekConfig(
+            vocab_size=32, hidden_size=64, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=96,
+            kv_lora_rank=32, q_lora_rank=None, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
+            moe_intermediate_size=32, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=3,
+            first_k_dense_replace=dense,
+        )  # fmt: skip
+        decoder, cache = DeepseekDecoder(config).eval(), make_cache(cache_spec(config), torch.float32, "cpu")
+        cache.allocate(0)
+        cache.grow(0, 2 * PAST)
+        step = Batch(torch.tensor([5]), torch.full((3, 1), PAST), (1,), (PAST,))
+        with torch.inference_mode():
+            x = decoder.embed(step.tokens)
+            decoder(x, step, cache)
+            with Calls() as counter:
+                decoder(x, step, cache)
+        return sum(counter.calls.values())
+
+    assert calls(2, 2) - calls(1, 1) <= LATENT
+    assert calls(2, 1) - calls(1, 1) <= LATENT + EXPERTS

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from mirada.layers.rope import grid_angles, mrope_angles, rotate, rotation
+from mirada.layers import fused
+from mirada.layers.kernels.library import library
+from mirada.layers.norm import RMSNorm, norm_heads
+from mirada.layers.rope import grid_angles, mrope_angles, pairs_to_halves, rotate, rotation
 
 CPU = torch.device("cpu")
 
@@ -46,3 +49,49 @@ def test_turning_is_in_float32_for_half_inputs() -> None:
     turn = rotation(mrope_angles(torch.arange(5).expand(3, 5) * 500, (8, 12, 12), 64, 1e6))
     assert turn[0].dtype == torch.float32
     assert torch.equal(rotate(x, turn), rotate(x.float(), turn).bfloat16())
+
+
+# ---- where they lie, in compiled code
+
+
+def _projection(seed: int, tokens: int, width: int) -> tuple[torch.nn.Linear, torch.Tensor]:
+    torch.manual_seed(seed)
+    by = torch.nn.Linear(12, width, bias=False)
+    return by, by(torch.randn(tokens, 12))
+
+
+@pytest.mark.skipif(library() is None, reason="the CPU kernels are not compiled")
+@torch.no_grad()
+@pytest.mark.parametrize(("heads", "width"), [(5, 64), (3, 12), (2, 6)])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_turned_where_they_lie_equals_the_written_rule(heads: int, width: int, pairs: bool) -> None:
+    for tokens in (1, 3, 400):  # the last on several threads, where there are
+        by, made = _projection(tokens, tokens, (heads + 2) * width)
+        held = made.view(tokens, heads + 2, width)[:, :heads]  # what lies beside them stays
+        turn = rotation(torch.randn(tokens, width // 2) * 9)
+        norms = [RMSNorm(width, 1e-6) for _ in range(2)]
+        for norm in norms:
+            norm.weight.copy_(torch.randn(width))
+        beside = made.view(tokens, heads + 2, width)[:, heads:].clone()
+        source = pairs_to_halves(held) if pairs else norm_heads(held, *norms, 1)
+        expected = rotate(source, turn)
+        given = () if pairs else ((norms[0], 1), (norms[1], heads - 1))
+        got = fused.turn_in_place(made, by, held, turn, given, pairs)
+        assert got is held
+        torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
+        assert torch.equal(made.view(tokens, heads + 2, width)[:, heads:], beside)
+
+
+@torch.no_grad()
+def test_what_is_hooked_keeps_what_it_saw() -> None:
+    by, made = _projection(0, 2, 24)
+    by.register_forward_hook(lambda *_: None)
+    before = made.clone()
+    got = fused.turn_in_place(made, by, made.view(2, 3, 8), rotation(torch.randn(2, 4)))
+    assert torch.equal(made, before)
+    assert got is None or not torch.equal(got, before.view(2, 3, 8))
+
+
+def test_nothing_is_turned_in_place_where_gradients_are_wanted() -> None:
+    by, made = _projection(0, 2, 24)
+    assert fused.turn_in_place(made, by, made.view(2, 3, 8), rotation(torch.randn(2, 4))) is None

@@ -10,7 +10,7 @@
 #define SERIAL_WORK 65536 /* multiplications below which a second thread costs more than it brings */
 
 /* Counts changes of packed forms, of what functions mean, or of structures. Python refuses another one. */
-int mr_version(void) { return 4; }
+int mr_version(void) { return 5; }
 
 /* -- which kernels ------------------------------------------------------------------------------------------------------ */
 
@@ -118,7 +118,7 @@ static void floats(const mr_matrix *w, const float *x, int n, int begin, int end
     }
 }
 
-const mr_kernels mr_scalar = {panel8, panel4, floats, round_row};
+const mr_kernels mr_scalar = {panel8, panel4, floats, round_row, NULL};
 
 /* -- x ------------------------------------------------------------------------------------------------------------------- */
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from mirada import config
 from mirada.errors import SettingsError
 
-VERSION = 4
+VERSION = 5
 """What ``mr_version`` of gemm.c must say; counted up with every change of packed forms or of structures."""
 SETTING = "MIRADA_CPU_KERNELS"
 """Environment: auto (the best that the processor has), scalar, avx2, avx512, or off."""
@@ -77,7 +77,7 @@ def _file(suffix: str) -> Path:
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    matrix, pointer, whole = ctypes.POINTER(Matrix), ctypes.c_void_p, ctypes.c_int
+    matrix, pointer, whole, long = ctypes.POINTER(Matrix), ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     for name, result, arguments in (
         ("mr_set_isa", whole, (whole,)),
         ("mr_threads", whole, ()),
@@ -85,6 +85,8 @@ def _declare(library: ctypes.CDLL) -> None:
         ("mr_linear", whole, (matrix, pointer, whole, pointer)),
         ("mr_experts", whole, (pointer, whole, pointer, pointer, pointer, whole, pointer, whole, pointer)),
         ("mr_swiglu_rows", None, (pointer, whole, whole, pointer)),
+        ("mr_norm_heads", None, (pointer, whole, long, whole, long, whole, pointer, ctypes.c_float)),
+        ("mr_turn_heads", whole, (pointer, whole, long, whole, long, whole, pointer, pointer, whole)),
         ("mr_packed_bytes", None, (whole, whole, whole, whole, whole, ctypes.POINTER(ctypes.c_size_t))),
         ("mr_pack", None, (matrix, whole, whole, pointer, pointer, pointer)),
         ("mr_unpack", None, (matrix, whole, whole, pointer, pointer, pointer)),

@@ -16,7 +16,7 @@ from torch import Tensor
 from mirada.errors import NotAvailable, OutOfMemory, TensorError
 from mirada.layers.kernels import library as compiled
 
-__all__ = ["BLOCK", "PANEL", "Format", "Matrix", "kernels", "product", "swiglu"]
+__all__ = ["BLOCK", "PANEL", "Format", "Matrix", "kernels", "normalise_heads", "product", "swiglu", "turn_heads"]
 
 PANEL = 16
 """Rows of integers that lie together."""
@@ -185,3 +185,19 @@ def swiglu(x: Tensor) -> Tensor:
     out = torch.empty(*x.shape[:-1], inner)
     kernels().mr_swiglu_rows(x.data_ptr(), out.numel() // max(inner, 1), inner, out.data_ptr())
     return out
+
+
+def normalise_heads(heads: Tensor, weight: Tensor, eps: float) -> None:
+    """RMS norm of float32 [T, H, d], where it lies: channels side by side, rows and heads any number apart."""
+    n, count, d = heads.shape
+    kernels().mr_norm_heads(heads.data_ptr(), n, heads.stride(0), count, heads.stride(1), d, weight.data_ptr(), eps)
+
+
+def turn_heads(heads: Tensor, turn: tuple[Tensor, Tensor], pairs: bool = False) -> None:
+    """``rope.rotate`` of float32 [T, H, d], where it lies; ``pairs``: of ``rope.pairs_to_halves`` of it."""
+    n, count, d = heads.shape
+    cos, sin = (side.contiguous() for side in turn)
+    if cos.numel() != n * d or kernels().mr_turn_heads(
+        heads.data_ptr(), n, heads.stride(0), count, heads.stride(1), d, cos.data_ptr(), sin.data_ptr(), pairs
+    ):
+        raise TensorError(f"heads {list(heads.shape)} turned by {list(cos.shape)}", "give factors of every token and channel")
