@@ -27,8 +27,17 @@ from mirada.layers.kernels.library import Matrix, library
 from mirada.layers.linear import Linear, MatrixLinear
 from mirada.layers.norm import RMSNorm
 
-MOST_ROWS = 16
-"""New tokens that are worth a step of their own: beyond, the products are no longer bound by memory."""
+MOST_ROWS = 1024
+"""New tokens that one call takes."""
+FEW_ROWS = 16
+"""New tokens up to which a step is bound by reading the weights. More are left to the modules where layers are large or what
+lies before them is long: torch's products and attention are as good there."""
+SMALL_LAYER = 4 << 20
+"""Weights of a layer in which torch's calls and what it keeps between them cost more than its products save."""
+PARTS_BYTES = 32 << 20
+"""Of attention's parts, with more than few new tokens."""
+SPAN = 256
+"""Keys of one part of attention (step.c)."""
 LAYER_BYTES = 256 << 10
 """Bytes of a layer's weights that are worth one thread more."""
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1}
@@ -163,7 +172,7 @@ class Step:
             return None
         with self._lock:
             plan = self._current(root, parts, head)
-            return None if plan is None or not plan.fits(x, cache) else plan.run(x, batch, cache, head is not None)
+            return None if plan is None or not plan.fits(x, batch, cache) else plan.run(x, batch, cache, head is not None)
 
     def _suits(self, x: Tensor | None, batch: Batch, cache: Any) -> bool:
         given = batch.tokens if x is None else x
@@ -266,6 +275,8 @@ class _Plan:
         self._calls: dict[int, tuple[_Call, Any, Any, Any]] = {}
         self._library: Any = library()
         self._by = ctypes.addressof(model)
+        first = self._layers[0]
+        self._large = SMALL_LAYER < sum(w.rows * w.cols for w in (first.qkv, first.out, first.gate_up, first.down))
 
     def _layer(self, block: Block) -> _Layer:
         q_norm, k_norm = block.head_norms or (None, None)
@@ -349,16 +360,22 @@ class _Plan:
         if not right or (self.head is not None and m.head.cols != m.width) or (m.table.rows and m.table.cols != m.width):
             raise Unplannable
 
-    def fits(self, x: Tensor | None, cache: SlabCache) -> bool:
-        """Whether the compiled code reads ``cache`` and, without x, knows the embeddings."""
+    def fits(self, x: Tensor | None, batch: Batch, cache: SlabCache) -> bool:
+        """Whether the compiled code reads ``cache`` and, without x, knows the embeddings; and is the better choice."""
         s = self.shape
         if x is None and not self._model.table.rows:
+            return False
+        if len(batch.tokens) > FEW_ROWS and (self._large or self._parts_bytes(batch) > PARTS_BYTES):
             return False
         return (
             (cache.num_layers, cache.num_kv_heads, cache.head_dim) == (len(self._layers), s.kv_heads, s.head_width)
             and (cache.kv == "int8" or cache.dtype in _KEPT)
             and cache.device.type == "cpu"
         )
+
+    def _parts_bytes(self, batch: Batch) -> int:
+        s, pairs = self.shape, zip(batch.past, batch.lengths, strict=True)
+        return 4 * s.heads * (s.head_width + 2) * sum(length * -(-(past + length) // SPAN) for past, length in pairs)
 
     def run(
         self, x: Tensor | None, batch: Batch, cache: SlabCache, with_logits: bool

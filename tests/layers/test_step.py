@@ -6,6 +6,7 @@ import copy
 import multiprocessing
 import pickle
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -112,7 +113,7 @@ def compare(
 @pytest.mark.parametrize(
     ("past", "lengths"),
     [((0,), (1,)), ((63,), (1,)), ((64,), (1,)), ((255,), (2,)), ((256,), (1,)), ((5000,), (1,)), ((250,), (8,)),
-     ((0, 300, 64, 1), (1, 1, 1, 1)), ((1000, 3), (5, 3)), ((7,) * 16, (1,) * 16)],
+     ((0, 300, 64, 1), (1, 1, 1, 1)), ((1000, 3), (5, 3)), ((7,) * 16, (1,) * 16), ((0,), (40,)), ((250, 7), (33, 300))],
 )  # fmt: skip
 def test_equal_to_the_modules(config: DecoderConfig, past: tuple[int, ...], lengths: tuple[int, ...]) -> None:
     compare(config, past, lengths)
@@ -143,6 +144,85 @@ def test_any_sizes(config: DecoderConfig, sequences: list[tuple[int, int]]) -> N
     past, lengths = zip(*sequences, strict=True)
     # So few channels can cancel to almost nothing before a norm, which then blows rounding up.
     compare(config, past, lengths, tolerance=3e-4)
+
+
+@pytest.fixture(params=["scalar", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each set of instructions that this processor has."""
+    kernels: Any = library()
+    wanted = ("scalar", "avx2", "avx512").index(request.param)
+    before = kernels.mr_set_isa(-1)
+    if wanted > before:
+        pytest.skip(f"no {request.param} here")
+    kernels.mr_set_isa(wanted)
+    yield
+    kernels.mr_set_isa(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [32, 35, 65])
+def test_many_rows_of_odd_sizes(isa: None, rows: int, dtype: torch.dtype) -> None:
+    """Rows and columns that fill no tile, and a matrix deeper than what is turned at a time."""
+    config = replace(QWEN2, hidden_size=33, intermediate_size=523, num_attention_heads=3, num_key_value_heads=1)
+    decoder, head = make(config)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(parameter.bfloat16())
+    narrow = copy.deepcopy(decoder)
+    for layer in narrow.layers:
+        for matrix in (layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down):
+            matrix.weight.data = matrix.weight.data.to(dtype)
+    x, new = batch((5,), (rows,), 33)
+    got, wanted = compiled(narrow, head, filled(config, (5,)), x, new), by_modules(decoder, head, filled(config, (5,)), x, new)
+    for mine, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=2e-5)
+
+
+def test_many_rows_on_several_threads() -> None:
+    decoder, head = make(replace(CONFIG, hidden_size=256, intermediate_size=768))
+    x, new = batch((300, 4), (40, 90), 256)
+    before, made = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            made.append(compiled(decoder, head, filled(decoder.config, (300, 4)), x, new)[1])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(made[0], other) for other in made)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_are_looked_up(dtype: torch.dtype) -> None:
+    decoder, head = make(dtype=dtype)
+    _, new = batch((9, 3), (2, 1))
+    new = replace(new, tokens=torch.tensor([47, 0, 5]))
+    with torch.inference_mode():
+        wanted = decoder.logits(decoder.embed(new.tokens), new, filled(CONFIG, (9, 3)), head)
+        got = decoder.logits(None, new, filled(CONFIG, (9, 3)), head)
+        assert got is not None and wanted is not None and torch.equal(got, wanted)
+        for wrong in (48, -1):
+            cache = filled(CONFIG, (9, 3))
+            assert decoder.logits(None, replace(new, tokens=torch.tensor([0, 1, wrong])), cache, head) is None
+        decoder.embed.max_norm = 1.0  # rows would be changed as they are read
+        decoder.steps = Step()
+        assert decoder.logits(None, new, filled(CONFIG, (9, 3)), head) is None
+
+
+def test_where_few_rows_are_the_limit() -> None:
+    """Large layers, and what lies far behind, are left to the modules when there are more."""
+    decoder, head = make()
+    long = (150_000,)
+    with torch.inference_mode():
+        x, new = batch((20,), (40,))
+        assert decoder.logits(x, new, filled(CONFIG, (20,)), head) is not None
+        x, new = batch(long, (300,))
+        assert decoder.logits(x, new, filled(CONFIG, (20,)), head) is None
+        large, big_head = make(replace(CONFIG, hidden_size=512, intermediate_size=3000, num_hidden_layers=1))
+        x, new = batch((20,), (17,), 512)
+        assert large.logits(x, new, filled(large.config, (20,)), big_head) is None
+        x, new = batch((20,), (16,), 512)
+        assert large.logits(x, new, filled(large.config, (20,)), big_head) is not None
 
 
 @pytest.mark.parametrize("past", [(0,), (300, 17)])

@@ -1,6 +1,6 @@
-/* Products of a few rows of x with matrices of floats, for AVX2 and for AVX-512.
+/* Products with matrices of floats, for AVX2 and for AVX-512.
  *
- * Memory is what bounds them, so a matrix is read as it lies, one row after the other: a processor that sees one stream fetches
+ * Memory is what bounds those of a few rows of x, so a matrix is read as it lies, one row after the other: a processor that sees one stream fetches
  * it ahead by itself, better than prefetches do (four rows side by side took four times as long beside a busy neighbour). Sums
  * run in four strands of vectors, so that none waits for the one before, and four rows are added up across lanes together. A row
  * of x meets a row of w in one order of sums, however many rows of x there are.
@@ -9,6 +9,7 @@
 #include "gemm.h"
 
 #include <immintrin.h>
+#include <string.h>
 
 #define STRANDS 4
 #define DEEP 4 /* rows of w whose sums over lanes are made together */
@@ -179,6 +180,148 @@ AVX2 void mr_floats_avx2(const mr_matrix *w, const float *x, int n, int begin, i
         floats256(1, w, x, n, begin, end, y);
     else
         floats256(0, w, x, n, begin, end, y);
+}
+
+/* -- many rows of x --------------------------------------------------------------------------------------------------------
+ *
+ * Some rows of w are widened and turned, DEPTH columns at a time, so that a vector holds one column of them; it stays in the
+ * cache while all rows of x pass, of which as many as there are registers for are summed at once. Sums run from the first
+ * column to the last. */
+
+#define DEPTH 512
+
+/* Four columns of four rows from w + at on, `stride` apart, to four rows of `to`, `width` apart. */
+AVX2 INLINE void turn_four(const int narrow, const void *values, size_t at, size_t stride, float *to, const int width) {
+    __m128 r[4];
+    for (int i = 0; i < 4; i++) {
+        size_t here = at + i * stride;
+        r[i] = narrow ? _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)((const uint16_t *)values + here))), 16))
+                      : _mm_loadu_ps((const float *)values + here);
+    }
+    _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
+    for (int i = 0; i < 4; i++) _mm_storeu_ps(to + i * width, r[i]);
+}
+
+/* Columns [from, from + depth) of rows [row, row + count) as [depth, width], zeros beyond count. */
+AVX2 INLINE void turn_rows(const int narrow, const mr_matrix *w, int row, int count, int from, int depth, float *to, const int width) {
+    const size_t cols = w->cols;
+    int whole = count / 4 * 4, k = 0;
+    for (; k + 4 <= depth; k += 4)
+        for (int r = 0; r < whole; r += 4) turn_four(narrow, w->values, (row + r) * cols + from + k, cols, to + (size_t)k * width + r, width);
+    for (int r = 0; r < width; r++)
+        for (int j = r < whole ? k : 0; j < depth; j++) {
+            size_t i = (size_t)(row + r) * cols + from + j;
+            to[(size_t)j * width + r] = r >= count ? 0.0f : narrow ? mr_bf16_to_float(((const uint16_t *)w->values)[i]) : ((const float *)w->values)[i];
+        }
+}
+
+/* y of `count` rows of x and `valid` <= 32 rows of w, whose turned columns begin at column `from`. */
+AVX512 INLINE void tile_many512(const int count, const float *turned, const float *x, size_t cols, int depth, int valid, const float *bias, int first, float *y, size_t rows) {
+    __m512 made[12][2];
+    __mmask16 low = valid < 16 ? (__mmask16)((1u << valid) - 1) : 0xffff, high = valid < 32 ? (__mmask16)((1u << (valid < 16 ? 0 : valid - 16)) - 1) : 0xffff;
+#pragma GCC unroll 12
+    for (int t = 0; t < count; t++) {
+        if (first) {
+            made[t][0] = bias ? _mm512_maskz_loadu_ps(low, bias) : _mm512_setzero_ps();
+            made[t][1] = bias ? _mm512_maskz_loadu_ps(high, bias + 16) : _mm512_setzero_ps();
+        } else {
+            made[t][0] = _mm512_maskz_loadu_ps(low, y + t * rows);
+            made[t][1] = _mm512_maskz_loadu_ps(high, y + t * rows + 16);
+        }
+    }
+    for (int k = 0; k < depth; k++) {
+        __m512 a = _mm512_loadu_ps(turned + (size_t)k * 32), b = _mm512_loadu_ps(turned + (size_t)k * 32 + 16);
+#pragma GCC unroll 12
+        for (int t = 0; t < count; t++) {
+            __m512 value = _mm512_set1_ps(x[t * cols + k]);
+            made[t][0] = _mm512_fmadd_ps(a, value, made[t][0]);
+            made[t][1] = _mm512_fmadd_ps(b, value, made[t][1]);
+        }
+    }
+#pragma GCC unroll 12
+    for (int t = 0; t < count; t++) {
+        _mm512_mask_storeu_ps(y + t * rows, low, made[t][0]);
+        _mm512_mask_storeu_ps(y + t * rows + 16, high, made[t][1]);
+    }
+}
+
+#define MANY512(n) case n: tile_many512(n, turned, at, cols, depth, valid, bias, from == 0, to, w->rows); break;
+AVX512 void mr_many_avx512(const mr_matrix *w, const float *x, int n, int begin, int end, float *y) {
+    _Alignas(64) float turned[DEPTH * 32];
+    const size_t cols = w->cols;
+    for (int row = begin; row < end; row += 32) {
+        int valid = end - row < 32 ? end - row : 32;
+        const float *bias = w->bias ? w->bias + row : NULL;
+        for (int from = 0; from < w->cols; from += DEPTH) {
+            int depth = w->cols - from < DEPTH ? w->cols - from : DEPTH;
+            if (w->format == MR_BF16)
+                turn_rows(1, w, row, valid, from, depth, turned, 32);
+            else
+                turn_rows(0, w, row, valid, from, depth, turned, 32);
+            for (int first = 0; first < n; first += 12) {
+                const float *at = x + first * cols + from;
+                float *to = y + (size_t)first * w->rows + row;
+                switch (n - first) {
+                    MANY512(1) MANY512(2) MANY512(3) MANY512(4) MANY512(5) MANY512(6) MANY512(7) MANY512(8) MANY512(9) MANY512(10) MANY512(11)
+                    default: tile_many512(12, turned, at, cols, depth, valid, bias, from == 0, to, w->rows);
+                }
+            }
+        }
+    }
+}
+
+/* The same for `valid` <= 16 rows of w; of the last of them fewer are written. */
+AVX2 INLINE void tile_many256(const int count, const float *turned, const float *x, size_t cols, int depth, int valid, const float *bias, int first, float *y, size_t rows) {
+    __m256 made[6][2];
+    float held[16] = {0};
+#pragma GCC unroll 6
+    for (int t = 0; t < count; t++) {
+        const float *start = first ? bias : y + t * rows;
+        if (start && valid < 16) memcpy(held, start, valid * sizeof(float)), start = held;
+        made[t][0] = start ? _mm256_loadu_ps(start) : _mm256_setzero_ps();
+        made[t][1] = start ? _mm256_loadu_ps(start + 8) : _mm256_setzero_ps();
+    }
+    for (int k = 0; k < depth; k++) {
+        __m256 a = _mm256_loadu_ps(turned + (size_t)k * 16), b = _mm256_loadu_ps(turned + (size_t)k * 16 + 8);
+#pragma GCC unroll 6
+        for (int t = 0; t < count; t++) {
+            __m256 value = _mm256_set1_ps(x[t * cols + k]);
+            made[t][0] = _mm256_fmadd_ps(a, value, made[t][0]);
+            made[t][1] = _mm256_fmadd_ps(b, value, made[t][1]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int t = 0; t < count; t++) {
+        float *to = valid < 16 ? held : y + t * rows;
+        _mm256_storeu_ps(to, made[t][0]);
+        _mm256_storeu_ps(to + 8, made[t][1]);
+        if (valid < 16) memcpy(y + t * rows, held, valid * sizeof(float));
+    }
+}
+
+#define MANY256(n) case n: tile_many256(n, turned, at, cols, depth, valid, bias, from == 0, to, w->rows); break;
+AVX2 void mr_many_avx2(const mr_matrix *w, const float *x, int n, int begin, int end, float *y) {
+    _Alignas(64) float turned[DEPTH * 16];
+    const size_t cols = w->cols;
+    for (int row = begin; row < end; row += 16) {
+        int valid = end - row < 16 ? end - row : 16;
+        const float *bias = w->bias ? w->bias + row : NULL;
+        for (int from = 0; from < w->cols; from += DEPTH) {
+            int depth = w->cols - from < DEPTH ? w->cols - from : DEPTH;
+            if (w->format == MR_BF16)
+                turn_rows(1, w, row, valid, from, depth, turned, 16);
+            else
+                turn_rows(0, w, row, valid, from, depth, turned, 16);
+            for (int first = 0; first < n; first += 6) {
+                const float *at = x + first * cols + from;
+                float *to = y + (size_t)first * w->rows + row;
+                switch (n - first) {
+                    MANY256(1) MANY256(2) MANY256(3) MANY256(4) MANY256(5)
+                    default: tile_many256(6, turned, at, cols, depth, valid, bias, from == 0, to, w->rows);
+                }
+            }
+        }
+    }
 }
 #else
 typedef int mr_no_x86; /* a file may not be empty */

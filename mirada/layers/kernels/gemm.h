@@ -49,6 +49,8 @@ typedef struct {
     void (*floats)(const mr_matrix *w, const float *x, int n, int begin, int end, float *y);
     /* One row of x [cols] to values [padded], scales, sums and offsets [padded / 32]. */
     void (*round_row)(const float *x, int cols, int padded, int offset, int8_t *values, float *scales, int32_t *sums, int32_t *offsets);
+    /* `floats` for so many rows of x that rows of w are worth being turned first; another order of sums. NULL: there is none. */
+    void (*many)(const mr_matrix *w, const float *x, int n, int begin, int end, float *y);
 } mr_kernels;
 
 extern const mr_kernels mr_scalar;
@@ -57,6 +59,8 @@ extern const mr_kernels mr_avx2, mr_avx512;
 /* floats_x86.c */
 void mr_floats_avx2(const mr_matrix *w, const float *x, int n, int begin, int end, float *y);
 void mr_floats_avx512(const mr_matrix *w, const float *x, int n, int begin, int end, float *y);
+void mr_many_avx2(const mr_matrix *w, const float *x, int n, int begin, int end, float *y);
+void mr_many_avx512(const mr_matrix *w, const float *x, int n, int begin, int end, float *y);
 #endif
 
 /* The ones in use: the best that the processor has, or what mr_set_isa chose. */

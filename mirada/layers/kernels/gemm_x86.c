@@ -116,7 +116,7 @@ AVX512 static void round_row_512(const float *x, int cols, int padded, int offse
     }
 }
 
-const mr_kernels mr_avx512 = {panel8_512, panel4_512, mr_floats_avx512, round_row_512};
+const mr_kernels mr_avx512 = {panel8_512, panel4_512, mr_floats_avx512, round_row_512, mr_many_avx512};
 
 /* -- AVX2 ---------------------------------------------------------------------------------------------------------------- */
 
@@ -309,7 +309,7 @@ AVX2 static void round_row_256(const float *x, int cols, int padded, int offset,
     }
 }
 
-const mr_kernels mr_avx2 = {panel8_256, panel4_256, mr_floats_avx2, round_row_256};
+const mr_kernels mr_avx2 = {panel8_256, panel4_256, mr_floats_avx2, round_row_256, mr_many_avx2};
 #else
 typedef int mr_no_x86; /* a file may not be empty */
 #endif

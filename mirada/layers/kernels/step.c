@@ -17,6 +17,7 @@
 
 #define TILE 64    /* keys whose scores are computed together */
 #define SPAN 256   /* keys of one piece of attention; parts are joined in order */
+#define MANY 32    /* rows of x from which rows of a float matrix are worth being turned */
 #define STAGES 5   /* qkv, attention, out, gate and up, down */
 
 /* Keys and values of one head: [room, d] each; int8: and a scale per token. */
@@ -187,7 +188,7 @@ static size_t lay_out(const mr_decoder *m, const mr_call *call, char *scratch, s
 /* Takes rows [begin, end) of `rows`, whole sixteens but for the last; false: there are none left. */
 static bool take(_Atomic int *next, int rows, int parts, int *begin, int *end) {
     int blocks = (rows + PANEL - 1) / PANEL;
-    int piece = parts == 1 ? blocks : most(1, blocks / (8 * parts));
+    int piece = parts == 1 ? blocks : most(blocks > 2 * parts ? 2 : 1, blocks / (8 * parts));
     int first = atomic_fetch_add_explicit(next, piece, memory_order_relaxed);
     if (first >= blocks) return false;
     *begin = first * PANEL;
@@ -205,16 +206,28 @@ static void prepare(const step *s, const mr_matrix *w, const float *x, own *mine
     mr_prepare(w->format, w->group, x, s->call->rows, w->cols, mine->prepared);
 }
 
+/* Rows [begin, end) of y = w times what is prepared. */
+static void rows_of(const step *s, const mr_matrix *w, const own *mine, int begin, int end, float *y) {
+    int n = s->call->rows;
+    if (n < MANY || !mr_kernel()->many || (w->format != MR_F32 && w->format != MR_BF16)) {
+        mr_rows(w, mine->prepared, n, begin, end, y);
+        return;
+    }
+    const float *x;
+    memcpy(&x, mine->prepared, sizeof x);
+    mr_kernel()->many(w, x, n, begin, end, y);
+}
+
 static void product(const step *s, const mr_matrix *w, own *mine, _Atomic int *next, int parts, float *y) {
     int begin, end;
-    while (take(next, w->rows, parts, &begin, &end)) mr_rows(w, mine->prepared, s->call->rows, begin, end, y);
+    while (take(next, w->rows, parts, &begin, &end)) rows_of(s, w, mine, begin, end, y);
 }
 
 /* x = from + w * what is prepared. */
 static void residual(const step *s, const mr_matrix *w, own *mine, _Atomic int *next, int parts, const float *from) {
     int begin, end;
     while (take(next, w->rows, parts, &begin, &end)) {
-        mr_rows(w, mine->prepared, s->call->rows, begin, end, s->sum);
+        rows_of(s, w, mine, begin, end, s->sum);
         for (int i = 0; i < s->call->rows; i++)
             for (size_t r = (size_t)i * w->rows + begin; r < (size_t)i * w->rows + end; r++) s->x[r] = from[r] + s->sum[r];
     }
@@ -348,8 +361,8 @@ static void gate_up(const step *s, const mr_matrix *w, own *mine, _Atomic int *n
         return;
     }
     while (take(next, inner, parts, &begin, &end)) {
-        mr_rows(w, mine->prepared, n, begin, end, s->gate_up);
-        mr_rows(w, mine->prepared, n, inner + begin, inner + end, s->gate_up);
+        rows_of(s, w, mine, begin, end, s->gate_up);
+        rows_of(s, w, mine, inner + begin, inner + end, s->gate_up);
         for (int i = 0; i < n; i++) {
             const float *gate = s->gate_up + (size_t)i * 2 * inner + begin;
             s->with->swiglu(gate, gate + inner, end - begin, s->inner + (size_t)i * inner + begin);

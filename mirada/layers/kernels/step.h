@@ -59,8 +59,9 @@ typedef struct {
 /* All layers, the final norm and, where wanted, the head. Writes the new keys and values into the slabs. Returns 0; with nothing
  * done the bytes of scratch that it needs, if there are fewer, or MR_NO_SUCH_TOKEN for one that is not in the table.
  *
- * A row's result depends on nothing but its own sequence: not on its batch mates, on how many tokens of the sequence come
- * at once, or on the number of threads, as long as mr_rows computes each row by itself. */
+ * Up to 31 rows of all sequences a row's result depends on nothing but its own sequence: not on its batch mates, on how many
+ * tokens of the sequence come at once, or on the number of threads, as long as mr_rows computes each row by itself. With more
+ * rows products with matrices of floats sum in another order. */
 size_t mr_step(const mr_decoder *decoder, const mr_call *call);
 
 /* The place of the largest of each row of x [n, width], of equal ones the first; -1 where it is not finite or one is no number. */
