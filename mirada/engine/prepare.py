@@ -120,11 +120,17 @@ class _State:
                 self.lines[item.remote].append(item)
                 if not self.threads:
                     self._start(self._watch, "mirada-cancel")
-                if self.idle < sum(map(len, self.lines)) and len(self.threads) <= THREADS + FETCHING:
+                if self.idle < sum(map(len, self.lines)) and len(self.threads) <= self._num_useful():
                     self._start(self._work, "mirada-prepare")
                 self.changed.notify_all()
         if closed:
             self._end(item, _closed())
+
+    def _num_useful(self) -> int:
+        """Threads that could be at work, beside the one that watches."""
+        remote = sum(item.remote for item in self.running) + len(self.lines[True])
+        local = sum(not item.remote for item in self.running) + len(self.lines[False])
+        return min(THREADS, local) + min(FETCHING, remote)
 
     def _start(self, target: Callable[[], None], name: str) -> None:
         thread = threading.Thread(target=target, name=name, daemon=True)

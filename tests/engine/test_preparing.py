@@ -115,6 +115,7 @@ def test_cancelling_what_is_not_ready(opened, gate):
     gate.held.update(names)
     handles = [vlm.submit(ask(Image(name)), SHORT) for name in names]
     until(lambda: len(gate.began) == preparing.THREADS)
+    assert len([one for one in threading.enumerate() if one.name == "mirada-prepare"]) == preparing.THREADS
     handles[-1].cancel()  # in line: ends at once
     assert handles[-1].result(10).finish == "cancelled"
     handles[0].cancel()  # at the gate: ends when that opens
