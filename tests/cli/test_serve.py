@@ -165,3 +165,18 @@ def test_bounds_of_the_engine_and_of_media_that_do_not_do(mirada, tmp_path, text
     (tmp_path / "c.yaml").write_text(text)
     done = mirada("serve", "--port", "0", "--config", str(tmp_path / "c.yaml"))
     assert done.code == 2 and words in done.err
+
+
+def test_a_way_of_thinking_that_a_model_lacks_is_refused_at_the_start(vlm):
+    from dataclasses import replace
+    from types import SimpleNamespace
+
+    from mirada.errors import SettingsError
+    from mirada.media.fetch import FetchLimits
+    from mirada.serve import ServeSettings, create_app
+
+    form = replace(vlm.parts.renderer.format, thinking_suffix=(("auto", ""),))
+    parts = SimpleNamespace(renderer=SimpleNamespace(format=form))
+    models = {"plain": SimpleNamespace(parts=parts, limits=FetchLimits.serving())}
+    with pytest.raises(SettingsError, match="plain has no thinking mode 'on'"):
+        create_app(models, ServeSettings(thinking="on"))

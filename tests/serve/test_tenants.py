@@ -6,7 +6,7 @@ import io
 
 import pytest
 from PIL import Image as pil
-from serving import data_uri, image, png, user
+from serving import data_uri, gif, image, png, user
 from starlette.testclient import TestClient
 
 from mirada import VLM
@@ -61,6 +61,14 @@ def test_a_key_finds_what_it_asked_before_and_never_what_another_did(web, hits):
     assert hits(berta) == [0, 0, 0]
     assert hits(berta) == [1, 0, 1]
     assert hits(chat(web, KEYS[0], (1, 2, 3), "X-Api-Key")) == [1, 0, 1]  # the same key by the other header
+
+
+def test_the_frames_of_a_video_are_not_shared(web, hits):
+    clip = {"type": "video_url", "video_url": {"url": data_uri(gif(), "image/gif")}}
+    anna, berta = (lambda key=key: ask(web, key, messages=user(QUESTION, clip), max_tokens=1) for key in KEYS)
+    assert hits(anna) == [0, 0, 0]
+    assert hits(berta) == [0, 0, 0]
+    assert hits(berta)[0] == 1
 
 
 def test_features_are_not_shared_either(web, hits, vlm):
