@@ -27,7 +27,6 @@ EXTENSIONS = {
     "ChatCompletionResponseMessage": ("reasoning_content",),
     "CompletionUsage": ("num_frames", "timestamps"),
     "CompletionUsage.prompt_tokens_details": ("image_tokens", "video_tokens"),
-    "CreateChatCompletionStreamResponse": ("notes",),
     "CreateChatCompletionStreamResponse.choices": ("stop_reason", "token_ids", "annotations"),
     "ChatCompletionStreamResponseDelta": ("reasoning_content",),
 }

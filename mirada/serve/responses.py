@@ -73,6 +73,8 @@ def as_chat(body: Mapping[str, Any], allow_unknown: bool = False) -> dict[str, A
     for key, wanted in (("background", False), ("truncation", "disabled")):
         if key in given and given[key] != wanted:
             raise ParameterError(f"{key}={given[key]!r} is not kept to", f"leave it out, or give {wanted!r}", param=key)
+    if not all(isinstance(value, str) for value in _mapping(given, "metadata").values()):  # it comes back in the response
+        raise ParameterError("metadata holds what is no text", "give an object of texts", param="metadata")
     made["messages"] = _messages(given)
     made["tools"] = [_tool(tool, index) for index, tool in enumerate(given.get("tools") or ())] or None
     choice = given.get("tool_choice")
@@ -223,7 +225,8 @@ class Items:
             "output": list(self._done), "parallel_tool_calls": body.get("parallel_tool_calls") is not False,
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None, **(body.get("reasoning") or {})}, "store": False,
-            "temperature": sampling.temperature, "text": body.get("text") or {"format": {"type": "text"}},
+            "temperature": sampling.temperature if sampling.temperature <= 2 else None,  # OpenAI's schema ends at 2
+            "text": body.get("text") or {"format": {"type": "text"}},
             "tool_choice": body.get("tool_choice") or "auto",
             "tools": [{"parameters": None, "strict": None, **tool} for tool in body.get("tools") or ()],
             "top_p": 1.0 if sampling.top_p is None else sampling.top_p, "truncation": "disabled",

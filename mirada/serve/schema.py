@@ -164,6 +164,7 @@ def responses_parameters(names: Sequence[str]) -> Schema:
             "tool_choice": {"anyOf": [one_of("auto", "none", "required"), named]}, "parallel_tool_calls": flag(),
             "reasoning": loose({}, {"effort": _EFFORT}), "text": OBJECT, "truncation": one_of("disabled"),
             "background": one_of(False), "include": ANYTHING, **SAMPLING, **MODES, **MEDIA, **IDLE,
+            "metadata": {"type": "object", "additionalProperties": text()},
         },
         description="OpenAI's responses, for text and pictures; nothing is stored.",
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import httpx
 import openai
@@ -142,7 +143,7 @@ def test_async_clients_do_the_same(server, client, stream):
 
     async def run():
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as made:
-            messages = user("say:<think>why</think>so", image(data_uri(png())))
+            messages: Any = user("say:<think>why</think>so", image(data_uri(png())))
             reply = await made.chat.completions.create(model="echo", messages=messages, stream=stream)
             response = await made.responses.create(model="echo", input="say:<think>why</think>so", stream=stream)
             if not stream:

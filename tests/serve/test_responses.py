@@ -45,6 +45,15 @@ def test_pictures_instructions_and_a_conversation(client):
     assert client.responses.create(model="echo", input=[*turns, *user("say:It rains.")], tools=TOOLS).output_text == "It rains."
 
 
+def test_what_was_asked_comes_back(client):
+    made = client.responses.create(
+        model="echo", input="say:x", temperature=1.5, metadata={"a": "b"}, instructions="Be brief.", max_output_tokens=9
+    )
+    assert (made.temperature, made.metadata, made.instructions, made.max_output_tokens) == (1.5, {"a": "b"}, "Be brief.", 9)
+    hot = client.responses.create(model="mini", input="x", temperature=50, max_output_tokens=1)
+    assert hot.temperature is None  # OpenAI's form has no number above 2
+
+
 def test_what_is_cut_is_incomplete(client):
     cut = client.responses.create(model="echo", input="say:one two three four", max_output_tokens=2)
     assert cut.status == "incomplete" and cut.incomplete_details.reason == "max_output_tokens"
@@ -60,6 +69,7 @@ BAD = [
     ({"tools": [{"type": "web_search"}]}, "tools[0]"),
     ({"truncation": "auto"}, "truncation"),
     ({"reasoning": 3}, "reasoning"),
+    ({"metadata": {"a": 3}}, "metadata"),
 ]
 
 
