@@ -47,6 +47,9 @@ class Scripted:
         self.asked.set()
         return EngineHandle(sequence)
 
+    def guide(self, sampling, **more):
+        return None
+
     def say(self, text: str, finish=None) -> None:
         self.sequences[-1]._publish(Delta(text, tokens=(1,), finish=finish))
 

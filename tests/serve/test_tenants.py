@@ -73,10 +73,15 @@ def test_the_frames_of_a_video_are_not_shared(web, hits):
 
 def test_features_are_not_shared_either(web, hits, vlm):
     anna, berta = (chat(web, key, (4, 5, 6)) for key in KEYS)
+
+    def forget_beginnings():
+        assert vlm._engine.wait_idle(10)  # a reply is out before its beginning is kept
+        vlm._prefix.clear()
+
     anna()
-    vlm._prefix.clear()
+    forget_beginnings()
     assert hits(berta) == [0, 0, 0]
-    vlm._prefix.clear()
+    forget_beginnings()
     assert hits(berta) == [1, 1, 0]
     assert hits(anna) == [1, 1, 0]
 
