@@ -196,7 +196,7 @@ class PackedLinear(nn.Module):
         made = [part.weight for part in self.parts]
         return made[0] if len(made) == 1 else torch.cat([m.float() for m in made])  # pyright: ignore
 
-    def matrices(self) -> list[Matrix] | None:
+    def compiled_matrices(self) -> list[Matrix] | None:
         """The stored matrices one below another, if compiled kernels multiply by all of them."""
         return _compiled(self.parts)
 
@@ -224,11 +224,11 @@ class PackedStack(nn.Module):
 
     def product(self, index: int, x: Tensor) -> Tensor:
         """x [.., C] times matrix ``index`` transposed -> [.., R]."""
-        if self.matrices(index) is None:
+        if self.compiled_matrices(index) is None:
             return linear(x, self[index])
         return torch.cat([part(x) for part in self._of(index)], -1)
 
-    def matrices(self, index: int) -> list[Matrix] | None:
+    def compiled_matrices(self, index: int) -> list[Matrix] | None:
         """The stored matrices one below another that are matrix ``index``, if compiled kernels multiply by all of them."""
         return _compiled(self._of(index))
 

@@ -102,7 +102,7 @@ def _parts(shared: nn.Module | None) -> tuple[Any, ...]:
     made: list[Any] = [shared, *shared._modules.values()]
     for linear in shared._modules.values():
         made += [getattr(linear, "matrix", None), *_places(linear._parameters.get("weight"))]  # pyright: ignore
-        made += linear.matrices() or () if hasattr(linear, "matrices") else ()  # pyright: ignore
+        made += linear.compiled_matrices() or () if hasattr(linear, "compiled_matrices") else ()  # pyright: ignore
     return tuple(made)
 
 
@@ -111,7 +111,7 @@ def _matrices(stack: Any) -> list[list[Matrix]]:
     if isinstance(stack, MatrixStack):
         return [[one] for one in stack.matrices]
     if not isinstance(stack, Tensor):  # held as a checkpoint packs it (adapt.packed.PackedStack)
-        held = [stack.matrices(e) for e in range(len(stack))]
+        held = [stack.compiled_matrices(e) for e in range(len(stack))]
         if any(one is None for one in held):
             raise _Refused
         return held
@@ -149,7 +149,7 @@ def _matrix(linear: Any) -> list[Matrix]:
         return [linear.matrix]
     if type(linear) is Linear:
         return _matrices(linear.weight[None])[0]
-    made = linear.matrices() if hasattr(linear, "matrices") else None  # adapt.packed.PackedLinear
+    made = linear.compiled_matrices() if hasattr(linear, "compiled_matrices") else None  # adapt.packed.PackedLinear
     if made is None:
         raise _Refused
     return made

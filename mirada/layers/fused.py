@@ -69,9 +69,11 @@ def on(x: Tensor) -> bool:
 
 
 def compiles(x: Tensor) -> bool:
-    """Whether the compiled CPU kernels may read ``x``: they take addresses, which subclasses and traces do not have."""
+    """Whether the compiled CPU kernels may read ``x``: they take addresses, which subclasses and traces do not have. Triton's
+    come first where tests interpret them."""
     return (
         x.device.type == "cpu"
+        and not on(x)
         and type(x) is Tensor
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()

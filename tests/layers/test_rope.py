@@ -73,7 +73,7 @@ def test_turned_where_they_lie_equals_the_written_rule(heads: int, width: int, p
         for norm in norms:
             norm.weight.copy_(torch.randn(width))
         beside = made.view(tokens, heads + 2, width)[:, heads:].clone()
-        source = pairs_to_halves(held) if pairs else norm_heads(held, *norms, 1)
+        source = pairs_to_halves(held) if pairs else norm_heads(held, norms[0], norms[1], 1)
         expected = rotate(source, turn)
         given = () if pairs else ((norms[0], 1), (norms[1], heads - 1))
         got = fused.turn_in_place(made, by, held, turn, given, pairs)
