@@ -215,7 +215,7 @@ def stacked(weights: torch.Tensor, form: tuple[Format, int] | None) -> torch.nn.
         return torch.nn.Parameter(weights.detach().clone())
     if form[0] == Format.BF16:
         return MatrixStack([Matrix.of(one.detach().bfloat16()) for one in weights])
-    made = [Matrix.empty(form[0], *one.shape, form[1]) for one in weights]
+    made = [Matrix.empty(form[0], one.shape[0], one.shape[1], form[1]) for one in weights]
     for matrix, one in zip(made, weights, strict=True):
         matrix.fill(0, one.detach())
     return MatrixStack(made)
