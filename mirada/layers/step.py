@@ -40,8 +40,13 @@ SPAN = 256
 """Keys of one part of attention (step.c)."""
 LAYER_BYTES = 256 << 10
 """Bytes of a layer's weights that are worth one thread more."""
+LARGE_PAGES = 4 << 20, 256 << 20
+"""Bytes of all float weights from which and up to which they are put into large pages: with small ones a processor that reads
+that much each step looks up more addresses than it can remember. Of more it costs seconds."""
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 _KEPT = {torch.float32: 0, torch.bfloat16: 1}
+_FLOATS = tuple(_FORMATS.values())
+_PAGE = 2 << 20
 _KEPT_INT8 = 2
 _NO_SUCH_TOKEN = ctypes.c_size_t(-1).value
 
@@ -275,8 +280,24 @@ class _Plan:
         self._calls: dict[int, tuple[_Call, Any, Any, Any]] = {}
         self._library: Any = library()
         self._by = ctypes.addressof(model)
+        self._large_pages()
         first = self._layers[0]
         self._large = SMALL_LAYER < sum(w.rows * w.cols for w in (first.qkv, first.out, first.gate_up, first.down))
+
+    def _large_pages(self) -> None:
+        layers = [getattr(layer, name) for layer in self._layers for name in ("qkv", "out", "gate_up", "down")]
+        found = {m.values: m for m in (*layers, self._model.head, self._model.table) if m.rows and m.format in _FLOATS}
+        ranges = sorted((start, start + _bytes(m)) for start, m in found.items())
+        if not LARGE_PAGES[0] <= sum(end - start for start, end in ranges) <= LARGE_PAGES[1]:
+            return
+        joined = ranges[:1]
+        for start, end in ranges[1:]:  # tensors that were made together lie together
+            if start - joined[-1][1] < _PAGE:
+                joined[-1] = joined[-1][0], end
+            else:
+                joined.append((start, end))
+        for start, end in joined:
+            self._library.mr_large_pages(start, end - start)
 
     def _layer(self, block: Block) -> _Layer:
         q_norm, k_norm = block.head_norms or (None, None)

@@ -209,6 +209,11 @@ def test_tokens_are_looked_up(dtype: torch.dtype) -> None:
         assert decoder.logits(None, new, filled(CONFIG, (9, 3)), head) is None
 
 
+def test_weights_in_large_pages() -> None:
+    """As many as are moved there: what is read is what was there before."""
+    compare(replace(CONFIG, hidden_size=512, intermediate_size=1408, num_hidden_layers=1), (70, 0), (1, 3), tolerance=1e-4)
+
+
 def test_where_few_rows_are_the_limit() -> None:
     """Large layers, and what lies far behind, are left to the modules when there are more."""
     decoder, head = make()

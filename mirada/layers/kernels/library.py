@@ -94,6 +94,7 @@ def _declare(library: ctypes.CDLL) -> None:
         ("mr_quantise", whole, (whole, whole, pointer, whole, whole, pointer, pointer)),
         ("mr_fill", whole, (matrix, whole, whole, whole, pointer)),
         ("mr_step", ctypes.c_size_t, (pointer, pointer)),
+        ("mr_large_pages", None, (pointer, ctypes.c_size_t)),
         ("mr_largest", None, (pointer, whole, ctypes.c_int64, pointer)),
         ("mr_checksum", ctypes.c_uint64, (pointer, ctypes.c_size_t)),
     ):

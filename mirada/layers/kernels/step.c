@@ -14,6 +14,9 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <string.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #define TILE 64    /* keys whose scores are computed together */
 #define SPAN 256   /* keys of one piece of attention; parts are joined in order */
@@ -443,6 +446,18 @@ size_t mr_step(const mr_decoder *decoder, const mr_call *call) {
     }
     mr_parallel_most(call->threads, run, &made);
     return 0;
+}
+
+void mr_large_pages(const void *from, size_t size) {
+#if defined(__linux__)
+    enum { PAGE = 2 << 20, COLLAPSE = 25 }; /* MADV_COLLAPSE, Linux 6.1; older ones refuse it */
+    uintptr_t begin = (uintptr_t)from / PAGE * PAGE, end = ((uintptr_t)from + size + PAGE - 1) / PAGE * PAGE;
+    /* It does what it can and says what was left; the first and the last page may be half another's. */
+    if (end - begin > PAGE && madvise((void *)begin, end - begin, COLLAPSE))
+        madvise((void *)(begin + PAGE), end - begin - PAGE, COLLAPSE);
+#else
+    (void)from, (void)size;
+#endif
 }
 
 void mr_largest(const float *x, int n, int64_t width, int64_t *places) {

@@ -64,6 +64,9 @@ typedef struct {
  * rows products with matrices of floats sum in another order. */
 size_t mr_step(const mr_decoder *decoder, const mr_call *call);
 
+/* Asks the system to put what lies in [from, from + size) into large pages, where it can; nothing is moved for the reader. */
+void mr_large_pages(const void *from, size_t size);
+
 /* The place of the largest of each row of x [n, width], of equal ones the first; -1 where it is not finite or one is no number. */
 void mr_largest(const float *x, int n, int64_t width, int64_t *places);
 
