@@ -273,10 +273,19 @@ def test_a_row_depends_on_nothing_beside_it() -> None:
             row += 1
 
 
-def test_threads_wait_for_each_other() -> None:
-    """Long attention between short products, many times: who went on too soon would read what is not there yet."""
-    decoder, head = make(replace(CONFIG, num_hidden_layers=6, hidden_size=256, intermediate_size=768))
-    past, before = (3000, 900), torch.get_num_threads()
+@pytest.mark.parametrize(
+    ("past", "sizes"),
+    [
+        ((3000, 900), {"hidden_size": 256, "intermediate_size": 768}),
+        ((0, 0), {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 48, "num_key_value_heads": 48}),
+        ((0, 0), {"hidden_size": 256, "intermediate_size": 3072}),
+    ],
+    ids=["attention", "heads", "mlp"],
+)
+def test_threads_wait_for_each_other(past: tuple[int, int], sizes: dict[str, int]) -> None:
+    """One stage that takes long between short ones, many times: who went on too soon would read what is not there yet."""
+    decoder, head = make(replace(CONFIG, num_hidden_layers=6, **sizes))
+    before = torch.get_num_threads()
     cache = filled(decoder.config, past)
     try:
         for turn in range(12):
