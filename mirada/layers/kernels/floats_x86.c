@@ -81,20 +81,70 @@ AVX512 INLINE void dots512(const int deep, const int count, const int narrow, co
     }
 }
 
-#define DOTS512(deep, n) case n: dots512(deep, n, narrow, w, at, row, to); break;
+/* The sums of dots512, of DEEP rows of w together, for 2 to 6 rows of x: these are read once for all DEEP. So that registers
+ * suffice, one strand is summed after the other, over columns that the cache holds by then; what comes after these rows of w is
+ * asked for meanwhile, as one stream. */
+AVX512 INLINE void strands512(const int count, const int narrow, const int ahead, const mr_matrix *w, const float *x, int row, float *y) {
+    const size_t cols = w->cols, begin = row * cols;
+    const char *next = (const char *)w->values + (begin + DEEP * cols) * (narrow ? 2 : 4);
+    __m512 kept[STRANDS][6][DEEP];
+    for (int s = 0; s < STRANDS; s++) {
+        __m512 made[6][DEEP];
+#pragma GCC unroll 6
+        for (int t = 0; t < count; t++)
+#pragma GCC unroll 4
+            for (int r = 0; r < DEEP; r++) made[t][r] = _mm512_setzero_ps();
+        for (size_t c = 16 * s; c < cols; c += 16 * STRANDS) {
+            __mmask16 mask = cols - c < 16 ? (__mmask16)((1u << (cols - c)) - 1) : 0xffff;
+            __m512 value[DEEP];
+#pragma GCC unroll 4
+            for (int r = 0; r < DEEP && ahead; r++) {
+                if (narrow && r % 2) continue;
+                _mm_prefetch(next, _MM_HINT_T0), next += 64;
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < DEEP; r++) value[r] = some(narrow, w->values, begin + r * cols + c, mask);
+#pragma GCC unroll 6
+            for (int t = 0; t < count; t++) {
+                __m512 of = _mm512_maskz_loadu_ps(mask, x + t * cols + c);
+#pragma GCC unroll 4
+                for (int r = 0; r < DEEP; r++) made[t][r] = _mm512_fmadd_ps(value[r], of, made[t][r]);
+            }
+        }
+#pragma GCC unroll 6
+        for (int t = 0; t < count; t++)
+#pragma GCC unroll 4
+            for (int r = 0; r < DEEP; r++) kept[s][t][r] = made[t][r];
+    }
+    for (int t = 0; t < count; t++) {
+        __m256 sums[DEEP];
+        float out[DEEP];
+#pragma GCC unroll 4
+        for (int r = 0; r < DEEP; r++) {
+            __m512 sum = _mm512_add_ps(_mm512_add_ps(kept[0][t][r], kept[1][t][r]), _mm512_add_ps(kept[2][t][r], kept[3][t][r]));
+            sums[r] = _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1));
+        }
+        _mm_storeu_ps(out, totals(sums[0], sums[1], sums[2], sums[3]));
+        put(w, out, row, DEEP, y + (size_t)t * w->rows);
+    }
+}
+
+#define STRANDS512(n) case n: strands512(n, narrow, first == 0, w, at, row, to); break;
 AVX512 INLINE void floats512(const int narrow, const mr_matrix *w, const float *x, int n, int begin, int end, float *y) {
     for (int row = begin, deep; row < end; row += deep) { /* rows outside: each is read from memory once, then from the cache */
         deep = row + DEEP <= end ? DEEP : 1;
-        for (int first = 0; first < n; first += 6) {
+        for (int first = 0, count; first < n; first += count) {
             const float *at = x + (size_t)first * w->cols;
             float *to = y + (size_t)first * w->rows;
-            if (deep == DEEP) {
-                switch (n - first) {
-                    DOTS512(DEEP, 1) DOTS512(DEEP, 2) DOTS512(DEEP, 3) DOTS512(DEEP, 4) DOTS512(DEEP, 5)
-                    default: dots512(DEEP, 6, narrow, w, at, row, to);
-                }
+            count = n - first > 6 ? 4 : n - first;
+            if (deep < DEEP || count == 1) {
+                for (int t = 0; t < count; t++)
+                    if (deep == DEEP)
+                        dots512(DEEP, 1, narrow, w, at + (size_t)t * w->cols, row, to + (size_t)t * w->rows);
+                    else
+                        dots512(1, 1, narrow, w, at + (size_t)t * w->cols, row, to + (size_t)t * w->rows);
             } else {
-                for (int t = first; t < n && t < first + 6; t++) dots512(1, 1, narrow, w, x + (size_t)t * w->cols, row, y + (size_t)t * w->rows);
+                switch (count) { STRANDS512(2) STRANDS512(3) STRANDS512(4) STRANDS512(5) STRANDS512(6) }
             }
         }
     }
@@ -113,6 +163,17 @@ AVX2 INLINE __m256 eight(const int narrow, const void *values, size_t at) {
     if (!narrow) return _mm256_loadu_ps((const float *)values + at);
     __m128i half = _mm_loadu_si128((const __m128i *)((const uint16_t *)values + at));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+
+/* Columns from `from` on, fewer than a vector, to sums of `deep` rows. */
+AVX2 INLINE void add_rest(const mr_matrix *w, const float *x, size_t from, int row, const int deep, const int narrow, float *sums) {
+    const size_t cols = w->cols;
+    for (size_t k = from; k < cols; k++)
+        for (int r = 0; r < deep; r++) {
+            size_t i = (row + r) * cols + k;
+            float value = narrow ? mr_bf16_to_float(((const uint16_t *)w->values)[i]) : ((const float *)w->values)[i];
+            sums[r] = __builtin_fmaf(value, x[k], sums[r]);
+        }
 }
 
 AVX2 INLINE void dots256(const int deep, const int count, const int narrow, const mr_matrix *w, const float *x, int row, float *y) {
@@ -146,30 +207,74 @@ AVX2 INLINE void dots256(const int deep, const int count, const int narrow, cons
         float out[DEEP];
         for (int r = deep; r < DEEP; r++) sums[t][r] = _mm256_setzero_ps();
         _mm_storeu_ps(out, totals(sums[t][0], sums[t][1], sums[t][2], sums[t][3]));
-        for (size_t k = c; k < cols; k++)
-            for (int r = 0; r < deep; r++) {
-                size_t i = (row + r) * cols + k;
-                float value = narrow ? mr_bf16_to_float(((const uint16_t *)w->values)[i]) : ((const float *)w->values)[i];
-                out[r] = __builtin_fmaf(value, x[t * cols + k], out[r]);
-            }
+        add_rest(w, x + t * cols, c, row, deep, narrow, out);
         put(w, out, row, deep, y + (size_t)t * w->rows);
     }
 }
 
-#define DOTS256(deep, n) case n: dots256(deep, n, narrow, w, at, row, to); break;
+/* See strands512: of dots256, for 2 or 3 rows of x. */
+AVX2 INLINE void strands256(const int count, const int narrow, const int ahead, const mr_matrix *w, const float *x, int row, float *y) {
+    const size_t cols = w->cols, begin = row * cols, whole = cols / 8 * 8;
+    const char *next = (const char *)w->values + (begin + DEEP * cols) * (narrow ? 2 : 4);
+    __m256 kept[STRANDS][3][DEEP];
+    for (int s = 0; s < STRANDS; s++) {
+        __m256 made[3][DEEP];
+#pragma GCC unroll 3
+        for (int t = 0; t < count; t++)
+#pragma GCC unroll 4
+            for (int r = 0; r < DEEP; r++) made[t][r] = _mm256_setzero_ps();
+        for (size_t c = 8 * s; c < whole; c += 8 * STRANDS) {
+            __m256 of[3];
+            if (ahead) {
+                _mm_prefetch(next, _MM_HINT_T0);
+                if (!narrow) _mm_prefetch(next + 64, _MM_HINT_T0);
+                next += narrow ? 64 : 128;
+            }
+#pragma GCC unroll 3
+            for (int t = 0; t < count; t++) of[t] = _mm256_loadu_ps(x + t * cols + c);
+#pragma GCC unroll 4
+            for (int r = 0; r < DEEP; r++) {
+                __m256 value = eight(narrow, w->values, begin + r * cols + c);
+#pragma GCC unroll 3
+                for (int t = 0; t < count; t++) made[t][r] = _mm256_fmadd_ps(value, of[t], made[t][r]);
+            }
+        }
+#pragma GCC unroll 3
+        for (int t = 0; t < count; t++)
+#pragma GCC unroll 4
+            for (int r = 0; r < DEEP; r++) kept[s][t][r] = made[t][r];
+    }
+    for (int t = 0; t < count; t++) {
+        __m256 sums[DEEP];
+        float out[DEEP];
+#pragma GCC unroll 4
+        for (int r = 0; r < DEEP; r++)
+            sums[r] = _mm256_add_ps(_mm256_add_ps(kept[0][t][r], kept[1][t][r]), _mm256_add_ps(kept[2][t][r], kept[3][t][r]));
+        _mm_storeu_ps(out, totals(sums[0], sums[1], sums[2], sums[3]));
+        add_rest(w, x + t * cols, whole, row, DEEP, narrow, out);
+        put(w, out, row, DEEP, y + (size_t)t * w->rows);
+    }
+}
+
+#define STRANDS256(n) case n: strands256(n, narrow, first == 0, w, at, row, to); break;
 AVX2 INLINE void floats256(const int narrow, const mr_matrix *w, const float *x, int n, int begin, int end, float *y) {
     for (int row = begin, deep; row < end; row += deep) {
         deep = row + DEEP <= end ? DEEP : 1;
-        for (int first = 0; first < n; first += 3) {
+        for (int first = 0, count; first < n; first += count) {
             const float *at = x + (size_t)first * w->cols;
             float *to = y + (size_t)first * w->rows;
-            if (deep == DEEP) {
-                switch (n - first) {
-                    DOTS256(DEEP, 1) DOTS256(DEEP, 2)
-                    default: dots256(DEEP, 3, narrow, w, at, row, to);
-                }
+            count = n - first > 4 ? 3 : n - first > 1 ? 2 + (n - first == 3) : 1;
+            if (deep < DEEP || count == 1) {
+                for (int t = 0; t < count; t++)
+                    if (deep == DEEP)
+                        dots256(DEEP, 1, narrow, w, at + (size_t)t * w->cols, row, to + (size_t)t * w->rows);
+                    else
+                        dots256(1, 1, narrow, w, at + (size_t)t * w->cols, row, to + (size_t)t * w->rows);
             } else {
-                for (int t = first; t < n && t < first + 3; t++) dots256(1, 1, narrow, w, x + (size_t)t * w->cols, row, y + (size_t)t * w->rows);
+                switch (n == 2 ? 0 : count) {
+                    STRANDS256(2) STRANDS256(3)
+                    default: dots256(DEEP, 2, narrow, w, at, row, to);
+                }
             }
         }
     }
