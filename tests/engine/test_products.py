@@ -18,10 +18,8 @@ from tiny import flat, frames_spelt, random_prompt
 from tiny_adapters import make_adapter
 
 from mirada import VLM, Sampling
-from mirada.engine import llm
 from mirada.engine import scheduler as scheduling
 from mirada.engine.guide import allow
-from mirada.layers.cache import make_cache
 from mirada.media.grid import Patches, content_key
 from mirada.types import Output, Prompt
 
@@ -128,7 +126,6 @@ def draw_settings(random: np.random.Generator, vlm: VLM) -> dict[str, Any]:
         "step_tokens": int(random.choice([3, 24, 200, 1024])),
         "step_patches": int(random.choice([8, 64, 4096])),
         "cache_bytes": least + int(random.choice([0, 1, 8])) * size,
-        "layout": str(random.choice(["auto", "paged"])),
         "prefix_cache_bytes": int(random.choice([0, size // 4, 64 * size])),
         "encoder_cache_bytes": int(random.choice([0, 4000, 1 << 24])),
         "speculate": int(random.choice([0, 3, 7])),
@@ -177,9 +174,8 @@ def world(seed: int, kind: str, plains, monkeypatch, count: int = 8) -> dict[str
     plain = get(kind, kv, quant)
     parts = plain.parts
     asks = draw_asks(plain, random, count)
-    monkeypatch.setattr(llm, "make_cache", lambda *a, **k: make_cache(*a, **k, layout=layout))
     monkeypatch.setattr(scheduling, "ROOM_TO_GROW", int(random.choice([1, 64])))
-    settings = draw_settings(random, plain) | {"kv": kv}
+    settings = draw_settings(random, plain) | {"kv": kv, "layout": layout}
     alone = [answer(plain, ask) for ask in asks]
     with VLM.from_parts(parts.model, parts.renderer, parts.rule, eos=parts.eos, engine=settings) as vlm:
         load_adapters(vlm, folders[kind])
