@@ -8,6 +8,9 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 static uint16_t float_to_half(float value) { /* to nearest, ties to even */
     union { float f; uint32_t u; } in = {value};
@@ -137,6 +140,9 @@ static inline four_floats whole(four_floats x) {
 
 static inline four_floats same(float x) { return (four_floats){x, x, x, x}; }
 
+#if defined(__x86_64__)
+static inline four_floats clamped(four_floats x, float low, float high) { return _mm_min_ps(_mm_max_ps(x, same(low)), same(high)); }
+#else
 static inline four_floats chosen(four_ints where, four_floats yes, four_floats no) {
     return (four_floats)(((four_ints)yes & where) | ((four_ints)no & ~where));
 }
@@ -145,6 +151,7 @@ static inline four_floats clamped(four_floats x, float low, float high) {
     x = chosen(x < same(low), same(low), x);
     return chosen(x > same(high), same(high), x);
 }
+#endif
 
 static inline float total(four_floats x) { return (x[0] + x[1]) + (x[2] + x[3]); }
 
@@ -191,7 +198,6 @@ int mr_quantise(int format, int group, const float *x, int count, int cols, uint
     if (!memory) return 2;
     four_floats *part = (four_floats *)(((uintptr_t)memory + 15) / 16 * 16);
     uint8_t *one = (uint8_t *)part + padded * sizeof(float);
-    if (four) memset(values, 0, (size_t)count * stride);
     for (int i = 0; i < count; i++) {
         for (int g = 0; g < groups; g++) {
             int begin = g * width, size = begin + width < cols ? width : cols - begin;
@@ -211,7 +217,8 @@ int mr_quantise(int format, int group, const float *x, int count, int cols, uint
                 continue;
             }
             uint8_t *to = values + (size_t)i * stride + begin / 2; /* groups are even, or there is only one */
-            for (int c = 0; c < size; c++) to[c / 2] |= (uint8_t)(one[c] << (c % 2 ? 4 : 0));
+            for (int c = 0; c + 1 < size; c += 2) to[c / 2] = (uint8_t)(one[c] | one[c + 1] << 4);
+            if (size % 2) to[size / 2] = one[size - 1];
         }
     }
     free(memory);
