@@ -4,7 +4,8 @@
 
 One row of x reads all of a weight: GB/s, as a share of what a sum over fresh memory reads. Weights are cycled so that together
 they are larger than any cache. Many rows (256) are bound by arithmetic: GF/s. Times are the least of interleaved rounds, of
-process time divided by threads with ``--cpu-time`` (for a machine that is shared).
+process time divided by threads with ``--cpu-time`` (for a machine that is shared). ``MIRADA_CPU_KERNELS=avx2`` caps the set of
+instructions.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ FORMS = (
     ("int4:32", Format.INT4, 32),
     ("int4:64", Format.INT4, 64),
 )
+FEW = (1, 2, 4, 8)
+"""Rows of x that all read a weight once: a few sequences together, or a guess and its check."""
 MANY = 256
 
 
@@ -64,8 +67,8 @@ def bandwidth(rounds: int, clock: Callable[[], float]) -> float:
     return CYCLED / least({"": lambda: fresh.sum()}, rounds, clock)[""]  # pyright: ignore
 
 
-def few(name: str, shape: tuple[int, int], rows: int, rounds: int, clock: Callable[[], float], peak: float) -> None:
-    weight, x = torch.randn(shape) * 0.03, torch.randn(rows, shape[1])
+def few(name: str, shape: tuple[int, int], rounds: int, clock: Callable[[], float], peak: float) -> None:
+    weight, xs = torch.randn(shape) * 0.03, {rows: torch.randn(rows, shape[1]) for rows in FEW}
     held: dict[str, list] = {"fp32, F.linear": cycled(weight.clone, weight.nbytes)}
     held["bf16, F.linear"] = cycled(weight.bfloat16().clone, weight.nbytes // 2)
     held["fp32"] = [Matrix.of(w) for w in held["fp32, F.linear"]]
@@ -73,18 +76,20 @@ def few(name: str, shape: tuple[int, int], rows: int, rounds: int, clock: Callab
     for form, format, group in FORMS:
         held[form] = copies(filled(weight, format, group))
 
-    def run(form: str) -> Callable[[], None]:
+    def run(form: str, x: torch.Tensor) -> Callable[[], None]:
         if form.endswith("F.linear"):
             given = x.bfloat16() if form.startswith("bf16") else x
             return lambda: [F.linear(given, w) for w in held[form]] and None
         return lambda: [product(w, x) for w in held[form]] and None
 
-    for form, seconds in least({form: run(form) for form in held}, rounds, clock).items():
-        rate = sum(w.nbytes for w in held[form]) / seconds
-        print(
-            f"{name:8} {rows:4} rows  {form:16} {seconds / len(held[form]) * 1e6:9.0f} us"
-            f" {rate / 1e9:7.1f} GB/s {rate / peak:6.0%}"
-        )
+    for form, weights in held.items():
+        taken = least({str(rows): run(form, x) for rows, x in xs.items()}, rounds, clock)
+        for rows, seconds in taken.items():
+            rate = sum(w.nbytes for w in weights) / seconds
+            print(
+                f"{name:8} {rows:>4} rows  {form:16} {seconds / len(weights) * 1e6:9.0f} us"
+                f" {rate / 1e9:7.1f} GB/s {rate / peak:6.0%} {seconds / taken['1']:6.2f} x one row"
+            )
 
 
 def many(name: str, shape: tuple[int, int], rounds: int, clock: Callable[[], float]) -> None:
@@ -133,8 +138,7 @@ def main() -> None:
             f"memory reads {peak / 1e9:.1f} GB/s"
         )
         for name in args.shapes:
-            for rows in (1, 8):
-                few(name, SHAPES[name], rows, args.rounds, clock, peak)
+            few(name, SHAPES[name], args.rounds, clock, peak)
             many(name, SHAPES[name], args.rounds, clock)
 
 
