@@ -172,30 +172,10 @@ def serve(
     """Serve models over OpenAI's HTTP API. Settings of media and thinking hold where a request says nothing of them."""
     from mirada.cli.serve import Plan, run
 
-    chosen = options.given(
-        host=host,
-        port=port,
-        thinking=options.mode(thinking),
-        fps=fps,
-        nframes=nframes,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-    )
-    run(
-        Plan(
-            model or ["mini"],
-            adapter or [],
-            chosen,
-            api_key or [],
-            api_key_file,
-            media_root,
-            private_media,
-            device,
-            quant,
-            kv,
-            config,
-        )
-    )
+    media = {"fps": fps, "nframes": nframes, "min_pixels": min_pixels, "max_pixels": max_pixels}
+    chosen = options.given(host=host, port=port, thinking=options.mode(thinking), **media)
+    secrets = (api_key or [], api_key_file)
+    run(Plan(model or ["mini"], adapter or [], chosen, *secrets, media_root, private_media, device, quant, kv, config))
 
 
 @app.command()

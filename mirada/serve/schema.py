@@ -201,8 +201,8 @@ def _parts() -> dict[str, Schema]:
     return {"ChatMessage": {"anyOf": messages}, "InputItem": {"anyOf": items}}
 
 
-def _answers() -> dict[str, Schema]:
-    """What answers are made of."""
+def _annotation() -> Schema:
+    """What an answer points at."""
     count = whole(0)
     pair, quad = many(number(0), minItems=2, maxItems=2), many(number(0), minItems=4, maxItems=4)
     sides = many(count, minItems=2, maxItems=2)
@@ -221,16 +221,11 @@ def _answers() -> dict[str, Schema]:
     annotation["description"] = (
         "A box [x1, y1, x2, y2], a point [x, y] or a polygon in pixels of the original, upright picture of size [width, height]"
     )
-    token = {"token": text(), "logprob": number(), "bytes": maybe(many(whole(0, 255)))}
-    logprobs = told({"content": many(told({**token, "top_logprobs": many(told(token))})), "refusal": {"type": "null"}})
-    function = told({"name": text(), "arguments": text()})
-    call = told({"id": text(), "type": one_of("function"), "function": function})
-    piece = told(
-        {"index": count},
-        {"id": text(), "type": one_of("function"), "function": told({}, {"name": text(), "arguments": text()})},
-    )
-    frames = {"num_frames": count, "timestamps": many(many(number()))}
-    usage = told(
+    return annotation
+
+
+def _usage(count: Schema, frames: Mapping[str, Schema]) -> Schema:
+    return told(
         {
             "prompt_tokens": count,
             "completion_tokens": count,
@@ -240,6 +235,20 @@ def _answers() -> dict[str, Schema]:
         },
         frames,
     )
+
+
+def _answers() -> dict[str, Schema]:
+    """What answers are made of."""
+    count = whole(0)
+    token = {"token": text(), "logprob": number(), "bytes": maybe(many(whole(0, 255)))}
+    logprobs = told({"content": many(told({**token, "top_logprobs": many(told(token))})), "refusal": {"type": "null"}})
+    function = told({"name": text(), "arguments": text()})
+    call = told({"id": text(), "type": one_of("function"), "function": function})
+    piece = told(
+        {"index": count},
+        {"id": text(), "type": one_of("function"), "function": told({}, {"name": text(), "arguments": text()})},
+    )
+    frames = {"num_frames": count, "timestamps": many(many(number()))}
     reason = one_of("stop", "length", "tool_calls")
     beside = {"stop_reason": text(), "token_ids": many(count), "annotations": many(ref("Annotation"))}
     message = told(
@@ -271,8 +280,8 @@ def _answers() -> dict[str, Schema]:
         {"parent": text()},
     )
     return {
-        "Annotation": annotation,
-        "Usage": usage,
+        "Annotation": _annotation(),
+        "Usage": _usage(count, frames),
         "ChatCompletion": told(
             {**head, "object": one_of("chat.completion"), "choices": many(choice), "usage": ref("Usage")},
             {"notes": many(text())},

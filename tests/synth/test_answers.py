@@ -134,7 +134,7 @@ def test_answers_follow_from_the_facts(task, split):
 def test_further_questions_are_about_the_same_picture(task):
     solve, _ = CASES[task]
     questions, kinds = set(), set()
-    for index in range(20):
+    for index in range(50):
         drawn = synth.sample(task, 8, index, fonts="builtin")
         for more in synth.more_questions(drawn, 10, 8, index):
             assert more.image is drawn.image
