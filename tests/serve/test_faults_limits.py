@@ -306,7 +306,7 @@ def test_a_client_that_vanishes_mid_stream_two_hundred_times(tight):
     assert (tight.figure("engine_generated_tokens_total") - tokens) / 200 < 300  # of its 3000
     assert tight.answer("what?", image(data_uri(png()))) == right
     wait_for(lambda: tight.held()[1] <= held[1] + 1)
-    assert tight.held()[0] <= held[0] + 1
+    assert tight.held()[0] <= held[0] + 8  # pools may yet have grown to their size; two hundred leaks they are not
     assert len([line for line in tight.logged() if line.get("status") == 499]) >= 216
 
 
