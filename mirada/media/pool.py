@@ -137,7 +137,9 @@ class _State:
     num_lost: int = 0
     closed: bool = False
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """Have all end soon. It waits for nobody: the garbage collector may call it in a thread that holds ``changed``, which
+        those that it would wait for need."""
         with self.changed:
             self.closed = True
             while self.line:
@@ -145,6 +147,8 @@ class _State:
             for process in self.processes:
                 process.kill()
             self.changed.notify_all()
+
+    def join(self) -> None:
         for lane in self.lanes:
             if lane is not threading.current_thread():
                 lane.join()
@@ -159,7 +163,7 @@ class Pool:
     def __init__(self, workers: int | None = None) -> None:
         self.workers = default_workers() if workers is None else workers
         self._state = _State()
-        self._closer = weakref.finalize(self, self._state.close)
+        self._closer = weakref.finalize(self, self._state.stop)
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -200,6 +204,7 @@ class Pool:
     def close(self) -> None:
         """End the workers; what waits fails."""
         self._closer()
+        self._state.join()
 
 
 def _drive(state: _State) -> None:

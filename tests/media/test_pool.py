@@ -363,3 +363,21 @@ def test_times_of_inner_stages_do_not_count_twice():
             time.sleep(0.05)
     assert 0.04 <= times["outer"] < 0.05 + 0.04 and 0.05 <= times["inner"] < 0.1
     assert times._inner == [pytest.approx(times["outer"] + times["inner"])]
+
+
+def test_a_pool_may_be_collected_in_a_thread_that_holds_its_lock():
+    """As the garbage collector may do; waiting there for a worker's thread, which needs the lock, would be for ever."""
+    made = Pool(1)
+    lane = threading.Thread(target=pool_module._drive, args=(made._state,), daemon=True)
+    made._state.lanes.append(lane)
+
+    def collect() -> None:
+        with made._state.changed:
+            lane.start()
+            made._closer()
+
+    collector = threading.Thread(target=collect, daemon=True)
+    collector.start()
+    for thread in (collector, lane):
+        thread.join(10)
+        assert not thread.is_alive()
