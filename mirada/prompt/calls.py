@@ -20,6 +20,66 @@ HEAD_MOST = 512
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\\x00-\x1f]|\\.)+")\s*,\s*"arguments"\s*:\s*(?=\{)')
 _MARKED_NAME = re.compile(r"\s*(?:functions\.)?(\S(?:.*?\S)??)(?::\d+)?\s*", re.DOTALL)
 _OUTSIDE, _INSIDE = re.compile(r'[{}\[\]"]'), re.compile(r'["\\]')
+_ENDS = re.compile(r'["\\\x00-\x1f]')
+"""What ends a string of JSON, goes on with it otherwise, or cannot stand in one."""
+
+
+class JsonText:
+    """Follows JSON while it is written, so that what stands inside its strings is no tag.
+
+    What does not begin as an object or a list is no JSON, and neither is what has a control character in a string; from there
+    on, and after the end of the value, a tag is a tag wherever it stands.
+    """
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._begun = self._over = self._quoted = self._escaped = False
+
+    def find(self, text: str, at: int, tags: re.Pattern[str]) -> tuple[re.Match[str] | None, bool]:
+        """(the first of ``tags`` in ``text[at:]`` that is not inside a string, whether the text ends inside one). What follows
+        a tag that is found is not read; an end that may be the beginning of a tag is read again with what follows it."""
+        tag = tags.search(text, at)
+        while at < len(text) and not self._over:
+            if not self._begun:
+                at = self._begin(text, at)
+            elif self._quoted:
+                at = self._string(text, at)
+            else:
+                if tag is not None and tag.start() < at:  # it was inside a string
+                    tag = tags.search(text, at)
+                mark = _OUTSIDE.search(text, at)
+                if mark is None or (tag is not None and tag.start() < mark.start()):
+                    return tag, False
+                at = mark.end()
+                self._mark(mark[0])
+        return (tags.search(text, at), False) if self._over else (None, self._quoted)
+
+    def _begin(self, text: str, at: int) -> int:
+        while at < len(text) and text[at].isspace():
+            at += 1
+        if at < len(text):
+            self._begun, self._over = True, text[at] not in "{["
+        return at
+
+    def _string(self, text: str, at: int) -> int:
+        """Where the string ends, or the text."""
+        if self._escaped:
+            self._escaped, at = False, at + 1
+        while match := _ENDS.search(text, at):
+            at = match.end()
+            if match[0] != "\\":
+                self._quoted, self._over = False, match[0] != '"'
+                return at
+            self._escaped = at == len(text)
+            at += 1
+        return len(text)
+
+    def _mark(self, found: str) -> None:
+        if found == '"':
+            self._quoted = True
+        else:
+            self._depth += 1 if found in "{[" else -1
+            self._over = self._depth <= 0
 
 
 class JsonCall:

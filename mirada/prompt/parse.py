@@ -4,8 +4,8 @@ The rules, chosen so that each decision needs no more than a tag's length of wha
 
 - ``<think>`` and ``<analysis>`` open only before any answer text; inside, all is reasoning up to their own closing tag.
 - ``<answer>`` opens only before any answer text; after ``</answer>`` further text belongs to the answer.
-- A tool call (``prompt.calls``) opens wherever answer text may stand, and ends at its first closing tag; if what is inside is
-  no call, the whole of it, tags included, is answer text. Once its name and the beginning of its arguments are read it is a
+- A tool call (``prompt.calls``) opens wherever answer text may stand, and ends at its first closing tag that is not inside a
+  string of its JSON; if what is inside is no call, the whole of it, tags included, is answer text. Once its name and the beginning of its arguments are read it is a
   call, and its arguments are told as they are written, be they JSON to the end or not; what then follows in vain is text.
   Kimi's marks around the calls of a reply are dropped.
 - A tag anywhere else (nested, stray, closing what is not open) is text. What is still open at the end is closed there.
@@ -19,7 +19,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Literal
 
-from mirada.prompt.calls import JsonCall, MarkedCall
+from mirada.prompt.calls import JsonCall, JsonText, MarkedCall
 from mirada.prompt.format import PromptFormat, Tags
 from mirada.types import Delta, Message, Text, ToolCall, joined_calls
 
@@ -69,6 +69,8 @@ class Parser:
         """Where Kimi's section of calls returns to."""
         self._call: JsonCall | MarkedCall = JsonCall(0)
         """The tool call that is open."""
+        self._json = JsonText()
+        """What it holds."""
         self._most_calls = most_calls
         self.full = False
         self._fresh = inside is not None
@@ -103,7 +105,11 @@ class Parser:
                     self._state = "text"
                     continue
             else:
-                match = tags.pattern.search(text, at)
+                match, quoted = self._find(tags, text, at)
+                if quoted:
+                    self._content(text[at:])
+                    at = len(text)
+                    break
             stop = match.start() if match else len(text) - tags.held(text[max(at, len(text) - tags.longest) :])
             if stop > at:
                 self._content(text[at:stop])
@@ -128,6 +134,10 @@ class Parser:
             self._out.append(Delta(text="".join(self._space)))
         self._space = []
         return self._taken()
+
+    def _find(self, tags: _TagSet, text: str, at: int) -> tuple[re.Match[str] | None, bool]:
+        """(the next tag that counts, whether all of ``text`` is read and ends inside a string of a call)."""
+        return self._json.find(text, at, tags.pattern) if self._state == "call" else (tags.pattern.search(text, at), False)
 
     def _content(self, text: str) -> None:
         """Text of the present state, with its white space at the end held back."""
@@ -162,7 +172,7 @@ class Parser:
             self._end_call(closed=True)
         elif leads in ("head", "call"):
             # Whether it is a call, and so whether the space before it goes, is known later.
-            self._back, self._state = self._state, leads
+            self._back, self._state, self._json = self._state, leads, JsonText()
             self._call = MarkedCall(self._num_calls) if self._marked else JsonCall(self._num_calls)
         elif leads == "section":
             self._outer = self._outer if self._state == "section" else self._state
@@ -187,7 +197,7 @@ class Parser:
         named = self._call.name()
         if named is not None:
             self._tell(named)
-            self._state = "call"
+            self._state = "call"  # its JSON begins here
         else:  # it names nothing: this and what follows, to the closing tag, is text
             self._call.feed(self._tags["head"].tag_of("call"))
 

@@ -126,6 +126,10 @@ KIMI_CALLS = [  # reply, answer, reasoning, (name, arguments)
     (SECTION.format(CALL.format("f", 0, "")), "", "", [("f", "{}")]),
     ("<|tool_calls_section_begin|>" + CALL.format("f", 0, '{"x": "</')[:-17], "", "", [("f", '{"x": "</')]),  # cut off
     (CALL.format("f", 0, '{"x": 1}')[:-5], "", "", [("f", '{"x": 1}<|tool_call_')]),
+    (SECTION.format(CALL.format("f", 0, '{"x": "<|tool_call_end|>"}')) + "A", "A", "", [("f", '{"x": "<|tool_call_end|>"}')]),
+    (CALL.format("f", 0, '{"x": "\\\\\\"<|tool_call_end|>", "y": [2]}'), "", "",
+     [("f", '{"x": "\\\\\\"<|tool_call_end|>", "y": [2]}')]),
+    (CALL.format("f", 0, '{"x": "\n') + "b", "b", "", [("f", '{"x": "')]),
     ("<|tool_call_begin|>functions.f", "<|tool_call_begin|>functions.f", "", []),
     ("<|tool_call_begin|>f<|tool_call_end|>b", "<|tool_call_begin|>f<|tool_call_end|>b", "", []),
     ("<|tool_call_begin|> <|tool_call_argument_begin|>{}<|tool_call_end|>",) * 2 + ("", []),

@@ -90,6 +90,17 @@ RULES = [  # reply, answer, reasoning, calls
     (f'<tool_call>{{"name": "f{"o" * 600}", "arguments": {{"x": 1}}}}</tool_call>', "", "",
      (ToolCall("f" + "o" * 600, '{"x": 1}', "call_0"),)),
     ('<tool_call>{"name": "f", "arguments": {"x": "\\', "", "", (ToolCall("f", '{"x": "\\', "call_0"),)),
+    # a tag inside a string of JSON is no tag
+    ('<tool_call>{"name": "f", "arguments": {"x": "</tool_call>"}}</tool_call>A', "A", "",
+     (ToolCall("f", '{"x": "</tool_call>"}', "call_0"),)),
+    ('<tool_call>{"arguments": {"x": "a\\"</tool_call>\\\\"}, "name": "f"}</tool_call>', "", "",
+     (ToolCall("f", '{"x": "a\\"</tool_call>\\\\"}', "call_0"),)),
+    ('<tool_call>\n{"name": "f", "arguments": {"x": ["<tool_call>", {"y": "</tool_call>"}]}}\n</tool_call> b', "b", "",
+     (ToolCall("f", '{"x": ["<tool_call>", {"y": "</tool_call>"}]}', "call_0"),)),
+    # what cannot be a string of JSON hides none
+    ('<tool_call>{"name": "f", "arguments": {"x": "a\n</tool_call>b', "b", "", (ToolCall("f", '{"x": "a\n', "call_0"),)),
+    ('<tool_call>it "is</tool_call> no "call', '<tool_call>it "is</tool_call> no "call', "", ()),
+    ('<tool_call>{"name": "f", "arguments": {}} "x</tool_call>y"', '} "xy"', "", (ToolCall("f", "{}", "call_0"),)),
     (f"a\n<tool_call>no</tool_call>\n{CALL}", "a\n<tool_call>no</tool_call>", "", (F,)),
     ("<tool_call>no</tool_call><think>x</think>", "<tool_call>no</tool_call><think>x</think>", "", ()),
     ('<tool_call>{"name": "f', '<tool_call>{"name": "f', "", ()),
