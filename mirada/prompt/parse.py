@@ -5,9 +5,9 @@ The rules, chosen so that each decision needs no more than a tag's length of wha
 - ``<think>`` and ``<analysis>`` open only before any answer text; inside, all is reasoning up to their own closing tag.
 - ``<answer>`` opens only before any answer text; after ``</answer>`` further text belongs to the answer.
 - A tool call (``prompt.calls``) opens wherever answer text may stand, and ends at its first closing tag that is not inside a
-  string of its JSON; if what is inside is no call, the whole of it, tags included, is answer text. Once its name and the beginning of its arguments are read it is a
-  call, and its arguments are told as they are written, be they JSON to the end or not; what then follows in vain is text.
-  Kimi's marks around the calls of a reply are dropped.
+  string of its JSON; if what is inside is no call, the whole of it, tags included, is answer text. Once its name and the
+  beginning of its arguments are read it is a call, and its arguments are told as they are written, be they JSON to the end or
+  not; what then follows in vain is text. Kimi's marks around the calls of a reply are dropped.
 - A tag anywhere else (nested, stray, closing what is not open) is text. What is still open at the end is closed there.
 - White space next to a tag is dropped unless answer text stands on both sides; a reply without tags comes through as it is.
 """
