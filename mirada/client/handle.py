@@ -45,7 +45,8 @@ class ReplyHandle:
     def __init__(self, reply: Reply, owner: Any = None) -> None:
         self._reply = reply
         self._owner = owner
-        weakref.finalize(self, _cancel, reply).atexit = False
+        # Not the reply itself: one that failed may hold its error, that the frames it passed, and those this handle, for ever.
+        weakref.finalize(self, _let_go, weakref.ref(reply)).atexit = False
 
     @property
     def done(self) -> bool:
@@ -137,6 +138,12 @@ class _Once:
         # ``listen`` and the maker may both come with the same news.
         if done and self._lock.acquire(blocking=False):
             self._call()
+
+
+def _let_go(reply: weakref.ref[Reply]) -> None:
+    """End a reply that nobody will read; one that is gone has no maker either."""
+    if (found := reply()) is not None:
+        _cancel(found)
 
 
 def _cancel(reply: Reply) -> None:

@@ -227,7 +227,7 @@ class Sequence:
     def failed(cls, error: MiradaError) -> Sequence:
         """A request that ended before it began."""
         made = cls(Prompt(()), Sampling(), None)
-        made.fail(error)
+        made.fail(error.with_traceback(None))  # frames would keep what their callers hold alive for as long as the reply
         return made
 
     @property

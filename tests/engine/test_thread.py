@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -15,8 +16,9 @@ import weakref
 import pytest
 
 from mirada import VLM, Message, Sampling
+from mirada.engine.sequence import Sequence
 from mirada.engine.settings import EngineSettings
-from mirada.errors import NotAvailable, QueueFull, ReplyTimeout, RequestFailed, SettingsError
+from mirada.errors import ContextOverflow, NotAvailable, QueueFull, ReplyTimeout, RequestFailed, SettingsError
 
 HI = [Message("user", "hi")]
 SHORT = Sampling(max_tokens=4, ignore_eos=True)
@@ -173,6 +175,26 @@ def test_an_engine_that_nobody_holds_ends(tiny):
     gc.collect()
     thread.join(20)
     assert not thread.is_alive()
+
+
+def test_a_request_that_failed_is_let_go(tiny):
+    """Its error may know the frames that it passed, and those the handles of others that were asked with it."""
+
+    def num_alive() -> int:
+        gc.collect()
+        return sum(type(one) is Sequence for one in gc.get_objects())
+
+    def fail_somewhere() -> None:
+        assert [output.finish for output in tiny.generate([HI, [], HI], SHORT)] == ["length", "error", "length"]
+        handle = tiny.submit([Message("user", "z" * 9999)], SHORT)
+        with contextlib.suppress(ContextOverflow):
+            list(handle)
+
+    before = num_alive()
+    for _ in range(3):
+        fail_somewhere()
+    assert tiny._engine.wait_idle(10)
+    assert num_alive() <= before
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
