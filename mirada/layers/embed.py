@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mirada.layers.linear import Linear
 from mirada.types import Grid
 
 CACHED_SIZES = 8
@@ -20,7 +21,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, channels: int, patch: int, dim: int, *, frames: int = 1, bias: bool = True) -> None:
         super().__init__()
-        self.proj = nn.Linear(channels * frames * patch * patch, dim, bias=bias)
+        self.proj = Linear(channels * frames * patch * patch, dim, bias=bias)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.proj(pixels.flatten(1).to(self.proj.weight.dtype))

@@ -25,8 +25,8 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, inner: int, out: int, gelu: Gelu) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, inner)
-        self.fc2 = nn.Linear(inner, out)
+        self.fc1 = Linear(dim, inner, bias=True)
+        self.fc2 = Linear(inner, out, bias=True)
         self.gelu: Gelu = gelu
 
     def forward(self, x: Tensor) -> Tensor:
