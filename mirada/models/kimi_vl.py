@@ -26,6 +26,7 @@ from mirada.models import deepseek, processor
 from mirada.models.deepseek import DeepseekConfig, DeepseekDecoder
 from mirada.models.layout import Layout, Rule, affine
 from mirada.models.projector import Projector
+from mirada.models.slices import SlicedTower, Slices, through
 from mirada.models.vit import PairedAttention, VisionConfig, VisionLayer, check_heads
 from mirada.models.vlm import VisionLanguageModel
 from mirada.parallel.plan import Plan
@@ -115,7 +116,7 @@ def _vision(keys: Keys) -> MoonVisionConfig:
     return made
 
 
-class MoonVisionTower(nn.Module):
+class MoonVisionTower(SlicedTower):
     """MoonViT: [N, C, P, P] patches of all pictures -> [N, W] features, one per patch, after the last norm.
 
     Places are said twice: by a learnt table, resampled bicubically and added, and by rotary angles of columns and rows.
@@ -129,13 +130,9 @@ class MoonVisionTower(nn.Module):
         self.layers = nn.ModuleList(VisionLayer(c, "tanh", PairedAttention) for _ in range(c.num_hidden_layers))
         self.norm = LayerNorm(c.hidden_size, c.layer_norm_eps)
 
-    def forward(self, pixels: Tensor, grids: Sequence[Grid], segments: Sequence[int]) -> Tensor:
-        """``grids``: (1, h, w) per picture; ``segments``: runs of patches that see each other, summing to N."""
-        x = self.embed(pixels, grids)
-        turn = rotation(column_row_angles(grids, self.config.head_dim, self.config.rope_theta, x.device))
-        for layer in self.layers:
-            x = layer(x, turn, segments)
-        return self.norm(x)
+    def slices(self, pixels: Tensor, grids: Sequence[Grid], segments: Sequence[int]) -> Slices[Tensor]:
+        turn = rotation(column_row_angles(grids, self.config.head_dim, self.config.rope_theta, pixels.device))
+        return self.norm((yield from through(self.layers, self.embed(pixels, grids), turn, segments)))
 
     def embed(self, pixels: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Patch vectors plus their place in the picture: [N, W]."""

@@ -24,6 +24,7 @@ from mirada.models import decoder, processor
 from mirada.models.decoder import Decoder, DecoderConfig
 from mirada.models.layout import Layout, Rule, affine
 from mirada.models.projector import Projector
+from mirada.models.slices import SlicedTower, Slices, through
 from mirada.models.vit import VisionConfig, VisionLayer, check_heads
 from mirada.models.vlm import VisionLanguageModel
 from mirada.parallel.plan import Plan
@@ -138,7 +139,7 @@ def _vision(keys: Keys, text_width: int) -> VisionConfig:
     return made
 
 
-class Qwen2VisionTower(nn.Module):
+class Qwen2VisionTower(SlicedTower):
     """[N, C, 2, P, P] patches of all pictures, square after square -> [N, W]. Where a patch lies is said by rotation alone;
     the norm after the last layer is the merger's."""
 
@@ -148,14 +149,10 @@ class Qwen2VisionTower(nn.Module):
         self.patches = PatchEmbed(c.num_channels, c.patch_size, c.hidden_size, frames=c.temporal_patch_size, bias=False)
         self.layers = nn.ModuleList(VisionLayer(c, gelu="quick") for _ in range(c.num_hidden_layers))
 
-    def forward(self, pixels: Tensor, grids: Sequence[Grid], segments: Sequence[int]) -> Tensor:
-        """``grids``: (t, h, w) per picture or video; ``segments``: runs of patches that see each other, summing to N."""
+    def slices(self, pixels: Tensor, grids: Sequence[Grid], segments: Sequence[int]) -> Slices[Tensor]:
         c = self.config
-        x = self.patches(pixels)
-        turn = rotation(grid_angles(grids, c.head_dim, c.rope_theta, x.device, merge=c.spatial_merge_size))
-        for layer in self.layers:
-            x = layer(x, turn, segments)
-        return x
+        turn = rotation(grid_angles(grids, c.head_dim, c.rope_theta, pixels.device, merge=c.spatial_merge_size))
+        return (yield from through(self.layers, self.patches(pixels), turn, segments))
 
 
 class Qwen2VL(VisionLanguageModel):

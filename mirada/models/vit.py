@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from mirada.errors import ConfigError
 from mirada.layers.attention import DEFAULT, attend_packed
 from mirada.layers.embed import GridPositions, PatchEmbed
+from mirada.layers.linear import Linear
 from mirada.layers.mlp import MLP, Gelu
 from mirada.layers.norm import LayerNorm
 from mirada.layers.rope import Rotation, grid_angles, pairs_to_halves, rotate, rotation
+from mirada.models.slices import SlicedTower, Slices, through
 from mirada.types import Grid
 
 
@@ -60,8 +62,8 @@ class VisionAttention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=True)
+        self.out = Linear(dim, dim, bias=True)
 
     def forward(self, x: Tensor, turn: Rotation, segments: Sequence[int]) -> Tensor:
         qk, v = self.qkv(x).view(len(x), 3 * self.heads, -1).split((2 * self.heads, self.heads), 1)
@@ -116,7 +118,7 @@ class KeyeVisionConfig(VisionConfig):
         return self.image_size // self.patch_size
 
 
-class KeyeVisionTower(nn.Module):
+class KeyeVisionTower(SlicedTower):
     """KeyeViT, a SigLIP encoder at native resolution with rows and columns as rotary angles: [N, C, P, P] patches of all
     pictures -> [N, W] features, one per patch, after the last norm."""
 
@@ -128,13 +130,9 @@ class KeyeVisionTower(nn.Module):
         self.layers = nn.ModuleList(VisionLayer(config, gelu="tanh") for _ in range(config.num_hidden_layers))
         self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, pixels: Tensor, grids: Sequence[Grid], segments: Sequence[int]) -> Tensor:
-        """``grids``: (t, h, w) per picture or video; ``segments``: runs of patches that see each other, summing to N."""
-        x = self.embed(pixels, grids)
-        turn = rotation(grid_angles(grids, self.config.head_dim, self.config.rope_theta, x.device))
-        for layer in self.layers:
-            x = layer(x, turn, segments)
-        return self.norm(x)
+    def slices(self, pixels: Tensor, grids: Sequence[Grid], segments: Sequence[int]) -> Slices[Tensor]:
+        turn = rotation(grid_angles(grids, self.config.head_dim, self.config.rope_theta, pixels.device))
+        return self.norm((yield from through(self.layers, self.embed(pixels, grids), turn, segments)))
 
     def embed(self, pixels: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Patch vectors plus their place in the picture: [N, W]."""

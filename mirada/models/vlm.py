@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mirada.errors import MessageError
 from mirada.layers.batch import Batch, MediaBatch
 from mirada.layers.linear import Linear
+from mirada.models.slices import Slices, whole
 from mirada.models.vit import grid_segments
 from mirada.types import Grid
 
@@ -24,7 +25,7 @@ _OUTPUTS = ("attention.out.weight", "mlp.fc2.weight", "mlp.down.weight", "mlp.sh
 class VisionLanguageModel(nn.Module):
     """``encode`` media, ``forward`` packed tokens, ``logits`` of the rows that are wanted.
 
-    ``config`` has ``text`` (vocab_size, hidden_size, tie_word_embeddings). ``visual(pixels, grids, segments)`` gives features
+    ``config`` has ``text`` (vocab_size, hidden_size, tie_word_embeddings). ``visual`` (a ``SlicedTower``) gives features
     of patches, ``projector(features, grids)`` those of tokens; ``decoder`` has ``embed``, ``layers`` and
     ``forward(x, batch, cache)``.
     """
@@ -55,7 +56,12 @@ class VisionLanguageModel(nn.Module):
 
     def encode(self, media: MediaBatch) -> Tensor:
         """Normalised patches -> [F, D] features in the order of the placeholders."""
-        features = self.visual(media.pixels, media.grids, self.segments(media.grids))
+        return whole(self.encoding(media))
+
+    def encoding(self, media: MediaBatch) -> Slices[Tensor]:
+        """``encode`` in slices: patches, each layer of the tower, projector."""
+        features = yield from self.visual.slices(media.pixels, media.grids, self.segments(media.grids))
+        yield
         return self.projector(features, media.grids)
 
     def embed(self, batch: Batch, features: Tensor | None = None) -> Tensor:
