@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from mirada.engine.drafts import Drafts
 from mirada.engine.features import Encoder, FeatureCache, Unit
 from mirada.engine.memory import Budget
-from mirada.engine.ngram import INDEXED, NGramIndex
 from mirada.engine.runner import Choice, Chunk, Runner
 from mirada.engine.scheduler import KNOBS, PrefixCache, Scheduler, describe
 from mirada.engine.sequence import Sequence
@@ -22,8 +22,6 @@ from mirada.media.grid import GridRule
 
 AHEAD = 2
 """Steps by which encoding may run ahead of the tokens that need it."""
-FLAT_ROWS = 8
-"""Rows that a step computes in about the time of one, for it waits for the weights: drafts are checked only within these."""
 
 
 class Engine:
@@ -42,6 +40,7 @@ class Engine:
         self.encoder = Encoder(
             runner.model, rule, runner.device, runner.dtype, settings.step_patches, features, runner.adapters
         )
+        self.drafts = Drafts(runner.model)
         self.num_steps = self.num_computed = self.num_generated = self.num_proposed = self.num_accepted = 0
 
     @property
@@ -55,7 +54,7 @@ class Engine:
         scheduler.reap()
         for sequence in scheduler.admit():
             self._alone(self._open, sequence)
-        self._propose()
+        self.drafts.propose(scheduler.running, self.settings.speculate, self.settings.step_tokens)
         scheduler.make_room()
         units = self.encoder.choose(scheduler.running, AHEAD * self.settings.step_tokens)
         self._each(self._encode, units)
@@ -69,24 +68,6 @@ class Engine:
         sequence.features = self.encoder.open(sequence)
         self.runner.begin(sequence)
 
-    def _propose(self) -> None:
-        """Drafts for those whose reply a draft cannot change."""
-        running = self.scheduler.running
-        if not self.settings.speculate or not running:
-            return
-        rows = min(self.settings.speculate, min(FLAT_ROWS, self.settings.step_tokens) // len(running) - 1)
-        for sequence in running:
-            most = min(rows, sequence.limit - len(sequence.tokens) - 1)
-            if sequence.left == 1 and most > 0 and not sequence.done and sequence.chooser.plain:
-                sequence.draft = self._lookup(sequence).propose(most)
-
-    def _lookup(self, sequence: Sequence) -> NGramIndex:
-        """The index of its tokens, brought up to date."""
-        if sequence.ngrams is None:
-            sequence.ngrams = NGramIndex(start=max(0, sequence.num_tokens - INDEXED))
-        sequence.ngrams.extend(sequence.ids(sequence.ngrams.end, sequence.num_tokens))
-        return sequence.ngrams
-
     def _encode(self, units: Seq[tuple[Sequence, Unit]]) -> list[tuple[tuple[Sequence, Unit], None]]:
         began = time.perf_counter()
         self.encoder.run(list(units))
@@ -98,6 +79,9 @@ class Engine:
         began = time.perf_counter()
         choices = self.runner.run(chunks)
         seconds = time.perf_counter() - began
+        if self.settings.speculate and all(chunk.rows == chunk.count for chunk in chunks):
+            adapted = any(chunk.sequence.lora is not None for chunk in chunks)
+            self.drafts.note(sum(chunk.count for chunk in chunks), seconds, adapted)
         for chunk in chunks:
             decodes = chunk.sequence.left == 1 and chunk.sequence.tokens
             chunk.sequence.spent("decode" if decodes else "prefill", seconds)
@@ -106,6 +90,7 @@ class Engine:
     def _publish(self, chunk: Chunk, choice: Choice) -> None:
         """Take note of what was computed, and hand the new tokens on."""
         sequence, tokens = chunk.sequence, choice.tokens
+        self.drafts.learn(sequence, tokens)
         self.num_computed += chunk.count
         self.num_proposed += len(sequence.draft)
         sequence.computed += chunk.count - len(sequence.draft)

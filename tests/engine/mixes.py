@@ -70,6 +70,21 @@ def recorded(vlm: VLM):
         del runner._pick
 
 
+class Free:
+    """A cost of steps (``engine.drafts.StepCost``) under which every draft is worth its rows, whatever the clock says."""
+
+    def note(self, rows: int, seconds: float) -> None:
+        pass
+
+    def __call__(self, rows: int) -> float:
+        return 1.0
+
+
+def free() -> dict[bool, Free]:
+    """For ``Drafts.costs``."""
+    return {False: Free(), True: Free()}
+
+
 def gap(logits: torch.Tensor) -> float:
     """Between the two largest."""
     top = logits.topk(2).values

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from engine.mixes import gap, patched
+from engine.mixes import free, gap, patched
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
@@ -38,6 +38,7 @@ class Traffic(RuleBasedStateMachine):
             engine={"cache_bytes": self.most, "max_running": 4, "step_tokens": 96, "step_patches": 32, "speculate": 3},
         )  # fmt: skip
         self.engine = self.small._engine.engine
+        self.engine.drafts.costs = free()
         self.asked: list[tuple] = []
         self.seen: dict[int, list[torch.Tensor]] = {}
         self._watch()

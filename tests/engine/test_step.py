@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from engine.mixes import mix, patched
+from engine.mixes import free, mix, patched
 
 from mirada import VLM, Image, Message, Sampling, Text, Video
 from mirada.engine import scheduler as scheduling
-from mirada.engine import step as stepping
+from mirada.engine.drafts import MOST_ROWS
 from mirada.engine.runner import Choice
 from mirada.engine.sequence import Sequence
 from mirada.errors import OutOfMemory, RequestFailed, SettingsError
@@ -446,7 +446,9 @@ def test_speculation_changes_no_reply(vlm, monkeypatch, guess):
     made = [line_up(engine, chat, max_tokens=24) for chat in chats]
     warm = line_up(engine, "a", max_tokens=6, temperature=1.2, seed=2)
     answers = {sequence.prompt.tokens: tokens for sequence, tokens in zip(made, expected, strict=True)}
-    monkeypatch.setattr(engine._engine.engine, "_lookup", lambda sequence: Oracle(sequence, answers, guess))
+    drafts = engine._engine.engine.drafts
+    monkeypatch.setattr(drafts, "costs", free())
+    monkeypatch.setattr(drafts, "lookup", lambda sequence: Oracle(sequence, answers, guess))
     steps = finish(engine)
     assert [sequence.output().tokens for sequence in made] == expected and warm.output().tokens == drawn
     stats = engine.stats()
@@ -466,8 +468,8 @@ def test_many_running_sequences_get_no_drafts(vlm, monkeypatch):
             asked.append(count)
             return []
 
-    monkeypatch.setattr(engine._engine.engine, "_lookup", lambda sequence: Silent())
-    for i in range(stepping.FLAT_ROWS):
+    monkeypatch.setattr(engine._engine.engine.drafts, "lookup", lambda sequence: Silent())
+    for i in range(MOST_ROWS):
         line_up(engine, f"number {i}", max_tokens=3)
     finish(engine)
     assert not asked
