@@ -56,7 +56,8 @@ class VLM:
     ``model`` is the directory of a checkpoint, ``"mini"``, the model inside the package, or ``"org/name"`` on a hub, fetched
     once (``hub``: source, revision, token, offline, cache_dir, endpoint). ``device``: cpu, cuda, mps
     (default: a GPU if there is one). ``device_map="auto"`` instead spreads the layers over all GPUs and the CPU. ``dtype``:
-    float32, bfloat16, float16 (``auto``: float32 on a CPU, else as stored). ``attn``: sdpa, flash (bfloat16 or float16 on a
+    float32, bfloat16, float16 (``auto``: as stored; on a CPU activations are float32, and bfloat16 matrices stay as they are,
+    see ``precision``). ``attn``: sdpa, flash (bfloat16 or float16 on a
     GPU only), eager (as it is written; slow), auto (sdpa).
     ``min_pixels`` / ``max_pixels`` bound the resized area of every picture. ``widen``: matrices of a quantised checkpoint take
     ``dtype`` on load (faster, larger) instead of staying packed. ``quant`` says how matrices are kept on a CPU: ``exact`` (as
@@ -199,7 +200,14 @@ class VLM:
             "prefix_cache_bytes": prefix.bytes_held,
             "workers": len(self._pool.pids),
             "workers_lost": self._pool.num_lost,
+            "media_retried": self._pool.num_retried,
         }
+
+    @property
+    def precision(self) -> str:
+        """How matrices are kept: ``exact`` (bfloat16 as stored, with float32 activations: what a bfloat16 checkpoint gets on a
+        CPU unasked), ``int8:128``, ``float32``, ``bfloat16``, ``awq, as stored`` ..."""
+        return self.parts.precision
 
     @property
     def adapters(self) -> tuple[str, ...]:

@@ -68,6 +68,8 @@ class Job:
     error: MiradaError | None = None
     process: subprocess.Popen[bytes] | None = None
     """The worker that is at it."""
+    tried: bool = False
+    """A worker died over it."""
     done: threading.Event = field(default_factory=threading.Event)
 
     def result(self) -> Patches:
@@ -135,6 +137,9 @@ class _State:
     processes: set[subprocess.Popen[bytes]] = field(default_factory=set)
     idle: int = 0
     num_lost: int = 0
+    num_retried: int = 0
+    resting: bool = False
+    """Threads end when there is no work; others take their place when there is."""
     closed: bool = False
 
     def stop(self) -> None:
@@ -149,7 +154,7 @@ class _State:
             self.changed.notify_all()
 
     def join(self) -> None:
-        for lane in self.lanes:
+        for lane in tuple(self.lanes):
             if lane is not threading.current_thread():
                 lane.join()
 
@@ -157,7 +162,9 @@ class _State:
 class Pool:
     """At most ``workers`` processes, started when there is work for them; 0: none, everything is done by the caller.
 
-    Safe to use from several threads. A worker that dies fails the one job it was at and is replaced at the next.
+    Safe to use from several threads. When a worker dies, whoever ended it, the one job that it was at is done once more by a
+    fresh one; should that die too, the medium itself may be the cause, and the job fails. One that takes too long is not tried
+    again.
     """
 
     def __init__(self, workers: int | None = None) -> None:
@@ -175,6 +182,11 @@ class Pool:
     def num_lost(self) -> int:
         """Workers that died or had to be ended."""
         return self._state.num_lost
+
+    @property
+    def num_retried(self) -> int:
+        """Jobs that were done once more, for their worker had died."""
+        return self._state.num_retried
 
     def submit(
         self, part: Image | Video, content: bytes | Path, rule: MediaRule, limits: FetchLimits, cap: int | None, name: str
@@ -201,6 +213,14 @@ class Pool:
             state.changed.notify()
         return job
 
+    def rest(self) -> None:
+        """End the workers, once they have done what there is; the next job starts fresh ones."""
+        with self._state.changed:
+            self._state.resting = True
+            self._state.changed.notify_all()
+        self._state.join()
+        self._state.resting = False
+
     def close(self) -> None:
         """End the workers; what waits fails."""
         self._closer()
@@ -212,42 +232,62 @@ def _drive(state: _State) -> None:
     worker: _Worker | None = None
     try:
         while (job := _next(state)) is not None:
-            try:
-                if worker is None:
-                    worker = _Worker(state)
-                worker.do(job)
-            except _Lost as lost:
-                job.finish(error=lost.error)
-                if worker is not None:
-                    worker.end()
-                    worker = None
-            except Exception as error:  # a defect here must not leave a job that never ends
-                job.finish(error=RequestFailed(f"sending {job.name} to a worker failed: {error!r}", "please report it"))
-                if worker is not None:
-                    worker.end()
-                    worker = None
+            worker = _do(state, worker, job)
+            if worker is None and _is_again(state, job):
+                worker = _do(state, None, job)
     finally:
         if worker is not None:
             worker.end()
+
+
+def _do(state: _State, worker: _Worker | None, job: Job) -> _Worker | None:
+    """Have ``worker`` (None: a fresh one) do ``job``; the one that may do the next. The job has then ended, unless its worker
+    died and it may be tried once more."""
+    try:
+        if worker is None:
+            worker = _Worker(state)
+        worker.do(job)
+        return worker
+    except _Lost as lost:
+        if not lost.died or job.tried:
+            job.finish(error=lost.error)
+        job.tried = True
+    except Exception as error:  # a defect here must not leave a job that never ends
+        job.finish(error=RequestFailed(f"sending {job.name} to a worker failed: {error!r}", "please report it"))
+    if worker is not None:
+        worker.end()
+    return None
+
+
+def _is_again(state: _State, job: Job) -> bool:
+    """Whether a job whose worker is gone is to be done once more; counted."""
+    with state.changed:
+        if state.closed:
+            job.finish(error=RequestFailed("the engine was closed", "open it again"))
+        state.num_retried += not job.done.is_set()
+        return not job.done.is_set()
 
 
 def _next(state: _State) -> Job | None:
     with state.changed:
         state.idle += 1
         try:
-            while not state.line and not state.closed:
+            while not state.line and not state.closed and not state.resting:
                 state.changed.wait()
-            return None if state.closed else state.line.popleft()
+            if state.closed or not state.line:
+                state.lanes.remove(threading.current_thread())
+                return None
+            return state.line.popleft()
         finally:
             state.idle -= 1
 
 
 class _Lost(Exception):
-    """The worker is gone or out of step; ``error`` is for the request."""
+    """The worker is gone or out of step; ``error`` is for the request. ``died``: by itself, or by somebody else's hand."""
 
-    def __init__(self, error: MiradaError) -> None:
+    def __init__(self, error: MiradaError, died: bool = False) -> None:
         super().__init__(str(error))
-        self.error = error
+        self.error, self.died = error, died
 
 
 class _Worker:
@@ -289,7 +329,8 @@ class _Worker:
             fix = "give a shorter or smaller one, or raise FetchLimits.decode_seconds"
             raise _Lost(MediaTimeout(what, fix)) from None
         except (OSError, EOFError, ValueError) as error:
-            raise _Lost(self._obituary(job, error)) from error
+            # One that says what makes no sense may have been taken over by what it decodes: that is not let near another.
+            raise _Lost(self._obituary(job, error), died=not isinstance(error, ValueError)) from error
         finally:
             with self._state.changed:
                 job.process = None
@@ -300,7 +341,8 @@ class _Worker:
         code = self._process.returncode
         how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit status {code}"
         fix = "the file may be broken, or memory ran out: try it with mirada.media alone, or lower max_pixels"
-        return RequestFailed(f"the process that prepared {job.name} died ({how})", fix)
+        second = ", and so had the one before it" if job.tried else ""
+        return RequestFailed(f"the process that prepared {job.name} died ({how}){second}", fix)
 
     def end(self, kill: bool = True) -> None:
         """Close the socket, on which the worker ends by itself, and see that it does."""

@@ -12,7 +12,7 @@ import time
 import clips
 import numpy as np
 import pytest
-from media.test_pool import gone, png
+from media.test_pool import gone, killer, png
 
 from mirada import VLM, Image, Message, Sampling, Text, Video
 from mirada.engine import prepare as preparing
@@ -250,7 +250,7 @@ def test_stages_and_notes_reach_the_caller(opened):
 
 
 def test_workers_in_the_engine(opened, monkeypatch):
-    """Forty requests of all kinds, a bad file among them and a worker killed: two fail, with their own errors."""
+    """Forty requests of all kinds, a bad file among them and a worker killed: the bad one fails, and nothing else."""
     monkeypatch.setattr(media_prepare, "LARGE_PIXELS", 70 * 90)
     plain, vlm = opened(), opened(workers=1)
     kinds = [
@@ -262,8 +262,7 @@ def test_workers_in_the_engine(opened, monkeypatch):
     chats = [kinds[i % 4](i) for i in range(40)]
     chats[5] = ask(Image("/nowhere.png"))
     expected = plain.generate(chats, SHORT)
-    killed = vlm.submit(ask(Image(png(99, 80, 100))), SHORT)
-    killed.result(60)
+    assert vlm.submit(ask(Image(png(99, 80, 100))), SHORT).result(60).error is None
     (pid,) = vlm._pool.pids
     os.kill(pid, signal.SIGSTOP)
     killed = vlm.submit(ask(Image(png(98, 80, 100))), SHORT)
@@ -274,15 +273,27 @@ def test_workers_in_the_engine(opened, monkeypatch):
     )
     handles = [vlm.submit(chat, SHORT) for chat in chats]
     os.kill(pid, signal.SIGKILL)
-    assert isinstance(killed.result(60).error, RequestFailed) and "signal 9" in str(killed.result().error)
+    assert killed.result(60).tokens == plain.submit(ask(Image(png(98, 80, 100))), SHORT).result(60).tokens
     outputs = [handle.result(120) for handle in handles]
     assert isinstance(outputs[5].error, MediaNotFound)
     for output, wanted in zip(outputs, expected, strict=True):
         assert output.tokens == wanted.tokens and type(output.error) is type(wanted.error)
-    assert vlm.stats()["workers_lost"] == 1 and vlm.stats()["workers"] == 1
+    assert [vlm.stats()[name] for name in ("workers", "workers_lost", "media_retried")] == [1, 1, 1]
     pids = vlm._pool.pids
     vlm.close()
     assert gone(pids)
+
+
+def test_a_picture_that_kills_two_workers_fails_its_request_by_name(opened, monkeypatch):
+    monkeypatch.setattr(media_prepare, "LARGE_PIXELS", 70 * 90)
+    vlm = opened(workers=1)
+    killing = killer(vlm._pool, 2)
+    handle = vlm.submit(ask(Image(png(1)), Image(png(2, 80, 100))), SHORT)
+    error = handle.result(60).error
+    killing.join()
+    assert isinstance(error, RequestFailed) and "picture or video 2 of 2" in str(error) and "the one before it" in str(error)
+    assert vlm.stats()["workers_lost"] == 2 and vlm.stats()["media_retried"] == 1
+    assert vlm.submit(ask(Image(png(2, 80, 100))), SHORT).result(60).error is None
 
 
 def test_cancelling_ends_the_worker_that_is_at_it(opened, monkeypatch):

@@ -166,20 +166,68 @@ def stopped(pool: Pool) -> int:
     return pid
 
 
-def test_a_killed_worker_fails_one_job(fresh):
+def killer(pool: Pool, times: int) -> threading.Thread:
+    """Kills every worker of ``pool`` as soon as it is there, ``times`` of them."""
+
+    def kill() -> None:
+        killed: set[int] = set()
+        deadline = time.monotonic() + 30
+        while len(killed) < times and time.monotonic() < deadline:
+            for pid in set(pool.pids) - killed:
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+            time.sleep(0.002)
+
+    made = threading.Thread(target=kill, daemon=True)
+    made.start()
+    return made
+
+
+def test_a_job_whose_worker_is_killed_is_done_by_a_fresh_one(fresh):
     pid = stopped(fresh)
-    jobs = [fresh.submit(Image(None), png(i), KEYE_PREVIEW, LIMITS, None, f"picture {i}") for i in range(4)]
+    jobs = [fresh.submit(Image(None), png(i), KEYE_PREVIEW, LIMITS, None, f"picture {i}") for i in range(3)]
     threading.Timer(0.1, os.kill, (pid, signal.SIGKILL)).start()
-    outcomes = []
-    for job in jobs:
-        try:
-            outcomes.append(job.result())
-        except RequestFailed as error:
-            outcomes.append(error)
-    assert isinstance(outcomes[0], RequestFailed)
-    assert "picture 0" in outcomes[0].problem and "signal 9" in outcomes[0].problem
-    assert all(same(made, prepare(Image(png(i)), KEYE_PREVIEW)) for i, made in enumerate(outcomes) if i)
-    assert fresh.num_lost == 1 and fresh.pids != (pid,) and len(fresh.pids) == 1
+    assert all(same(job.result(), prepare(Image(png(i)), KEYE_PREVIEW)) for i, job in enumerate(jobs))
+    assert (fresh.num_lost, fresh.num_retried) == (1, 1) and fresh.pids != (pid,) and len(fresh.pids) == 1
+
+
+def test_a_worker_that_was_killed_while_it_had_nothing_to_do_costs_nobody_anything(fresh):
+    prepare_many([Image(png(0))], KEYE_PREVIEW, pool=fresh)
+    os.kill(fresh.pids[0], signal.SIGKILL)
+    assert same(prepare_many([Image(png(1))], KEYE_PREVIEW, pool=fresh)[0], prepare(Image(png(1)), KEYE_PREVIEW))
+    assert (fresh.num_lost, fresh.num_retried) == (1, 1)
+
+
+def test_what_kills_two_workers_fails_and_nothing_else_does(fresh):
+    killing = killer(fresh, 2)
+    jobs = [fresh.submit(Image(None), png(i), KEYE_PREVIEW, LIMITS, None, f"picture {i}") for i in range(3)]
+    with pytest.raises(RequestFailed, match=r"picture 0 died \(killed by signal 9\), and so had the one before it"):
+        jobs[0].result()
+    killing.join()
+    assert all(same(jobs[i].result(), prepare(Image(png(i)), KEYE_PREVIEW)) for i in (1, 2))
+    assert (fresh.num_lost, fresh.num_retried) == (2, 1)
+
+
+def test_a_cancelled_job_is_not_done_again(fresh):
+    pid = stopped(fresh)
+    job = fresh.submit(Image(None), png(1), KEYE_PREVIEW, LIMITS, None, "it")
+    while job.process is None:
+        time.sleep(0.005)
+    job.cancel()  # which ends the worker
+    with pytest.raises(RequestFailed, match="cancelled"):
+        job.result()
+    assert gone([pid]) and prepare_many([Image(png(2))], KEYE_PREVIEW, pool=fresh)
+    assert (fresh.num_lost, fresh.num_retried) == (1, 0)
+
+
+def test_workers_that_rest_are_gone_and_come_back(fresh):
+    jobs = [fresh.submit(Image(None), png(i), KEYE_PREVIEW, LIMITS, None, str(i)) for i in range(3)]
+    while not (pids := fresh.pids):
+        time.sleep(0.005)
+    fresh.rest()
+    assert all(job.result().kind == "image" for job in jobs)  # they had done what there was
+    assert gone(pids) and fresh.pids == () and not fresh._state.lanes
+    assert prepare_many([Image(png(1))], KEYE_PREVIEW, pool=fresh) and fresh.pids not in ((), pids)
 
 
 def test_a_hanging_worker_is_ended(fresh, monkeypatch):
@@ -284,11 +332,11 @@ def test_nothing_is_left_in_memory_or_open():
     before = left()
     made = Pool(1)
     kept = [prepare_many([Image(png(i))], KEYE_PREVIEW, pool=made)[0] for i in range(5)]
-    os.kill(made.pids[0], signal.SIGSTOP)
-    job = made.submit(Image(None), png(1), KEYE_PREVIEW, LIMITS, None, "it")
     os.kill(made.pids[0], signal.SIGKILL)
+    killing = killer(made, 2)
     with pytest.raises(RequestFailed):
-        job.result()
+        made.submit(Image(None), png(1), KEYE_PREVIEW, LIMITS, None, "it").result()
+    killing.join()
     made.close()
     assert left() == before and len(kept) == 5
 

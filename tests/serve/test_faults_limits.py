@@ -255,25 +255,32 @@ def test_a_gif_of_ten_thousand_frames(tight):
     assert tight.cpu() - spent < 5 and tight.megabytes() - before < 150
 
 
-def test_a_killed_worker_fails_its_own_request_alone(tight):
-    """The process that decodes is stopped, so that it holds a job for sure, and then killed."""
+def test_a_killed_worker_costs_nobody_an_answer(tight):
+    """The process that decodes is stopped, so that it holds a job for sure, and then killed: a new one does it again. Should
+    that be killed too, one request fails, and says of what."""
     clip = {"type": "video_url", "video_url": {"url": data_uri(gif(6), "image/gif")}}
-    other = {"type": "video_url", "video_url": {"url": data_uri(gif(5), "image/gif")}}
+    others = [{"type": "video_url", "video_url": {"url": data_uri(gif(n), "image/gif")}} for n in (5, 7)]
     right = tight.answer("what?", clip, nframes=4)
-    lost = tight.figure("engine_workers_lost_total")
-    (worker,) = tight.workers()
-    os.kill(worker, signal.SIGSTOP)
-    with ThreadPoolExecutor(1) as threads:
-        doomed = threads.submit(tight.ask, "what?", other, nframes=4)
-        wait_for(lambda: tight.figure("engine_preparing") == 1)
-        assert tight.ask("hello").status_code == tight.ask("what?", image(data_uri(png()))).status_code == 200
-        assert not doomed.done()
-        os.kill(worker, signal.SIGKILL)
-        reply = doomed.result()
-    assert reply.status_code == 500 and "died (killed by signal 9)" in reply.json()["error"]["message"], reply.text
-    assert tight.ask("what?", other, nframes=4).status_code == 200 and tight.answer("what?", clip, nframes=4) == right
-    assert tight.figure("engine_workers_lost_total") == lost + 1
-    assert tight.workers() != [worker] and len(tight.workers()) == 1
+    lost, again = tight.figure("engine_workers_lost_total"), tight.figure("engine_media_retried_total")
+    for other, deaths, status in zip(others, (1, 2), (200, 500), strict=True):
+        (worker,) = tight.workers()
+        os.kill(worker, signal.SIGSTOP)
+        with ThreadPoolExecutor(1) as threads:
+            reply = threads.submit(tight.ask, "what?", other, nframes=4)
+            wait_for(lambda: tight.figure("engine_preparing") == 1)
+            assert tight.ask("hello").status_code == tight.ask("what?", image(data_uri(png()))).status_code == 200
+            assert not reply.done()
+            os.kill(worker, signal.SIGKILL)
+            if deaths == 2:
+                wait_for(lambda: tight.workers() not in ([], [worker]))
+                os.kill(tight.workers()[0], signal.SIGKILL)
+            reply = reply.result()
+        assert reply.status_code == status, reply.text
+        if status == 500:
+            assert "died (killed by signal 9), and so had the one before it" in reply.json()["error"]["message"]
+    assert tight.ask("what?", others[1], nframes=4).status_code == 200
+    assert tight.answer("what?", clip, nframes=4) == right and len(tight.workers()) == 1
+    assert tight.figure("engine_workers_lost_total") == lost + 3 and tight.figure("engine_media_retried_total") == again + 2
 
 
 def test_a_client_that_vanishes_mid_stream_two_hundred_times(tight):
