@@ -272,7 +272,7 @@ def test_a_killed_worker_costs_nobody_an_answer(tight):
             assert not reply.done()
             os.kill(worker, signal.SIGKILL)
             if deaths == 2:
-                wait_for(lambda: tight.workers() not in ([], [worker]))
+                wait_for(lambda old=worker: tight.workers() not in ([], [old]))
                 os.kill(tight.workers()[0], signal.SIGKILL)
             reply = reply.result()
         assert reply.status_code == status, reply.text
