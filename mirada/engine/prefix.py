@@ -10,15 +10,18 @@ from __future__ import annotations
 import hashlib
 import heapq
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from mirada.engine.sequence import Sequence
 from mirada.layers.cache import Cache
+from mirada.layers.linear import MatrixLinear, MatrixStack
 from mirada.types import Span
 
 BLOCK = 16
@@ -271,32 +274,68 @@ def root_key(weights: bytes, adapter: str, form: str, salt: str) -> bytes:
 
 
 class Weights:
-    """Says which weights a model has now: 256 bits over where its tensors lie and how often torch has written to them.
+    """Says which weights a model has now: an id that changes, and never comes back, when a tensor takes another's place, lies
+    elsewhere, or torch has written to it.
 
-    It sees optimizer steps, ``load_state_dict``, ``copy_`` and tensors put in another's place. It cannot see what is written
-    past torch's counters (``parameter.data.add_()``, numpy views, other processes): say ``changed`` then.
+    It sees optimizer steps, ``load_state_dict``, ``copy_``, tensors and matrices put in another's place, also at an address
+    that was used before: memory that is free is given out again, so tensors and their storage are known by identity. It cannot
+    see what is written past torch's counters (``parameter.data.add_()``, numpy views, other processes, tensors made in
+    inference mode, which have none): say ``changed`` then.
     """
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._said = 0
+        self._said = False
         self._modules: list[Any] = []
         self._children: list[int] = []
-        self._seen: list[object] = []
-        self._id = b""
+        self._seen: list[_Seen] = []
+        self._id = 0
 
     def changed(self) -> None:
         """The weights are others now, whatever it looks like."""
-        self._said += 1
+        self._said = True
 
     def __call__(self) -> bytes:
         # Asked several times a request: modules are listed anew only where one has taken another's place.
         if not self._modules or [id(child) for m in self._modules for child in m._modules.values()] != self._children:
             self._modules = list(self._model.modules())
             self._children = [id(child) for m in self._modules for child in m._modules.values()]
-        tensors = (t for m in self._modules for held in (m._parameters, m._buffers) for t in held.values() if t is not None)
-        seen: list[object] = [self._said]
-        seen += [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
-        if seen != self._seen:
-            self._seen, self._id = seen, hashlib.blake2b(repr(seen).encode(), digest_size=HASH).digest()
-        return self._id
+        tensors = list(_tensors(self._modules))
+        same = len(tensors) == len(self._seen) and all(map(_Seen.holds, self._seen, tensors))
+        if self._said or not same or not self._id:
+            self._seen, self._said = [_Seen(tensor) for tensor in tensors], False
+            self._id += 1
+        return self._id.to_bytes(8, "little")
+
+
+class _Seen:
+    """One tensor as it was. Nothing is kept alive, and what is gone is not mistaken for what took its address: a weak
+    reference to a storage keeps that address from being given to another."""
+
+    __slots__ = ("_place", "_storage", "_tensor", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._storage = ref(tensor), StorageWeakRef(tensor.untyped_storage())
+        self._place, self._version = tensor.data_ptr(), _version(tensor)
+
+    def holds(self, tensor: Tensor) -> bool:
+        return (
+            self._tensor() is tensor
+            and self._place == tensor.data_ptr()
+            and self._version == _version(tensor)
+            and self._storage.cdata == tensor.untyped_storage()._cdata
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _tensors(modules: Iterable[Any]) -> Iterator[Tensor]:
+    """All that products read: parameters, buffers, and what lies in the form of the CPU kernels."""
+    for module in modules:
+        for held in (module._parameters, module._buffers):
+            yield from (tensor for tensor in held.values() if tensor is not None)
+        if isinstance(module, MatrixLinear | MatrixStack):
+            for matrix in (module.matrix,) if isinstance(module, MatrixLinear) else module.matrices:
+                yield from (t for t in (matrix.values, matrix.scales, matrix.zeros, matrix.bias) if t is not None)

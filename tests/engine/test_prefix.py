@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from mirada.engine.sequence import Sequence
 from mirada.engine.vision import encode
 from mirada.layers.batch import Batch
 from mirada.layers.cache import SlabCache, make_cache
+from mirada.layers.kernels.matrix import Matrix
+from mirada.layers.linear import MatrixLinear
 from mirada.layers.paged import PagedCache
 from mirada.media.fetch import FetchLimits
 from mirada.media.grid import Patches
@@ -311,6 +314,72 @@ def test_other_weights_are_never_found(models, change):
     assert found(prefix, asked(parts, WORDS)) == 0 and len(prefix) == 0 and prefix.bytes_held == 0
     keep(parts, cache, prefix, asked(parts, WORDS))
     assert found(prefix, asked(parts, WORDS)) > 0
+
+
+def at(buffer: np.ndarray) -> torch.Tensor:
+    """A new tensor on memory that another may have had before."""
+    return torch.from_numpy(buffer)
+
+
+def put_parameter(model, buffer):
+    model.lm_head.weight = torch.nn.Parameter(at(buffer))
+
+
+def put_data(model, buffer):
+    model.lm_head.weight.data = at(buffer)
+
+
+def put_matrix(model, buffer):
+    model.lm_head = MatrixLinear(Matrix.of(at(buffer)))
+
+
+def put_values(model, buffer):
+    model.lm_head.matrix = Matrix.of(at(buffer))
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (put_parameter, put_parameter),
+        (put_parameter, put_data),
+        (put_matrix, put_matrix),
+        (put_matrix, put_values),
+    ],
+)
+def test_other_weights_at_the_same_address_are_never_found(models, first, then):
+    """An allocator gives out again what was freed: the same address, the same size, and no write that torch has counted."""
+    parts = models["Keye"]
+    parts = replace(parts, model=copy.deepcopy(parts.model))
+    buffer = parts.model.lm_head.weight.detach().numpy().copy()
+    first(parts.model, buffer)
+    address = buffer.ctypes.data
+    cache = make_cache(parts.cache_spec, torch.float32, "cpu")
+    prefix = PrefixCache(cache, 1 << 24, Weights(parts.model))
+    with torch.inference_mode():
+        keep(parts, cache, prefix, asked(parts, WORDS))
+    assert found(prefix, asked(parts, WORDS)) > 0
+    assert found(prefix, asked(parts, WORDS)) > 0, "nothing has changed"
+    buffer += 0.01
+    then(parts.model, buffer)
+    held = parts.model.lm_head
+    assert (held.matrix.values if isinstance(held, MatrixLinear) else held.weight).data_ptr() == address
+    assert found(prefix, asked(parts, WORDS)) == 0 == len(prefix)
+
+
+def test_the_id_of_weights_never_comes_back(models):
+    """Those of before, put in their place again, may have been written to meanwhile by others than torch."""
+    model = copy.deepcopy(models["Keye"].model)
+    weights = Weights(model)
+    old, seen = model.lm_head.weight, [weights()]
+    for parameter in (torch.nn.Parameter(old.detach().clone()), old, torch.nn.Parameter(old.detach()), old):
+        model.lm_head.weight = parameter
+        assert weights() not in seen
+        seen.append(weights())
+        assert weights() == seen[-1]
+    gone = ref(old)
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(old))
+    del old, parameter
+    assert gone() is None, "it keeps no weights alive"
 
 
 # Bounds and order.
