@@ -5,7 +5,6 @@ Shapes and units are said beside each field. Media stay references (``Image.sour
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -299,10 +298,19 @@ def _are_texts(given: Sequence[str]) -> bool:
     return len(given) > 0 and all(isinstance(one, str) and one for one in given)
 
 
+LARGEST = 10**12
+"""Beyond this no number of a request means anything, and arithmetic on it would overflow somewhere."""
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a number that can be calculated with: no truth value, not infinite, at most ``LARGEST``."""
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) <= LARGEST)  # False for NaN
+
+
 def _is_bias(given: Mapping[int, float] | None) -> bool:
     return all(
         isinstance(token, int) and not isinstance(token, bool) and token >= 0
-        and isinstance(bias, Real) and not isinstance(bias, bool) and math.isfinite(bias)
+        and is_number(bias)
         for token, bias in (given or {}).items()
     )  # fmt: skip
 

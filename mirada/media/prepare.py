@@ -23,7 +23,7 @@ from mirada.media.grid import GridRule, Patches, content_key, fit
 from mirada.media.image import Picture, decode, header_pixels, open_image, resize
 from mirada.media.rule import MediaRule, check_bounds
 from mirada.media.times import Times
-from mirada.types import Image, Video
+from mirada.types import LARGEST, Image, Video
 
 if TYPE_CHECKING:
     from mirada.media.pool import Cancel, Job, Pool
@@ -115,9 +115,10 @@ def check_item(part: Image | Video, grid: GridRule) -> None:
     names = ("min_pixels", "max_pixels", "resized_height", "resized_width")
     for name in names:
         value = getattr(part, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST):
             raise SettingsError(
-                f"{name}={value!r} is not a positive whole number", "give pixels, or None for the model's default"
+                f"{name}={value!r} is not a positive whole number, or too large",
+                "give pixels, or None for the model's default",
             )
     if (part.resized_height is None) != (part.resized_width is None):
         raise SettingsError(

@@ -14,7 +14,7 @@ import numpy as np
 from mirada.errors import SettingsError
 from mirada.media.exact import linspace_indices
 from mirada.media.rule import MediaRule
-from mirada.types import Video
+from mirada.types import LARGEST, Video, is_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +83,16 @@ def check_settings(part: Video) -> None:
         raise SettingsError("a video has both fps and nframes", "give one of them")
     for name in ("fps", "min_frame_similarity", "video_start", "video_end"):
         value = getattr(part, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)):
+        if value is not None and not is_number(value):
             raise SettingsError(f"video setting {name}={value!r} is not a finite number", f"leave {name} out or give a number")
     if part.fps is not None and part.fps <= 0:
         raise SettingsError(f"video setting fps={part.fps} is not above 0", "give frames per second, e.g. 2.0")
     for name in ("nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels"):
         value: Any = getattr(part, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1):
-            raise SettingsError(f"video setting {name}={value!r} is not at least 1", f"leave {name} out or give a whole number")
+        if value is not None and (not is_number(value) or value < 1):
+            raise SettingsError(
+                f"video setting {name}={value!r} is not between 1 and {LARGEST}", f"leave {name} out or give a whole number"
+            )
     if part.min_frames is not None and part.max_frames is not None and part.min_frames > part.max_frames:
         raise SettingsError(f"min_frames={part.min_frames} is above max_frames={part.max_frames}", "swap or drop one of them")
     if (part.resized_height is None) != (part.resized_width is None):

@@ -8,14 +8,13 @@ The one reader of such bodies, for the server and for batches. Facts: OpenAI's A
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
 from mirada.errors import MessageError, ParameterError, SettingsError, nearest
 from mirada.records.wire import messages_from_openai
-from mirada.types import FORMS, Image, Message, Sampling, Thinking, Video
+from mirada.types import FORMS, Image, Message, Sampling, Thinking, Video, is_number
 
 MOST_CHOICES = 128
 """Most answers to one request (``n``), as OpenAI's."""
@@ -356,7 +355,7 @@ def _with_media_settings(messages: list[Message], given: Mapping[str, Any]) -> l
 
 def _media_number(param: str, value: Any) -> int | float:
     whole = not param.endswith("fps")
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    number = is_number(value) and value > 0
     if not number or (whole and value != int(value)):
         raise _wrong(param, value, "a positive whole number" if whole else "a positive number")
     return int(value) if whole else float(value)

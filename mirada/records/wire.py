@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mirada.errors import MediaUnsupported, MessageError, nearest
-from mirada.types import Image, Message, Part, Text, ToolCall, Video
+from mirada.types import Image, Message, Part, Text, ToolCall, Video, is_number
 
 _SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 _INTEGERS = (*_SIZES, "nframes", "min_frames", "max_frames", "total_pixels")
@@ -125,10 +124,9 @@ def _media(part: Mapping[str, Any], kind: str, where: str) -> Image | Video:
 
 def _number(key: str, value: Any, where: str) -> int | float:
     whole = key in _INTEGERS
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or (whole and value != int(value)) or value < 0 or (value == 0 and (whole or key == "fps")):
+    if not is_number(value) or (whole and value != int(value)) or value < 0 or (value == 0 and (whole or key == "fps")):
         wanted = "a positive whole number" if whole else "a positive number" if key == "fps" else "a number of at least 0"
-        raise MessageError(f"{key}={value!r} of {where} is not {wanted}", f"give {wanted}")
+        raise MessageError(f"{key}={repr(value)[:80]} of {where} is not {wanted}", f"give {wanted}")
     return int(value) if whole else float(value)
 
 

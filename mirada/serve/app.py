@@ -14,7 +14,7 @@ import mirada
 from mirada.errors import MiradaError, SettingsError
 from mirada.serve import chat, openai, responses, schema
 from mirada.serve.errors import HttpError, error_reply, reply
-from mirada.serve.guard import Gate, Guard, read_body
+from mirada.serve.guard import Gate, Guard, aside, read_body
 from mirada.serve.live import mount_live
 from mirada.serve.metrics import CONTENT_TYPE, Metrics
 from mirada.serve.page import mount_page
@@ -69,13 +69,13 @@ def _add_answer_routes(app: FastAPI, desk: chat.Desk) -> None:
     async def chat_completions(request: Request) -> Any:
         """Answer a chat about text, pictures and videos, whole or (``stream``) as server-sent events."""
         data = await read_body(request, desk.gate, desk.settings)
-        return await chat.complete(request, openai.read_json(data), desk)
+        return await chat.complete(request, await aside(request, openai.read_json, data), desk)
 
     @app.post("/v1/responses", response_model=None)
     async def create_response(request: Request) -> Any:
         """The same by OpenAI's newer form. Nothing is stored."""
         data = await read_body(request, desk.gate, desk.settings)
-        return await responses.respond(request, openai.read_json(data), desk)
+        return await responses.respond(request, await aside(request, openai.read_json, data), desk)
 
 
 def _add_model_routes(app: FastAPI, desk: chat.Desk) -> None:

@@ -18,7 +18,7 @@ from mirada.records.answer import completion_to_openai
 from mirada.records.request import ChatRequest, RequestOptions, request_from_openai
 from mirada.serve import guides, openai
 from mirada.serve.errors import as_json, http_error, reply
-from mirada.serve.guard import Gate, Ticket
+from mirada.serve.guard import Gate, Ticket, aside
 from mirada.serve.metrics import Metrics
 from mirada.serve.settings import ServeSettings
 from mirada.serve.stream import BEAT, Choices, EventStream, Pace, beating, unless_gone
@@ -70,7 +70,7 @@ class Asked:
 
 async def complete(request: Request, body: Mapping[str, Any], desk: Desk) -> Response | EventStream:
     """The answer to a body of ``/v1/chat/completions``. Raises MiradaError, HttpError or ClientGone."""
-    asked = read(body, desk, request.scope["mirada.tenant"])
+    asked = await aside(request, read, body, desk, request.scope["mirada.tenant"])
     ticket: Ticket = request.scope["mirada.ticket"]
     ticket.facts |= {"model": asked.name, "stream": asked.chat.options.stream}
     id = f"chatcmpl-{secrets.token_hex(12)}"

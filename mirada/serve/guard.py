@@ -15,12 +15,13 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mirada.serve import log
@@ -44,6 +45,11 @@ HEADERS = {
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
 }
 """On every reply, unless its own route says otherwise (a page needs a policy of its own)."""
+VALUE_BYTES = 256
+"""That one value of JSON takes in memory, about: objects and their keys more, numbers less."""
+LARGE_BODY = 1 << 18
+"""What is smaller is read sooner than handed to a thread (some milliseconds)."""
+T = TypeVar("T")
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -52,7 +58,8 @@ class Gate:
     """What is under way in one server."""
 
     num_requests: int = 0
-    body_bytes: int = 0
+    held_bytes: int = 0
+    """What the bodies of all of it count as."""
     draining: bool = False
     empty: asyncio.Event = field(default_factory=asyncio.Event)
     """Set while nothing is under way."""
@@ -68,6 +75,9 @@ class Ticket:
     id: str
     began: float = field(default_factory=time.perf_counter)
     body_bytes: int = 0
+    held_bytes: int = 0
+    """What its body counts as: its bytes, and those of the objects that it becomes."""
+    num_values: int = 0
     status: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -123,14 +133,13 @@ class Guard:
 
     def _leave(self, ticket: Ticket) -> None:
         self.gate.num_requests -= 1
-        self.gate.body_bytes -= ticket.body_bytes
+        self.gate.held_bytes -= ticket.held_bytes
         if not self.gate.num_requests:
             self.gate.empty.set()
 
     def _note(self, scope: Scope, ticket: Ticket) -> None:
         seconds = time.perf_counter() - ticket.began
-        path = scope["route"].path if "route" in scope else "other"  # no stranger makes names of metrics
-        self.metrics.requests.labels(path=path, status=str(ticket.status)).inc()
+        self.metrics.requests.labels(path=_route(scope), status=str(ticket.status)).inc()
         client = scope.get("client") or (None,)
         log.event(
             "request", id=ticket.id, method=scope["method"], path=scope["path"][:200], status=ticket.status,
@@ -224,6 +233,14 @@ def busy(problem: str, knob: str) -> HttpError:
     )  # fmt: skip
 
 
+async def aside(request: Request, work: Callable[..., T], *given: Any) -> T:
+    """``work(*given)``, in a thread where the request's body is large: every other connection would wait for it."""
+    ticket: Ticket = request.scope["mirada.ticket"]
+    if ticket.held_bytes < LARGE_BODY:
+        return work(*given)
+    return await asyncio.to_thread(work, *given)
+
+
 async def read_body(request: Request, gate: Gate, settings: ServeSettings) -> bytes:
     """The whole body. Its bytes count against the gate until the request ends. Raises HttpError (408, 413, 415, 429)."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -249,11 +266,21 @@ async def _pieces(request: Request, gate: Gate, settings: ServeSettings):
         if message["type"] == "http.disconnect":
             raise ClientGone
         piece = message.get("body", b"")
+        # Each value but the first of its object or list has a comma before it, and base64 holds none of these.
+        values = sum(map(piece.count, (b",", b"{", b"[")))
+        size = len(piece) + VALUE_BYTES * values
         ticket.body_bytes += len(piece)
-        gate.body_bytes += len(piece)
+        ticket.num_values += values
+        ticket.held_bytes += size
+        gate.held_bytes += size
         if ticket.body_bytes > settings.max_body_bytes:
             raise _too_large(settings)
-        if gate.body_bytes > settings.max_bodies_bytes:
+        if ticket.num_values > settings.max_body_values:
+            raise HttpError(
+                400, f"the body holds more than {settings.max_body_values:,} values; send it in several requests"
+                " (server setting max_body_values)", code="body_too_complex", headers={"Connection": "close"},
+            )  # fmt: skip
+        if gate.held_bytes > settings.max_bodies_bytes:
             raise busy("the requests under way hold as many bytes as they may", "max_bodies_bytes")
         yield piece
         if not message.get("more_body", False):
@@ -265,6 +292,16 @@ def _too_large(settings: ServeSettings) -> HttpError:
         413, f"the body is larger than {settings.max_body_bytes:,} bytes; send smaller pictures, or their addresses",
         code="body_too_large", headers={"Connection": "close"},
     )  # fmt: skip
+
+
+def _route(scope: Scope) -> str:
+    """The path of the route that a request is for, also where the door was not opened; ``other`` for none, so that no stranger
+    makes names of metrics."""
+    if "route" in scope:
+        return scope["route"].path
+    routes = scope["app"].routes if "app" in scope else ()
+    found = next((one for one in routes if hasattr(one, "path") and one.matches(scope)[0] is not Match.NONE), None)
+    return "other" if found is None else found.path
 
 
 def _headers(scope: Scope) -> dict[str, str]:

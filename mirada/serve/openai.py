@@ -6,6 +6,7 @@ A streamed tool call begins with a chunk that holds its name; chunks with its ar
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,30 +24,63 @@ from mirada.serve.errors import HttpError
 from mirada.types import Delta, Message, Output, ToolCall
 
 DONE = b"data: [DONE]\n\n"
+MOST_DEPTH = 64
+"""Objects and lists inside one another. What looks into them, schemas of tools above all, does so by recursion."""
+MOST_DIGITS = 24
+TOO_LARGE = object()
+"""Stands for a number that is none of ours until the parameter that holds it is found."""
 
 
 def read_json(data: bytes) -> dict[str, Any]:
-    """A body as an object; HttpError 400 for anything else, for numbers that JSON does not know, and for a key given twice."""
+    """A body as an object; HttpError 400 for anything else, for numbers that JSON does not know or that are beyond 64 bits (it
+    names the parameter that holds one), for what is nested deeper than ``MOST_DEPTH``, and for a key given twice."""
     try:
-        value = json.loads(data, parse_constant=_no_constant, object_pairs_hook=_no_key_twice)
+        value = json.loads(
+            data, parse_constant=_no_constant, object_pairs_hook=_no_key_twice, parse_int=_whole, parse_float=_fraction
+        )
     except ValueError as error:
         raise HttpError(400, f"the body is not valid JSON: {error}", code="not_json") from error
     except RecursionError as error:
         raise HttpError(400, "the body is nested too deeply", code="not_json") from error
     if not isinstance(value, dict):
         raise HttpError(400, f"the body is a JSON {type(value).__name__}; send an object", code="not_json")
+    for name, one in value.items():
+        _check(name, one)
     return value
+
+
+def _check(name: str, value: Any) -> None:
+    """Raises ParameterError unless parameter ``name`` holds numbers that can be, no deeper than may be."""
+    level = [value]
+    for _ in range(MOST_DEPTH):
+        if TOO_LARGE in level:
+            raise ParameterError(f"{name} holds a number that is too large", "give one of at most 64 bits", param=name)
+        lists = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
+        level = [inner for inners in lists for inner in inners]
+        if not level:
+            return
+    raise ParameterError(f"{name} is nested more than {MOST_DEPTH} deep", "send something flatter", param=name)
 
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
+def _whole(digits: str) -> Any:
+    return int(digits) if len(digits) < MOST_DIGITS and -(1 << 63) <= int(digits) < 1 << 64 else TOO_LARGE
+
+
+def _fraction(digits: str) -> Any:
+    value = float(digits)
+    return value if math.isfinite(value) else TOO_LARGE
+
+
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {twice!r} is given twice")
     return made
 
 

@@ -71,12 +71,12 @@ def as_chat(body: Mapping[str, Any], allow_unknown: bool = False) -> dict[str, A
                 raise ParameterError(f"the parameter {key!r} is unknown", nearest(key, KNOWN), param=key)
             made[key] = value
     for key, wanted in (("background", False), ("truncation", "disabled")):
-        if key in given and given[key] != wanted:
+        if key in given and (given[key] != wanted or type(given[key]) is not type(wanted)):
             raise ParameterError(f"{key}={given[key]!r} is not kept to", f"leave it out, or give {wanted!r}", param=key)
     if not all(isinstance(value, str) for value in _mapping(given, "metadata").values()):  # it comes back in the response
         raise ParameterError("metadata holds what is no text", "give an object of texts", param="metadata")
     made["messages"] = _messages(given)
-    made["tools"] = [_tool(tool, index) for index, tool in enumerate(given.get("tools") or ())] or None
+    made["tools"] = [_tool(tool, index) for index, tool in enumerate(_typed(given, "tools", list, []))] or None
     choice = given.get("tool_choice")
     if isinstance(choice, Mapping) and "name" in choice:
         choice = {"type": "function", "function": {"name": choice["name"]}}
@@ -86,9 +86,14 @@ def as_chat(body: Mapping[str, Any], allow_unknown: bool = False) -> dict[str, A
 
 
 def _mapping(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value = given.get(name, {})
-    if not isinstance(value, Mapping):
-        raise ParameterError(f"{name} is a {type(value).__name__}", "give an object", param=name)
+    return _typed(given, name, dict, {})
+
+
+def _typed(given: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
+    value = given.get(name, default)
+    if not isinstance(value, kind):
+        wanted = {dict: "an object", list: "a list", str: "a text"}[kind]
+        raise ParameterError(f"{name} is a {type(value).__name__}", f"give {wanted}", param=name)
     return value
 
 
@@ -110,7 +115,7 @@ def _messages(given: Mapping[str, Any]) -> list[dict[str, Any]]:
     asked = given.get("input")
     if not isinstance(asked, str | list) or not asked:
         raise ParameterError("the request has no input", "give a text, or a list of messages", param="input")
-    instructions = given.get("instructions")
+    instructions = _typed(given, "instructions", str, "")
     lead = [{"role": "system", "content": instructions}] if instructions else []
     if isinstance(asked, str):
         return [*lead, {"role": "user", "content": asked}]

@@ -44,7 +44,9 @@ class ServeSettings:
     max_body_bytes: int = 100 * MB
     """Largest body of one request."""
     max_bodies_bytes: int = 512 * MB
-    """Bodies of all requests under way together; what does not fit is answered 429."""
+    """Bodies of all requests under way together, with 256 bytes for each of their values; what does not fit is answered 429."""
+    max_body_values: int = 200_000
+    """Values of JSON (texts, numbers, objects, lists) in one body; each takes many times its bytes in memory."""
     max_connections: int = 512
     """Connections that are open at once, idle ones included; for one more, the one closes that has waited longest without a
     whole request."""
@@ -54,13 +56,15 @@ class ServeSettings:
     """In which a body must have arrived."""
     send_seconds: float = 60.0
     """In which a client must take what is sent to it; then it counts as gone."""
+    stall_seconds: float = 300.0
+    """After which a step of an engine that does not end counts as hanging, and ``/ready`` says no."""
     drain_seconds: float = 120.0
     """How long requests under way may take to end once the server was told to stop."""
 
     def __post_init__(self) -> None:
         for name in (
-            "max_tokens", *MEDIA, "max_requests", "max_body_bytes", "max_bodies_bytes", "max_connections", "header_seconds",
-            "body_seconds", "send_seconds",
+            "max_tokens", *MEDIA, "max_requests", "max_body_bytes", "max_bodies_bytes", "max_body_values", "max_connections",
+            "header_seconds", "body_seconds", "send_seconds", "stall_seconds",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
