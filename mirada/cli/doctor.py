@@ -123,7 +123,10 @@ def _kernels(problems: list[Problem]) -> str:
         return error.problem
     if status.name != "none":
         return f"compiled, {status.name} ({status.why})"
-    instead = "int8 by torch's quantized::linear_dynamic (fbgemm, deprecated), int4 and bfloat16 widened tile by tile"
+    instead = (
+        "int8 by torch's quantized::linear_dynamic (fbgemm, deprecated), int4 and bfloat16 widened tile by tile; "
+        "bfloat16 checkpoints load as float32 unless quant='exact' is given"
+    )
     problems.append(Problem("warning", f"no compiled CPU kernels: {status.why}; {instead}", status.fix))
     return f"none ({status.why}): {instead}"
 

@@ -207,12 +207,15 @@ class _Verifier:
         return bounds if file.is_file() else f"none is there; the family's own: {bounds}"
 
     def memory(self) -> str:
-        from mirada.engine.load import check_weights, pick_device, pick_dtype
+        from mirada import adapt
+        from mirada.engine.load import check_weights, pick_device, pick_dtype, precision_of, unasked_mode
 
         device = pick_device(None)
         dtype = pick_dtype(None, device, self.mapping)
-        check_weights(self.folder, dtype, device)
-        return f"the weights fit in {str(dtype).removeprefix('torch.')} on {device}"
+        scheme = adapt.read(self.mapping, str(self.folder / "config.json"))
+        mode = unasked_mode(self.folder, scheme, device)
+        check_weights(self.folder, dtype, device, mode=mode)
+        return f"the weights fit on {device}, where they are kept as {precision_of(mode, scheme, dtype)}"
 
     def ask(self) -> str:
         from mirada import VLM, Message

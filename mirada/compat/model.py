@@ -80,20 +80,21 @@ _SILENT = ("num_frames", "mm_token_type_ids", "token_type_ids", "tokenizer")
 class Model:
     """One checkpoint, ready to generate. ``vlm`` is the engine itself."""
 
-    def __init__(self, vlm: VLM, generation: Mapping[str, Any] | None = None) -> None:
-        """``generation``: what generation_config.json holds, the defaults of ``generate``."""
+    def __init__(self, vlm: VLM, generation: Mapping[str, Any] | None = None, directory: Path | None = None) -> None:
+        """``generation``: what generation_config.json holds, the defaults of ``generate``. ``directory``: of the checkpoint."""
         self.vlm = vlm
+        self._directory = directory
         self.generation_config = SimpleNamespace(**(generation or {}))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Model:
         """The checkpoint of a directory, or of org/name on a hub, whatever its family.
 
-        ``torch_dtype`` (or ``dtype``): a torch.dtype or its name; "auto" and nothing mean float32 on a CPU and the
-        checkpoint's own elsewhere. ``device_map``: "auto" spreads layers over all GPUs and the CPU, nothing means a GPU if
-        there is one; "cpu", "cuda:1", {"": device}. ``attn_implementation``: eager, sdpa, flash_attention_2 (which on a
-        machine without CUDA is noted and has no effect). Raises CheckpointError and its kinds, NotAvailable, OutOfMemory,
-        SettingsError.
+        ``torch_dtype`` (or ``dtype``): a torch.dtype or its name; "auto" and nothing mean float32 on a CPU (with bfloat16
+        matrices kept as they are stored, see ``VLM.precision``) and the checkpoint's own elsewhere. ``device_map``: "auto"
+        spreads layers over all GPUs and the CPU, nothing means a GPU if there is one; "cpu", "cuda:1", {"": device}.
+        ``attn_implementation``: eager, sdpa, flash_attention_2 (which on a machine without CUDA is noted and has no effect).
+        Raises CheckpointError and its kinds, NotAvailable, OutOfMemory, SettingsError.
         """
         options = _LOAD.settle(kwargs)
         directory = find(pretrained_model_name_or_path, hub_options(options))
@@ -106,7 +107,7 @@ class Model:
             attn=_attention(options.get("attn_implementation", "auto"), device),
         )
         file = directory / "generation_config.json"
-        return cls(vlm, read_json(file) if file.exists() else None)
+        return cls(vlm, read_json(file) if file.exists() else None, directory)
 
     @property
     def device(self) -> torch.device:
@@ -114,7 +115,7 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.vlm.parts.model.lm_head.weight.dtype
+        return next(self.vlm.parts.model.parameters()).dtype
 
     @property
     def config(self) -> Any:
@@ -135,6 +136,10 @@ class Model:
                 raise SettingsError(
                     "a model loaded with device_map='auto' is not moved", "load it with device_map='cuda' and its torch_dtype"
                 )
+            if old.precision == "exact" and self._directory is not None:  # in a form that only the CPU kernels read
+                self.vlm = VLM(self._directory, device=device, dtype=place.dtype, limits=old.limits)
+                old.close()
+                return self
             old.parts.model.to(device=device, dtype=place.dtype)
             self.vlm = VLM.from_parts(old.parts.model, old.parts.renderer, old.parts.rule, eos=old.parts.eos, limits=old.limits)
         return self

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from mirada.engine.parallel import check_alone, join, load_shared, own_device, s
 from mirada.engine.place import Plan, Room, install, measure, plan, rooms
 from mirada.errors import CheckpointError, NotAvailable, SettingsError
 from mirada.layers.attention import check_kind, set_kind
+from mirada.layers.kernels import library
 from mirada.media.rule import MediaRule
 from mirada.models import precision, shards
 from mirada.models.family import family_of
@@ -28,6 +31,7 @@ from mirada.table import nearest
 from mirada.types import Sampling
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
+_log = logging.getLogger(__name__)
 DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -57,6 +61,8 @@ class Parts:
     """Kinds of media (image, video) that its card says it was never taught, though it takes them."""
     group: Any = None
     """The processes that share the model (``parallel.group.Group``), if several do."""
+    precision: str = ""
+    """How matrices are kept: a mode of ``adapt.mode`` (exact, int8:128 ...), a type, or the format of a packed checkpoint."""
 
 
 def load(
@@ -76,7 +82,8 @@ def load(
 
     ``widen``: packed (quantised) matrices take ``dtype`` on load, for speed, instead of staying packed. ``device_map="auto"``
     spreads layers over all GPUs and the CPU instead of taking one ``device``. ``attn``: see ``layers.attention.check_kind``.
-    ``quant``: how matrices are kept on a CPU, see ``adapt.mode`` and ``check_mode``.
+    ``quant``: how matrices are kept on a CPU, see ``adapt.mode`` and ``check_mode``; without it and without a ``dtype``
+    (None or ``auto``) see ``unasked_mode``.
 
     ``tensor_parallel``: so many processes hold a share each, see ``engine.parallel``.
 
@@ -92,7 +99,11 @@ def load(
     place = found[0].device if found else pick_device(device)
     mapping = read_json(directory / "config.json")
     kind = pick_dtype(dtype, place, mapping)
-    mode = check_mode(parse_mode(quant), adapt.read(mapping, str(directory / "config.json")), place, kind, bool(found), widen)
+    scheme = adapt.read(mapping, str(directory / "config.json"))
+    mode = check_mode(parse_mode(quant), scheme, place, kind, bool(found), widen)
+    alone = group is None and not found and not widen
+    if mode is None and alone and dtype in (None, "auto"):
+        mode = unasked_mode(directory, scheme, place)
     family = family_of(mapping, str(directory / "config.json"))
     attention = check_kind(attn, place, kind)
     if group is not None:
@@ -110,7 +121,28 @@ def load(
         model = load_model(directory, kind, place, widen=widen, mode=mode)
     set_kind(model, attention)
     parts = _with_files(model, family, directory, name, min_pixels, max_pixels)
-    return replace(parts, placement=made, group=group)
+    kept = precision_of(mode, scheme, kind, widen)
+    _log.info("model %s: matrices are kept as %s on %s", directory.name, kept, "several devices" if found else place)
+    return replace(parts, placement=made, group=group, precision=kept)
+
+
+def unasked_mode(directory: Path, scheme: Any, device: torch.device) -> Mode | None:
+    """The mode of a model that is loaded without a word about its type: ``exact`` on a CPU whose compiled kernels multiply by
+    bfloat16 as it is stored, where most of the weights are that. The values are those of float32, in half the memory."""
+    if device.type != "cpu" or scheme is not None or library.library() is None:
+        return None
+    sizes = [(stored.dtype, math.prod(stored.shape)) for stored in shards.read_all(shards.find(directory)).values()]
+    narrow = sum(size for dtype, size in sizes if dtype == "BF16")
+    return Mode("exact") if 2 * narrow > sum(size for _, size in sizes) else None
+
+
+def precision_of(mode: Mode | None, scheme: Any, dtype: torch.dtype, widen: bool = False) -> str:
+    """How the matrices of a model are kept, in a word or two."""
+    if mode is not None and (scheme is None or scheme.widens):
+        return str(mode)
+    if scheme is not None and not scheme.widens and not widen:
+        return f"{scheme.method}, as stored" + (f", {mode.name} kernels" if mode else "")
+    return str(dtype).removeprefix("torch.")
 
 
 def _with_files(
@@ -188,6 +220,7 @@ def assemble(model: Any, renderer: Renderer, rule: MediaRule | None = None, eos:
         eos=frozenset(ends),
         context=model.config.text.max_position_embeddings,
         cache_spec=spec_of(model, family.cache_spec(model.config)),
+        precision=str(next(model.parameters()).dtype).removeprefix("torch."),
     )
 
 
@@ -231,8 +264,8 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype | None, device: torch.device, config: dict[str, Any]) -> torch.dtype:
-    """The type asked for; with None or ``auto`` float32 on a CPU (without fast bfloat16 it is the quickest), elsewhere the
-    checkpoint's."""
+    """The type asked for; with None or ``auto`` float32 on a CPU (without fast bfloat16 it is the quickest; how matrices are
+    kept is another matter, see ``unasked_mode``), elsewhere the checkpoint's."""
     if isinstance(dtype, torch.dtype):
         name = str(dtype).removeprefix("torch.")
     elif dtype is None or dtype == "auto":

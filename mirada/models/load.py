@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,8 @@ def _in_mode(
 ) -> nn.Module:
     """The model in the forms of ``mode``, from the cache on disk or into it."""
     where = str(directory / "config.json")
+    if not mode.rounds:
+        return _as_it_lies(where, mapping, layout, stored, scheme, mode)
     size = precision.resident_bytes(layout, mode, stored, torch.float32)
     file = formed.place(shards.find(directory), json.dumps(mapping), mode, size)
     kept = formed.read(file)
@@ -107,6 +109,21 @@ def _in_mode(
     precision.finish(model, fill=kept is None)
     if kept is None and file is not None:
         formed.write(file, model)
+    return model
+
+
+def _as_it_lies(
+    where: str, mapping: Mapping[str, Any], layout: Layout, stored: Mapping[str, Stored], scheme: Scheme | None, mode: Mode
+) -> nn.Module:
+    """The model with its matrices as they are stored. Nothing is computed, so nothing is kept in the cache: what needs no
+    joining is mapped from the checkpoint's own files, and the rest (queries with keys and values, gates with ups) is copied."""
+    filed = precision.Filed(layout, stored)
+    change = lambda model: precision.replace(model, layout, mode, stored, filed.make)  # noqa: E731
+    model: Any = build(mapping, torch.float32, "cpu", where, change)
+    filed.install(model)
+    model.tie_weights()
+    load_weights(model, layout, stored, scheme, there=filed.names)
+    precision.finish(model)
     return model
 
 
@@ -163,14 +180,21 @@ class _Blank(TorchFunctionMode):
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, layout: Layout, stored: Mapping[str, Stored], scheme: Scheme | None = None) -> None:
-    """Fills every parameter from ``stored``. Raises TensorError before anything is written if the names do not fit."""
+def load_weights(
+    model: nn.Module,
+    layout: Layout,
+    stored: Mapping[str, Stored],
+    scheme: Scheme | None = None,
+    there: Collection[str] = (),
+) -> None:
+    """Fills every parameter from ``stored``, but for those that are ``there`` already. Raises TensorError before anything is
+    written if the names do not fit."""
     stored = layout.released(stored)
     packed, mapped = quantised.check(layout, stored, scheme), Mapped()
     wanted = layout.stored()
     first = {name: stored[next(iter(packed[name].fields)) if name in packed else name] for name in wanted}
     # In the order of the files, so that each is read once from front to back.
-    for name in sorted(wanted, key=lambda name: (str(first[name].file), first[name].start)):
+    for name in sorted(wanted.keys() - there, key=lambda name: (str(first[name].file), first[name].start)):
         if name in packed and scheme is not None:
             quantised.load(model, packed[name], scheme, stored, mapped)
         else:

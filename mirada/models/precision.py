@@ -20,7 +20,7 @@ from mirada.layers.kernels import library
 from mirada.layers.kernels.matrix import BLOCK, Format, Matrix
 from mirada.layers.linear import Linear, MatrixLinear, MatrixStack
 from mirada.models.layout import Layout, Rule
-from mirada.models.shards import Stored
+from mirada.models.shards import Stored, Views
 
 Make = Callable[[str, Format, int, int, int], Matrix]
 """(name, format, rows, columns, group) -> the matrix, to be filled or filled already."""
@@ -45,6 +45,45 @@ def made(name: str, format: Format, rows: int, columns: int, group: int) -> Matr
     if format == Format.BF16:
         return Matrix(format, rows, columns, 0, torch.empty(rows, columns, dtype=torch.bfloat16))
     return Matrix.empty(format, rows, columns, group)
+
+
+class Filed:
+    """Makes matrices in memory like ``made``, except bfloat16 ones that lie in the checkpoint's files as products read them:
+    these are views of the files. ``names``: the stored tensors of which nothing is to be read any more."""
+
+    def __init__(self, layout: Layout, stored: Mapping[str, Stored]) -> None:
+        self._stored, self._views, self.names = stored, Views(), set[str]()
+        self._rules = {rule.parameter: rule for rule in layout.rules}
+
+    def make(self, name: str, format: Format, rows: int, columns: int, group: int) -> Matrix:
+        """See ``Make``."""
+        view = self._view(self._parts(name, rows), (rows, columns)) if format == Format.BF16 else None
+        return made(name, format, rows, columns, group) if view is None else Matrix.of(view)
+
+    def install(self, model: Any) -> None:
+        """The table of embeddings, as it is the one large parameter that is no matrix of a Linear."""
+        table = model.decoder.embed
+        view = self._view([name for name, _ in self._rules["decoder.embed.weight"].tensors], table.weight.shape)
+        if view is not None:
+            table.weight = nn.Parameter(view, table.weight.requires_grad)
+
+    def _parts(self, name: str, rows: int) -> list[str]:
+        """The stored tensors that are matrix ``name``: of a Linear, or, with a number at its end, of a stack."""
+        rule = self._rules.get(f"{name}.weight")
+        if rule is not None:
+            return [tensor for tensor, _ in rule.tensors]
+        owner, _, index = name.rpartition(".")
+        tensors = self._rules[owner].tensors
+        each = rows // tensors[0][1][0]
+        return [tensor for tensor, _ in tensors[int(index) * each : (int(index) + 1) * each]]
+
+    def _view(self, names: list[str], shape: tuple[int, ...]) -> Tensor | None:
+        parts = [self._stored[name] for name in names]
+        view = self._views.of(parts) if all(part.dtype == "BF16" for part in parts) else None
+        if view is None or view.shape != shape:
+            return None
+        self.names.update(names)
+        return view
 
 
 def replace(model: Any, layout: Layout, mode: Mode, stored: Mapping[str, Stored], make: Make = made) -> None:

@@ -199,6 +199,33 @@ class Mapped:
             data.madvise(mmap.MADV_DONTNEED, first, start + size - first)
 
 
+class Views:
+    """Tensors on the pages of their files, which are read when they are used and are the system's to drop and read again.
+
+    The files must stay as they are for as long as a view lives; what replaces one (as ``write_all`` does) does it no harm.
+    """
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def of(self, parts: Sequence[Stored]) -> Tensor | None:
+        """Tensors [R, ..] of one type as one, their rows after one another. None where they do not lie so in one file, or not
+        at a multiple of their type's size."""
+        first, end = parts[0], parts[0].start
+        if first.start % first.torch_dtype.itemsize:
+            return None
+        for part in parts:
+            if (part.file, part.dtype, part.shape[1:], part.start) != (first.file, first.dtype, first.shape[1:], end):
+                return None
+            end += math.prod(part.shape) * part.torch_dtype.itemsize
+        if first.file not in self._maps:
+            with first.file.open("rb") as handle:
+                # A private writable map: torch wants a writable buffer, and nothing is ever written to it.
+                self._maps[first.file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+        made = _view(self._maps[first.file], first.start, end - first.start, first.torch_dtype)
+        return made.view(sum(part.shape[0] for part in parts), *first.shape[1:])
+
+
 def _view(data: mmap.mmap, start: int, size: int, dtype: torch.dtype) -> Tensor:
     if start % dtype.itemsize:
         return torch.frombuffer(bytearray(data[start : start + size]), dtype=dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from mirada.compat.transformers import (
     Qwen2VLForConditionalGeneration,
 )
 from mirada.errors import CheckpointError, ContextOverflow, MediaUnsupported, MessageError, SettingsError
+from mirada.models.load import load_model, save_model
 from mirada.prompt.rendered import Rendered
 
 UTILS = {"qwen2_vl": qwen_vl_utils, "Keye": keye_vl_utils_1_0, "KeyeVL1_5": keye_vl_utils}
@@ -167,6 +169,19 @@ def test_another_dtype_is_another_engine(folders, opened, pictures):
     assert torch.equal(narrow, model.generate(**inputs, max_new_tokens=4, do_sample=False))  # pixels are bytes all the same
     assert inputs.to("cpu", torch.bfloat16).pixel_values.dtype is torch.bfloat16
     assert inputs.to(dtype=torch.bfloat16).input_ids.dtype is torch.int64
+
+
+def test_a_bfloat16_checkpoint_takes_any_type(folders, tmp_path):
+    """Unasked its matrices are kept in the form of the CPU kernels, which another type does not take: it is opened anew."""
+    shutil.copytree(folders["qwen2_vl"], tmp_path / "narrow")
+    save_model(load_model(tmp_path / "narrow", torch.bfloat16), tmp_path / "narrow")
+    model = AutoModel.from_pretrained(tmp_path / "narrow", torch_dtype="auto")
+    assert model.dtype is torch.float32
+    assert model.to(torch.float32) is model
+    before = model.vlm
+    assert model.to(torch.bfloat16) is model and model.dtype is torch.bfloat16 and model.vlm is not before
+    assert model.vlm.parts.model.lm_head.weight.dtype is torch.bfloat16
+    assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2).shape == (1, 5)
 
 
 # What the processor gives

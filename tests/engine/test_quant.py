@@ -6,13 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import make_tiny
+from tiny import TINY, make_tiny
+from tiny_adapters import make_adapter
 
-from mirada import VLM, Sampling
+from mirada import VLM, Image, Message, Sampling, Text
 from mirada.adapt.mode import Mode
 from mirada.engine.load import check_mode
 from mirada.errors import NotAvailable, SettingsError
-from mirada.models import precision
+from mirada.layers.kernels import library as compiled
+from mirada.models import precision, quantised
+from mirada.models.load import load_model, save_model
 from mirada.types import Prompt
 
 CPU, INT4, INT8 = torch.device("cpu"), Mode("int4", 32), Mode("int8", 128)
@@ -62,3 +65,61 @@ def test_batch_mates_change_nothing(folder, quant):
         alone = [vlm.generate([prompt], Sampling(max_tokens=8))[0] for prompt in prompts]
     assert [o.error for o in together] == [None] * 5
     assert [o.tokens for o in together] == [o.tokens for o in alone]
+
+
+@pytest.fixture(scope="module", params=sorted(TINY))
+def narrow(request, tmp_path_factory):
+    """A checkpoint stored in bfloat16."""
+    made = make_tiny(tmp_path_factory.mktemp(request.param), request.param)
+    save_model(load_model(made, torch.bfloat16), made)
+    return made
+
+
+@pytest.mark.skipif(compiled.library() is None, reason="needs the compiled kernels")
+def test_bfloat16_is_kept_as_it_is_stored_unasked(narrow, picture, caplog):
+    chat = [Message("user", [Image(picture), Text("What is it?")])]
+    sampling = Sampling(max_tokens=6, ignore_eos=True, logprobs=0)
+    with caplog.at_level("INFO"), VLM(narrow, device="cpu") as kept, VLM(narrow, device="cpu", dtype="float32") as wide:
+        assert (kept.precision, wide.precision) == ("exact", "float32")
+        assert "kept as exact on cpu" in caplog.text
+        model = kept.parts.model
+        assert quantised.is_packed(model) and not quantised.is_packed(wide.parts.model)
+        assert model.decoder.embed.weight.dtype == torch.bfloat16
+        assert kept._engine.engine.runner.dtype == torch.float32  # activations, keys and values
+        made, expected = (vlm.generate([chat], sampling)[0] for vlm in (kept, wide))
+    assert made.error is None and made.tokens == expected.tokens
+    assert [t.logprob for t in made.logprobs] == pytest.approx([t.logprob for t in expected.logprobs], abs=1e-4)
+
+
+def test_an_adapter_beside_what_is_stored(narrow, tmp_path):
+    """The same adapter on matrices as they are stored and on float32 ones gives the same answers, other than without it."""
+    adapter = make_adapter(tmp_path / "a", load_model(narrow), 1)
+    prompt, sampling = Prompt(tuple(range(10, 40))), Sampling(max_tokens=4, ignore_eos=True, logprobs=0)
+    rows = []
+    for dtype in ("auto", "float32"):
+        with VLM(narrow, device="cpu", dtype=dtype, adapters={"a": adapter}) as vlm:
+            rows.append([vlm.generate([prompt], sampling, adapter=name)[0] for name in ("a", None)])
+    for made, expected in zip(*rows, strict=True):
+        assert made.error is None and made.tokens == expected.tokens
+        assert [t.logprob for t in made.logprobs] == pytest.approx([t.logprob for t in expected.logprobs], abs=1e-4)
+    assert rows[0][0].logprobs != rows[0][1].logprobs
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"widen": True}, {"quant": "int8"}])
+def test_what_is_asked_for_is_what_is_given(narrow, options):
+    if narrow.name.startswith("qwen2_vl"):
+        with VLM(narrow, device="cpu", **options) as vlm:
+            wanted = {"dtype": "bfloat16", "widen": "float32", "quant": "int8:128"}[next(iter(options))]
+            assert vlm.precision == wanted
+
+
+def test_float32_and_mini_stay_what_they_are(folder):
+    for name in (folder, "mini"):
+        with VLM(name, device="cpu") as vlm:
+            assert vlm.precision == "float32" and not quantised.is_packed(vlm.parts.model)
+
+
+def test_without_kernels_it_is_float32(narrow, monkeypatch):
+    monkeypatch.setattr(compiled, "_loaded", lambda: (None, compiled.Status("none", "a test", "end it")))
+    with VLM(narrow, device="cpu") as vlm:
+        assert vlm.precision == "float32"
