@@ -17,10 +17,12 @@ from torch import Tensor
 
 from mirada.engine import vision
 from mirada.engine.adapters import Adapters
+from mirada.engine.pace import Pace
 from mirada.engine.sequence import Sequence
 from mirada.engine.turns import Turns
 from mirada.engine.vision import Piece
 from mirada.media.grid import GridRule, Patches
+from mirada.models.slices import Slices
 
 
 class FeatureCache(Protocol):
@@ -88,8 +90,33 @@ class Features:
         return self.rows[a:b], found
 
 
+@dataclass(eq=False)
+class Flight:
+    """A pass through the tower that may take several steps."""
+
+    chosen: list[tuple[Sequence, Unit]]
+    adapters: list[tuple[Any, int]]
+    """Whose weights, for how many patches: for the whole pass, whoever ends meanwhile."""
+    states: list[Features]
+    """Where the features of each unit go, if that is still what its sequence waits with."""
+    slices: Slices[Tensor]
+    patches: int
+    begun: bool = False
+    """Its patches are embedded."""
+
+    @property
+    def wanted(self) -> list[tuple[Sequence, Unit]]:
+        """The units that somebody still waits for: not those of sequences that ended or were preempted."""
+        return [
+            (sequence, unit)
+            for (sequence, unit), state in zip(self.chosen, self.states, strict=True)
+            if sequence.features is state and unit in state.units
+        ]
+
+
 class Encoder:
-    """Encodes the media of running sequences, at most so many patches a step."""
+    """Encodes the media of running sequences, at most so many patches a pass and one pass at a time; on a CPU in slices, so
+    that a step takes no longer than it should."""
 
     def __init__(
         self,
@@ -100,9 +127,13 @@ class Encoder:
         most: int,
         cache: FeatureCache | None,
         adapters: Adapters,
+        pace: Pace,
     ) -> None:
         self.model, self.rule, self.device, self.dtype, self.most, self.cache = model, rule, device, dtype, most, cache
-        self.adapters = adapters
+        self.adapters, self.pace = adapters, pace
+        self.sliced = device.type == "cpu" and pace.seconds is not None
+        self.flight: Flight | None = None
+        """The pass under way."""
         self.turns = Turns(most)
         self.num_patches = 0
         """Encoded so far."""
@@ -114,27 +145,40 @@ class Encoder:
     def _units(self, sequence: Sequence) -> Iterable[Unit]:
         area, at = sequence.prompt.spans[0].merge ** 2, 0
         for index, item in enumerate(sequence.media):
-            for piece in vision.pieces(self.model, (item,), self.most):
+            for piece in vision.pieces(self.model, (item,), 1 if self.sliced else self.most):
                 t, h, w = piece.grid
                 yield Unit(index, piece, at, at := at + t * h * w // area)
 
-    def choose(self, sequences: Iterable[Sequence], ahead: int) -> list[tuple[Sequence, Unit]]:
-        """What to encode in this step: of ``sequences`` in turn, as much as fits, and no farther than ``ahead`` tokens before
-        it is needed. What the cache has costs nothing and is taken at once."""
+    def recall(self, sequences: Iterable[Sequence]) -> list[Sequence]:
+        """Those of ``sequences`` that wait for pictures. What the cache has costs nothing and is taken at once."""
         seeing = [sequence for sequence in sequences if sequence.features is not None and sequence.features.units]
+        for sequence in seeing:
+            self._recall(sequence)
+        return seeing
+
+    def choose(self, seeing: Seq[Sequence], ahead: int) -> list[tuple[Sequence, Unit]]:
+        """What to encode in this step: the pass under way, or else of those that ``recall`` gave in turn, as much as fits, and
+        no farther than ``ahead`` tokens before it is needed."""
+        self.tidy()
+        if self.flight is not None:
+            return self.flight.wanted
         chosen = self._choose(self.turns.order(seeing), ahead)
         self.turns.note(seeing, [(sequence, len(unit.piece.pixels)) for sequence, unit in chosen])
         return chosen
+
+    def tidy(self) -> None:
+        """Let go of a pass that nobody waits for any more."""
+        if self.flight is not None and not self.flight.wanted:
+            self.flight = None
 
     def _choose(self, sequences: Seq[Sequence], ahead: int) -> list[tuple[Sequence, Unit]]:
         chosen: list[tuple[Sequence, Unit]] = []
         # Who has begun with an item goes on with it, whoever's turn it is.
         begun = [(sequence, item) for sequence in sequences for item in sequence.features.gathered]
         leaders = {_content(*one): one for one in reversed(begun)}
-        room = self.most
+        room = self.most if not self.sliced else min(self.most, self.pace.patches() or self.most)
         for sequence in sequences:
             features = sequence.features
-            self._recall(sequence)
             for unit in features.units:
                 size = len(unit.piece.pixels)
                 if features.rows[unit.first] >= sequence.computed + ahead or self._follows(sequence, unit, leaders):
@@ -180,16 +224,52 @@ class Encoder:
             # Units that were skipped before it have their features at the front.
             features.give(first, found[len(found) - (last.end - first) :])
 
-    def run(self, chosen: list[tuple[Sequence, Unit]]) -> None:
-        """Encode units by one pass, and hand each sequence what is its own."""
-        with self.adapters.media([(sequence.lora, len(unit.piece.pixels)) for sequence, unit in chosen]):
-            made = vision.run(self.model, [unit.piece for _, unit in chosen], self.rule, self.device, self.dtype)
-        self.num_patches += sum(len(unit.piece.pixels) for _, unit in chosen)
-        for (sequence, unit), features in zip(chosen, made.split([u.end - u.first for _, u in chosen]), strict=True):
-            sequence.features.units.remove(unit)
-            own = features.clone() if len(chosen) > 1 else features  # not a view that keeps the others' alive
-            sequence.features.give(unit.first, own)
-            self._gather(sequence, unit, own)
+    def run(self, chosen: list[tuple[Sequence, Unit]], seconds: float | None) -> None:
+        """Go on with the pass under way, else begin one of ``chosen``: for about ``seconds``, a slice at least; None: to its
+        end. Then each sequence is handed what is its own. A pass that fails is forgotten."""
+        flight, self.flight = self.flight or self._begin(chosen), None
+        with self.adapters.media(flight.adapters):
+            made = self._advance(flight, seconds)
+        if made is None:
+            self.flight = flight
+            return
+        self.num_patches += flight.patches
+        wanted = {unit: sequence for sequence, unit in flight.wanted}
+        parts = made.split([unit.end - unit.first for _, unit in flight.chosen])
+        for (_, unit), features in zip(flight.chosen, parts, strict=True):
+            if (sequence := wanted.get(unit)) is not None:
+                sequence.features.units.remove(unit)
+                own = features.clone() if len(parts) > 1 else features  # not a view that keeps the others' alive
+                sequence.features.give(unit.first, own)
+                self._gather(sequence, unit, own)
+
+    def _begin(self, chosen: list[tuple[Sequence, Unit]]) -> Flight:
+        pieces = [unit.piece for _, unit in chosen]
+        return Flight(
+            chosen,
+            [(sequence.lora, len(unit.piece.pixels)) for sequence, unit in chosen],
+            [sequence.features for sequence, _ in chosen],
+            vision.run(self.model, pieces, self.rule, self.device, self.dtype),
+            sum(len(piece.pixels) for piece in pieces),
+        )
+
+    def _advance(self, flight: Flight, seconds: float | None) -> Tensor | None:
+        """Slices for ``seconds``; all features [F, D] of the pass, if it has come to its end."""
+        clock, left = self.pace.clock, seconds
+        while True:
+            began = clock()
+            try:
+                next(flight.slices)
+            except StopIteration as end:
+                return end.value
+            took = clock() - began
+            if flight.begun:
+                self.pace.patch.note(took / flight.patches)
+            flight.begun = True
+            if left is not None:
+                left -= took
+                if left < self.pace.patch.seconds * flight.patches or left <= 0:
+                    return None
 
     def _gather(self, sequence: Sequence, unit: Unit, features: Tensor) -> None:
         """Leave items to the cache when they are whole."""

@@ -11,6 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from typing import Protocol
 
 from mirada.engine import memory
@@ -117,6 +118,8 @@ class Scheduler:
         if self.prefix is not None:
             sequence.computed, restore = self.prefix.match(sequence)
             restore(sequence.slot)
+            if sequence.cached is None:  # not what it finds of itself after it was preempted
+                sequence.cached = sequence.computed
 
     def share(self, sequence: Sequence) -> None:
         """Offer what is computed of a running sequence to others. Its reply is the same whether that can be kept or not."""
@@ -184,21 +187,40 @@ class Scheduler:
         passing = max(cache.passing_bytes(tokens) if size else 0 for size, tokens in growth)
         return cache.bytes_held + sum(size for size, _ in growth) + passing
 
-    def plan(self, ready: Callable[[Sequence], int | None]) -> list[Chunk]:
-        """What to compute now, within ``step_tokens``: the next token of all that decode, then prompts in turn, each as far
-        as ``ready`` (the first token that waits for pictures; None: none does) lets it."""
-        running = [s for s in self.running if not s.done]
-        decoding = [s for s in running if s.left == 1 and ready(s) is None]
+    def ready(self, waits: Callable[[Sequence], int | None]) -> tuple[list[Sequence], dict[Sequence, int]]:
+        """Who decodes, and of the others how many tokens could be computed now: as far as ``waits`` (the first token that waits
+        for pictures; None: none does) lets them."""
+        decoding: list[Sequence] = []
+        prompts: dict[Sequence, int] = {}
+        for sequence in self.running:
+            if sequence.done:
+                continue
+            end = waits(sequence)
+            if sequence.left == 1 and end is None:
+                decoding.append(sequence)
+            else:
+                prompts[sequence] = (sequence.num_tokens if end is None else end) - sequence.computed
+        return decoding, prompts
+
+    def plan(
+        self,
+        waits: Callable[[Sequence], int | None],
+        share: Callable[[Seq[int], bool], int | None] = lambda counts, decoding: None,
+    ) -> list[Chunk]:
+        """What to compute now, within ``step_tokens``: the next token of all that decode, then prompts in turn, of which
+        ``share`` (of how many tokens each has ready, and whether others decode) says how many tokens they get together."""
+        decoding, prompts = self.ready(waits)
         chunks = [Chunk(s, 1 + len(s.draft)) for s in decoding]
         room = self.settings.step_tokens - sum(chunk.count for chunk in chunks)
-        prompts = [s for s in running if s not in decoding]
-        for sequence in self.turns.order(prompts):
-            end = ready(sequence)
-            count = min(room, (sequence.num_tokens if end is None else end) - sequence.computed)
+        counts = [count for count in prompts.values() if count > 0]
+        if counts and (most := share(counts, bool(decoding))) is not None:
+            room = min(room, most)
+        for sequence in self.turns.order(list(prompts)):
+            count = min(room, prompts[sequence])
             if count > 0:
                 chunks.append(Chunk(sequence, count))
                 room -= count
-        self.turns.note(prompts, [(chunk.sequence, chunk.count) for chunk in chunks[len(decoding) :]])
+        self.turns.note(list(prompts), [(chunk.sequence, chunk.count) for chunk in chunks[len(decoding) :]])
         return chunks
 
 

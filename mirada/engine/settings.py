@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from mirada.errors import SettingsError
 
 MB = 1 << 20
+CPU_SECONDS = 0.25
+"""``step_seconds`` on a CPU, where nothing is said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +24,10 @@ class EngineSettings:
     step_tokens: int = 1024
     """Tokens that one step computes at most: every running sequence's next one, then pieces of waiting prompts."""
     step_patches: int = 4096
-    """Patches that one step encodes at most (a single frame may have more), so that text does not wait behind pictures."""
+    """Patches that one pass through the tower takes at most (a single frame may have more)."""
+    step_seconds: float | Literal["auto"] | None = "auto"
+    """Seconds that prompts and pictures may add to a step while another request decodes or is about to; None: as many as
+    ``step_tokens`` and ``step_patches`` take; auto: 0.25 on a CPU, None elsewhere."""
     max_length: int | None = None
     """Most tokens of prompt and answer together; None: the model's context."""
     cache_bytes: int | None = None
@@ -35,7 +41,7 @@ class EngineSettings:
     pixel_cache_bytes: int = 128 * MB
     """What earlier requests leave for later ones: keys and values of prompt beginnings, features, prepared pixels. 0: off."""
     speculate: int = 0
-    """Tokens that n-gram lookup may propose per step for a greedy request; 0: off."""
+    """Tokens that n-gram lookup may propose per step for a greedy request, where they are worth their rows; 0: off."""
     prepared_bytes: int = 512 * MB
     """Prepared pixels of requests that have not ended; others are prepared when there is room (one may be larger, alone)."""
     cuda_graphs: bool = True
@@ -56,6 +62,21 @@ class EngineSettings:
                 )
         if not isinstance(self.cuda_graphs, bool):
             raise SettingsError(f"engine setting cuda_graphs={self.cuda_graphs!r} is no truth value", "give True or False")
+        self._check_seconds()
         for name, known in (("kv", ("auto", "int8")), ("layout", ("auto", "slab", "paged"))):
             if (value := getattr(self, name)) not in known:
                 raise SettingsError(f"engine setting {name}={value!r} is unknown", f"use one of {', '.join(known)}")
+
+    def _check_seconds(self) -> None:
+        seconds = self.step_seconds
+        number = isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 < seconds < math.inf
+        if seconds not in ("auto", None) and not number:
+            raise SettingsError(
+                f"engine setting step_seconds={seconds!r} is out of range", "give seconds above 0, 'auto', or None for no bound"
+            )
+
+    def seconds(self, device: str) -> float | None:
+        """``step_seconds`` on a kind of device."""
+        if self.step_seconds == "auto":
+            return CPU_SECONDS if device == "cpu" else None
+        return self.step_seconds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import traceback
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -13,6 +12,7 @@ import torch
 from mirada.engine.drafts import Drafts
 from mirada.engine.features import Encoder, FeatureCache, Unit
 from mirada.engine.memory import Budget
+from mirada.engine.pace import Pace
 from mirada.engine.runner import Choice, Chunk, Runner
 from mirada.engine.scheduler import KNOBS, PrefixCache, Scheduler, describe
 from mirada.engine.sequence import Sequence
@@ -37,10 +37,12 @@ class Engine:
     ) -> None:
         self.runner, self.settings = runner, settings
         self.scheduler = Scheduler(runner.cache, Budget(runner.model, runner.cache, settings), settings, prefix)
+        self.pace = Pace(settings.seconds(runner.device.type))
         self.encoder = Encoder(
-            runner.model, rule, runner.device, runner.dtype, settings.step_patches, features, runner.adapters
+            runner.model, rule, runner.device, runner.dtype, settings.step_patches, features, runner.adapters, self.pace
         )
         self.drafts = Drafts(runner.model)
+        self._seconds: float | None = None
         self.num_steps = self.num_computed = self.num_generated = self.num_proposed = self.num_accepted = 0
 
     @property
@@ -50,41 +52,62 @@ class Engine:
     def step(self) -> None:
         """Move every request forward: end, begin, choose what to do, encode, compute, choose tokens, tell."""
         self.num_steps += 1
+        self.pace.begin()
         scheduler = self.scheduler
-        scheduler.reap()
+        self._reap()
         for sequence in scheduler.admit():
             self._alone(self._open, sequence)
         self.drafts.propose(scheduler.running, self.settings.speculate, self.settings.step_tokens)
         scheduler.make_room()
-        units = self.encoder.choose(scheduler.running, AHEAD * self.settings.step_tokens)
-        self._each(self._encode, units)
-        chunks = scheduler.plan(_waits)
+        self._each(self._encode, self._see())
+        chunks = scheduler.plan(_waits, self.pace.prompt_tokens)
         for chunk, choice in self._each(self._compute, chunks):
             self._alone(lambda s, chunk=chunk, choice=choice: self._publish(chunk, choice), chunk.sequence)
-        scheduler.reap()
+        self._reap()
+
+    def _reap(self) -> None:
+        self.scheduler.reap()
+        self.encoder.tidy()
 
     def _open(self, sequence: Sequence) -> None:
         self.scheduler.restore(sequence)
         sequence.features = self.encoder.open(sequence)
         self.runner.begin(sequence)
 
+    def _see(self) -> list[tuple[Sequence, Unit]]:
+        """What to encode in this step, and for how long (``_seconds``): nothing where others are to go on first."""
+        seeing = self.encoder.recall(self.scheduler.running)
+        self._seconds = None
+        if seeing and self.encoder.sliced:
+            decoding, prompts = self.scheduler.ready(_waits)
+            self._seconds = self.pace.encoding(bool(decoding), any(count > 0 for count in prompts.values()))
+        if self._seconds is not None and self._seconds <= 0:
+            return []
+        return self.encoder.choose(seeing, AHEAD * self.settings.step_tokens)
+
     def _encode(self, units: Seq[tuple[Sequence, Unit]]) -> list[tuple[tuple[Sequence, Unit], None]]:
-        began = time.perf_counter()
-        self.encoder.run(list(units))
+        seconds, self._seconds = self._seconds, None  # what fails is made again in one piece
+        began = self.pace.clock()
+        self.encoder.run(list(units), seconds)
+        took = self.pace.clock() - began
+        self.pace.encoded(took)
         for sequence in {sequence for sequence, _ in units}:
-            sequence.spent("encode", time.perf_counter() - began)
+            sequence.spent("encode", took)
         return [(unit, None) for unit in units]
 
     def _compute(self, chunks: Seq[Chunk]) -> list[tuple[Chunk, Choice]]:
-        began = time.perf_counter()
+        began = self.pace.clock()
         choices = self.runner.run(chunks)
-        seconds = time.perf_counter() - began
+        seconds = self.pace.clock() - began
         if self.settings.speculate and all(chunk.rows == chunk.count for chunk in chunks):
             adapted = any(chunk.sequence.lora is not None for chunk in chunks)
             self.drafts.note(sum(chunk.count for chunk in chunks), seconds, adapted)
+        prompts = 0
         for chunk in chunks:
             decodes = chunk.sequence.left == 1 and chunk.sequence.tokens
+            prompts += 0 if decodes else chunk.count
             chunk.sequence.spent("decode" if decodes else "prefill", seconds)
+        self.pace.computed(prompts, seconds)
         return list(zip(chunks, choices, strict=True))
 
     def _publish(self, chunk: Chunk, choice: Choice) -> None:
@@ -140,14 +163,14 @@ class Engine:
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
             if not sequence.done:
                 sequence.fail(error)
-        self.scheduler.reap()
+        self._reap()
 
     def fail(self, error: BaseException) -> None:
         """A defect in the engine itself: what runs and what is first in line ends, and the rest goes on."""
         for sequence in (*self.scheduler.running, *list(self.scheduler.waiting)[:1]):
             if not sequence.done:
                 sequence.fail(_typed(error, sequence))
-        self.scheduler.reap()
+        self._reap()
 
     def stats(self) -> dict[str, int]:
         """Counts, of now and since the start. Any thread may ask."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from mirada.layers.batch import MediaBatch
 from mirada.media.cache import ByteCache
 from mirada.media.grid import GridRule, Patches, normalise
+from mirada.models.slices import Slices, whole
 from mirada.types import Grid
 
 PASS_PATCHES = 16384
@@ -106,19 +107,19 @@ class EncoderCache:
 def encode(model: Any, media: Sequence[Patches], rule: GridRule, device: torch.device, dtype: torch.dtype) -> Tensor | None:
     """Features [F, D] of all media in order; None for no media."""
     line = pieces(model, media, PASS_PATCHES)
-    features = [run(model, group, rule, device, dtype) for group in passes(line, PASS_PATCHES)]
+    features = [whole(run(model, group, rule, device, dtype)) for group in passes(line, PASS_PATCHES)]
     return torch.cat(features) if features else None
 
 
-def run(model: Any, group: Sequence[Piece], rule: GridRule, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Features [F, D] of all pieces in order, by one pass through the tower."""
+def run(model: Any, group: Sequence[Piece], rule: GridRule, device: torch.device, dtype: torch.dtype) -> Slices[Tensor]:
+    """Features [F, D] of all pieces in order, by one pass through the tower, in slices."""
     pixels = np.concatenate([piece.pixels for piece in group])
     batch = MediaBatch(
         pixels=torch.from_numpy(normalise(pixels, rule)).to(device, dtype),
         grids=tuple(piece.grid for piece in group),
         kinds=tuple(piece.kind for piece in group),  # pyright: ignore[reportArgumentType]
     )
-    return model.encode(batch)
+    return (yield from model.encoding(batch))
 
 
 def pieces(model: Any, media: Iterable[Patches], most: int) -> Iterator[Piece]:

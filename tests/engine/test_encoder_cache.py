@@ -127,9 +127,9 @@ def fresh(request, tiny_directories):
 
 @pytest.fixture
 def calls(fresh, monkeypatch):
-    made, original = [], type(fresh.parts.model).encode
+    made, original = [], type(fresh.parts.model).encoding
     monkeypatch.setattr(
-        type(fresh.parts.model), "encode", lambda self, media: made.append(media.grids) or original(self, media)
+        type(fresh.parts.model), "encoding", lambda self, media: made.append(media.grids) or original(self, media)
     )
     return made
 

@@ -20,7 +20,8 @@ from mirada.layers.paged import PAGE, Pages
 from mirada.types import Prompt, Span
 
 ENDLESS = {"ignore_eos": True, "max_repeats": None}
-OFF = {"prefix_cache_bytes": 0, "encoder_cache_bytes": 0}
+OFF = {"prefix_cache_bytes": 0, "encoder_cache_bytes": 0, "step_seconds": None}
+"""No caches, and steps whose content no clock decides."""
 
 
 def small(vlm: VLM, **settings) -> VLM:
@@ -396,7 +397,7 @@ def test_a_failure_ends_those_whose_own_it_is(vlm, monkeypatch):
             raise ZeroDivisionError("a defect")
         return run(chunks)
 
-    def blind(units):
+    def blind(units, seconds):
         raise ZeroDivisionError("no eyes")
 
     monkeypatch.setattr(runner, "run", broken)
@@ -417,7 +418,7 @@ def test_a_defect_of_the_engine_itself_ends_what_it_was_at(vlm, monkeypatch):
     engine = small(vlm, max_running=1)
     scheduler = engine._engine.engine.scheduler
     with monkeypatch.context() as patch:
-        patch.setattr(scheduler, "plan", lambda ready: 1 // 0)
+        patch.setattr(scheduler, "plan", lambda *_: 1 // 0)
         outputs = [engine.submit([Message("user", text)], Sampling(max_tokens=2)).result(30) for text in ("a", "b")]
     assert all(isinstance(output.error, RequestFailed) for output in outputs)
     assert engine.submit([Message("user", "c")], Sampling(max_tokens=2)).result(30).error is None
