@@ -16,8 +16,8 @@ in soak.py), so they are full after the warm-up, most requests miss them, and wh
 
 Exit status 1: a fault (a lost, crossed or broken answer; a status 5xx other than 503; a wrong body that was not refused as it
 should be; something still held after the last client has gone; a traceback in the log), or resident memory of the server and
-its workers that grew by more than 10 % from the end of the warm-up to the end. The clients run on the same machine: their
-processor time is printed beside the server's.
+its workers that is not flat, as soak.py judges it. The clients run on the same machine: their processor time is printed beside
+the server's.
 
 With ``--peer-python`` the same text and pictures, whole or cut, go in turn (ours, theirs, ...) to ``mirada serve`` and to
 ``transformers serve`` with one checkpoint of mini's sizes and random weights in float32; each whole answer has ``--new``
@@ -443,15 +443,9 @@ class Recorder:
         counts = {"ended": sum(tally.ended.values()), "pending": tally.num_pending, "tokens": tally.num_tokens}
         self.rows.append({"seconds": round(time.monotonic() - self._began, 1), **self.server.sample(), **counts})
 
-    def memory(self) -> tuple[float, float, float]:
-        """Resident megabytes after the warm-up and at the end, and the slope between (MB a minute, least squares)."""
-        warm = self.rows[int(soak.WARM * len(self.rows)) :]
-        held = [row["rss_mb"] + row["children_mb"] for row in warm]
-        window = max(1, round(soak.WINDOW * len(self.rows)))
-        slope = 0.0
-        if len(warm) > 2:
-            slope = statistics.linear_regression([row["seconds"] / 60 for row in warm], held).slope
-        return statistics.median(held[:window]), statistics.median(held[-window:]), slope
+    @property
+    def memory(self) -> soak.Memory:
+        return soak.Memory.of(self.rows)
 
     def write(self, file: Path) -> None:
         with file.open("w", newline="") as out:
@@ -630,7 +624,7 @@ def report(
     busy: tuple[float, float],
 ) -> int:  # fmt: skip
     requests = sum(tally.ended.values())
-    start, end, slope = recorder.memory()
+    memory = recorder.memory
     first = [one for times in tally.first.values() for one in times]
     print(f"{options.clients} clients, {took:.0f} s, seed {options.seed}, {options.threads} thread(s)")
     print(f"  {requests} requests ({requests / took:.1f}/s), {tally.num_tokens} tokens in whole answers "
@@ -645,23 +639,23 @@ def report(
     for name in ("pixel", "encoder", "prefix"):
         hits, misses = figures[f"engine_{name}_cache_hits_total"], figures[f"engine_{name}_cache_misses_total"]
         print(f"  {name} cache: {hits / max(1, hits + misses):.0%} of look-ups hit")
-    print(f"  memory: {start:.0f} MB after the warm-up, {end:.0f} MB at the end ({end / start - 1:+.1%}), {slope:+.1f} MB/min; "
-          f"threads {recorder.rows[-1]['threads']}, files {recorder.rows[-1]['files']} at the end")  # fmt: skip
+    print(f"  {memory}; threads {recorder.rows[-1]['threads']}, files {recorder.rows[-1]['files']} at the end")
     print(f"  processor: server {busy[0] / took:.2f} of a core, clients {busy[1] / took:.2f}")
     for words in ties[:10]:
         print(f"TIE: {words}")
     for words, count in tally.faults.most_common(20):
         print(f"FAULT: {words}" + (f" ({count} times)" if count > 1 else ""))
-    grown = not options.smoke and end > soak.GROWTH * start
-    if grown:
-        print("GROWN: memory after the warm-up")
+    grown = [] if options.smoke else memory.faults
+    for words in grown:
+        print(f"GROWN: {words}")
     if options.json:
         made = {"seconds": took, "requests": requests, "tokens": tally.num_tokens, "ended": tally.ended, "ties": ties,
                 "faults": tally.faults, "first_p50": _share(first, 50), "first_p95": _share(first, 95),
-                "gap_p50": _share(tally.gaps, 50), "gap_p95": _share(tally.gaps, 95), "rss_start_mb": start,
-                "rss_end_mb": end, "rss_slope_mb_per_minute": slope, "server_cpu": busy[0], "clients_cpu": busy[1]}  # fmt: skip
+                "gap_p50": _share(tally.gaps, 50), "gap_p95": _share(tally.gaps, 95), "rss_start_mb": memory.start,
+                "rss_end_mb": memory.end, "rss_slope_mb_per_minute": memory.slope, "server_cpu": busy[0],
+                "clients_cpu": busy[1]}  # fmt: skip
         options.json.write_text(json.dumps(made, indent=1) + "\n")
-    return int(bool(tally.faults) or grown)
+    return int(bool(tally.faults) or bool(grown))
 
 
 def _share(values: Sequence[float], percent: int) -> float:

@@ -71,10 +71,27 @@ def test_a_lost_request_and_growth_are_noticed(monkeypatch):
     assert len(tally.faults) == 2 and not tally.overdue(60) and len(tally.overdue(-1)) == 1
     tally.done(fourth, Output(finish="error"), ("error",))  # an error that is none
     assert len(tally.faults) == 3
-    recorder = soak.Recorder(None, tally)
-    recorder.rows = [{"rss_mb": 100.0 + (i >= 88) * 15, "children_mb": 1.0} for i in range(100)]
-    before, after = recorder.growth()
-    assert (before, after) == (101.0, 116.0) and after > soak.GROWTH * before
+
+
+def test_memory_that_is_not_flat_is_noticed(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    soak = importlib.import_module("soak")
+    noise = np.random.default_rng(3).uniform(-20, 20, 900)
+
+    def memory(grown):
+        """What is said of 15 minutes, a row a second: 500 MB, ``grown(minutes)`` more, and holes that come and go."""
+        rows = [{"seconds": float(i), "rss_mb": 499.0 + grown(i / 60) + noise[i], "children_mb": 1.0}
+                for i in range(900)]  # fmt: skip
+        return soak.Memory.of(rows)
+
+    flat = memory(lambda minutes: 80 * min(minutes / 2, 1))  # what a warm-up fills
+    assert not flat.faults and abs(flat.slope) < 0.5 and flat.minutes == pytest.approx(7.5, abs=0.1)
+    assert not memory(lambda minutes: 300 * (9 < minutes < 10)).faults  # a burst
+    (slow,) = memory(lambda minutes: 3 * minutes).faults  # 7 % after the warm-up
+    assert "second half by 2" in slow
+    assert "after the warm-up" in memory(lambda minutes: 60 * (minutes > 13)).faults[0]
+    assert len(memory(lambda minutes: 10 * minutes).faults) == 2
+    assert soak.slope([0, 1, 2, 3], [1, 3, 5, 7]) == 2.0 and soak.slope([1, 1], [1, 2]) == 0.0
 
 
 def test_ratios_verdicts_and_a_noisy_machine(harness, capsys):

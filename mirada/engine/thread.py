@@ -20,6 +20,8 @@ PATIENCE = 30.0
 """Seconds that a step under way may take to end when the interpreter exits."""
 TRIM = 10.0
 """Seconds of work after which memory that nobody uses is given back: some milliseconds each time."""
+QUIET = 1.0
+"""Seconds without work after which the same is done once."""
 
 
 class EngineThread:
@@ -161,25 +163,32 @@ class _Line:
             return self._resting.wait_for(lambda: not self._busy and not self._fresh and not self._announced, timeout)
 
     def _run(self) -> None:
-        trimmed = time.monotonic()
+        trimmed, worked = time.monotonic(), False
         with torch.inference_mode():
-            while self._take():
-                try:
-                    self.engine.step()
-                except BaseException as error:  # there is nobody above to tell; the requests are told
-                    self.engine.fail(error)
-                if time.monotonic() - trimmed > TRIM:
+            while self._take(QUIET if worked else None):
+                worked = not self.engine.idle
+                if worked:
+                    self._step()
+                if not worked or time.monotonic() - trimmed > TRIM:
                     memory.trim()
                     trimmed = time.monotonic()
         self._end()
 
-    def _take(self) -> bool:
-        """Wait for something to do and move new requests into the engine's line; False when the thread is to end."""
+    def _step(self) -> None:
+        try:
+            self.engine.step()
+        except BaseException as error:  # there is nobody above to tell; the requests are told
+            self.engine.fail(error)
+
+    def _take(self, patience: float | None) -> bool:
+        """Wait for something to do, for ``patience`` seconds at most, and move new requests into the engine's line; False when
+        the thread is to end."""
         with self._news:
             while not self._stopped and not self._fresh and self.engine.idle:
                 self._busy = False
                 self._resting.notify_all()
-                self._news.wait()
+                if not self._news.wait(patience):
+                    return not self._stopped
             self._busy = True
             while self._fresh:
                 self.engine.scheduler.enter(self._fresh.popleft())

@@ -16,6 +16,7 @@ import weakref
 import pytest
 
 from mirada import VLM, Message, Sampling
+from mirada.engine import thread as thread_module
 from mirada.engine.sequence import Sequence
 from mirada.engine.settings import EngineSettings
 from mirada.errors import ContextOverflow, NotAvailable, QueueFull, ReplyTimeout, RequestFailed, SettingsError
@@ -175,6 +176,20 @@ def test_an_engine_that_nobody_holds_ends(tiny):
     gc.collect()
     thread.join(20)
     assert not thread.is_alive()
+
+
+def test_what_is_not_used_is_given_back_when_nothing_comes(tiny, monkeypatch):
+    trimmed, calls = threading.Event(), []
+    monkeypatch.setattr(thread_module, "QUIET", 0.05)
+    monkeypatch.setattr(thread_module.memory, "trim", lambda: (calls.append(time.monotonic()), trimmed.set()))
+    with another(tiny) as vlm:
+        assert len(vlm.generate([HI], SHORT)[0].tokens) == 4
+        assert trimmed.wait(10) and vlm._engine.wait_idle(0)
+        time.sleep(0.2)
+        assert len(calls) == 1  # once, until there was work again
+        trimmed.clear()
+        vlm.generate([HI], SHORT)
+        assert trimmed.wait(10)
 
 
 def test_a_request_that_failed_is_let_go(tiny):
