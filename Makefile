@@ -1,7 +1,7 @@
 # Each target works from nothing but Python 3.11 or newer with venv: it makes .venv and installs what constraints.txt pins.
 #
 #   make demo     a question about a picture, answered by the model inside the package
-#   make test     the default test suite
+#   make test     the default test suite, in two processes (WORKERS=0: in this one)
 #   make test-browser   the playground in Chromium (installed by .ci/run where it may)
 #   make check    formatting, lint, types, and who may import whom
 #   make test-distributed    the tests that start several processes, on loopback
@@ -11,6 +11,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
+WORKERS ?= 2
 DEMO_PICTURE ?= examples/sign.png
 DEMO_QUESTION ?= What does the sign say?
 BIN := $(VENV)/bin
@@ -25,7 +26,7 @@ demo: $(STAMP)
 	@$(BIN)/mirada ask $(DEMO_PICTURE) "$(DEMO_QUESTION)"
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --durations=15 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --durations=15 $(PYTEST_ARGS)
 
 test-distributed: $(STAMP)
 	$(BIN)/python -m pytest -m distributed --durations=5 $(PYTEST_ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import defaultdict
 from pathlib import Path
 
@@ -30,6 +31,9 @@ BUDGET = {  # seconds on two idle cores; together about six minutes
     "serve": 25,
 }
 _seconds: dict[str, float] = defaultdict(float)
+
+# A shell that starts tests in the background has them ignore interrupts, and some tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_logreport(report) -> None:

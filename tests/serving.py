@@ -46,7 +46,8 @@ class Running:
         return {name.partition("{")[0].removeprefix("mirada_engine_"): float(value) for name, _, value in pairs}
 
     def logged(self) -> list[dict]:
-        return [json.loads(line) for line in self.log.read_text().splitlines()]
+        whole = self.log.read_text().rpartition("\n")[0]  # the line after it may still be under way
+        return [json.loads(line) for line in whole.splitlines()]
 
 
 @contextmanager

@@ -381,7 +381,9 @@ FORMS = {"qwen2_vl": QWEN2_VL, "kimi_vl": KIMI}
 
 
 @pytest.mark.parametrize("kind", FORMS)
-@pytest.mark.parametrize(("choice", "names"), [("required", {"look", "now", 'odd "é'}), ({"name": "look"}, {"look"})], ids=str)
+@pytest.mark.parametrize(
+    ("choice", "names"), [("required", {"look", "now", 'odd "é'}), ({"name": "look"}, {"look"})], ids=("required", "named")
+)
 def test_calls_follow_the_family_s_own_form(engines, kind, choice, names):
     """At random under the guide alone, without a model: what comes is read as calls by the parser, and by nothing else."""
     engine, found = engines[kind], set()
