@@ -79,7 +79,8 @@ class Strained:
         return socket.create_connection((host, int(port)), timeout=30)
 
     def logged(self) -> list[dict]:
-        return [json.loads(line) for line in self.log.read_text().splitlines()]
+        whole = self.log.read_text().rpartition("\n")[0]  # the line after it may still be under way
+        return [json.loads(line) for line in whole.splitlines()]
 
 
 @contextmanager
