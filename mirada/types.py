@@ -212,6 +212,12 @@ class Sampling:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     """How many alternatives to report per token (0: the chosen token alone)."""
+    include_stop_str_in_output: bool = False
+    """A stop string that ended the answer stays at its end."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the answer like the model's own ends; their text is no part of it."""
+    min_tokens: int = 0
+    """Before so many tokens neither an end nor a stop string ends the answer (a promised form may)."""
     ignore_eos: bool = False
     max_repeats: int | None = 16
     """Times k that the answer may end with one piece of at most 256 tokens said over and over, once these copies fill 32 k
@@ -234,6 +240,7 @@ class Sampling:
             object.__setattr__(self, "json_schema", self.json_schema.model_json_schema())
         self._check_kinds()
         object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         if self.choice is not None:
             object.__setattr__(self, "choice", tuple(self.choice))
         if self.logit_bias is not None:
@@ -250,6 +257,8 @@ class Sampling:
             ("logit_bias", _is_bias(self.logit_bias), "a mapping of token ids to finite numbers, or None for off"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 100, "between 0 and 100, or None for off"),
             ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"),
+            ("stop_token_ids", _are_ids(self.stop_token_ids), "token ids: whole numbers of at least 0"),
+            ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "at least 0 and not above max_tokens"),
             ("max_repeats", self.max_repeats is None or self.max_repeats >= 2, "at least 2, or None for off"),
             ("thinking_budget", self.thinking_budget is None or self.thinking_budget >= 0, "at least 0, or None for off"),
             ("choice", self.choice is None or _are_texts(self.choice), "at least one text, and no empty one"),
@@ -279,6 +288,9 @@ class Sampling:
             ("seed", Integral, "a whole number or None"),
             ("stop", Sequence, "a string or a sequence of strings"),
             ("logprobs", Integral, "a whole number or None"),
+            ("include_stop_str_in_output", bool, "True or False"),
+            ("stop_token_ids", list | tuple, "a list of token ids"),
+            ("min_tokens", Integral, "a whole number"),
             ("ignore_eos", bool, "True or False"),
             ("max_repeats", Integral, "a whole number or None"),
             ("thinking_budget", Integral, "a whole number or None"),
@@ -292,6 +304,10 @@ class Sampling:
                 continue
             if not isinstance(value, kind) or (kind in (Integral, Real) and isinstance(value, bool)):
                 raise SettingsError(f"sampling setting {name}={value!r} is a {type(value).__name__}", f"give {said}")
+
+
+def _are_ids(given: Sequence[Any]) -> bool:
+    return all(isinstance(one, int) and not isinstance(one, bool) and 0 <= one <= LARGEST for one in given)
 
 
 def _are_texts(given: Sequence[str]) -> bool:
@@ -327,6 +343,25 @@ class Logprob:
 
 
 @dataclass(frozen=True, slots=True)
+class MediaUsage:
+    """How one picture or video of a chat came before the model. Sizes are (width, height) in pixels."""
+
+    kind: Literal["image", "video"]
+    size: tuple[int, int]
+    """Of the original, upright."""
+    resized: tuple[int, int]
+    """After the model's own resize: what coordinates in pixels of its answer are counted in."""
+    grids: tuple[Grid, ...]
+    """In patches, before merging; a video whose frames have several sizes has one for each run of equal ones."""
+    tokens: int
+    """Placeholder tokens in the prompt."""
+    frames: int = 0
+    """Of a video, with those that were repeated to fill a patch."""
+    fps: float | None = None
+    """Rate of a video's frames that were used."""
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Counts of what a request used. ``timestamps``: seconds of the frames used, per video."""
 
@@ -338,6 +373,10 @@ class Usage:
     video_tokens: int = 0
     num_frames: int = 0
     timestamps: tuple[tuple[float, ...], ...] = ()
+    media: tuple[MediaUsage, ...] = ()
+    """Every picture and video, in the order of the chat."""
+    cached_tokens: int = 0
+    """Those of the prompt whose keys and values an earlier request had left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,6 +421,10 @@ class Delta:
     finish: Finish | None = None
     annotations: tuple[Annotation, ...] = ()
     """Boxes and points that this piece of the answer completes."""
+    stop_reason: str | int | None = None
+    """Of the last piece: the stop string or the id of ``stop_token_ids`` that ended the answer."""
+    notes: tuple[str, ...] = ()
+    """Of the last piece: as those of ``Output``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,6 +444,8 @@ class Output:
     """What was done to the media on the caller's behalf: turned upright, clamped, shrunk, corrected."""
     annotations: tuple[Annotation, ...] = ()
     """Boxes and points that the answer names."""
+    stop_reason: str | int | None = None
+    """The stop string or the id of ``stop_token_ids`` that ended the answer."""
 
 
 class Handle(Protocol):

@@ -20,7 +20,7 @@ _DATA = re.compile(r"data:", re.IGNORECASE)
 _DEFAULTS = Sampling()
 _PLAIN = (
     "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "ignore_eos",
-    "max_repeats", "thinking_budget",
+    "max_repeats", "thinking_budget", "min_tokens", "include_stop_str_in_output",
 )  # fmt: skip
 _MAGIC = (
     (0, b"\x89PNG", "image/png"), (0, b"\xff\xd8\xff", "image/jpeg"), (0, b"GIF8", "image/gif"), (8, b"WEBP", "image/webp"),
@@ -54,6 +54,8 @@ def sampling_to_body(sampling: Sampling) -> dict[str, Any]:
         body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
     if sampling.stop:
         body["stop"] = list(sampling.stop)
+    if sampling.stop_token_ids:
+        body["stop_token_ids"] = list(sampling.stop_token_ids)
     if sampling.logprobs is not None:
         body |= {"logprobs": True, "top_logprobs": sampling.logprobs}
     if sampling.json_schema is not None:

@@ -126,4 +126,6 @@ def ending(output: Output) -> Delta:
         tool_calls=output.message.tool_calls,
         finish=output.finish,
         annotations=output.annotations,
+        stop_reason=output.stop_reason,
+        notes=output.notes,
     )

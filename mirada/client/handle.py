@@ -27,6 +27,8 @@ class Reply(Protocol):
     stop: Callable[[], None] | None
     """Called when it is cancelled; in any thread, also by the garbage collector."""
     done: bool
+    usage: Usage
+    """What is known of it so far."""
     listeners: list[Listener]
 
     def listen(self, listener: Listener) -> None:
@@ -51,6 +53,11 @@ class ReplyHandle:
     @property
     def done(self) -> bool:
         return self._reply.done
+
+    @property
+    def usage(self) -> Usage:
+        """What the prompt uses, from when the first piece is there on; that of the answer is counted at its end."""
+        return self._reply.usage
 
     def __iter__(self) -> Iterator[Delta]:
         """Every delta from the first on; raises the typed error of a request that failed."""
@@ -205,7 +212,7 @@ class Growing:
             return Output(finish="error", error=self.error, metrics=dict(self.metrics), notes=self.notes)
         raw = "".join(delta.text for delta in self.deltas)
         made = fold(self.deltas, usage=self.usage, metrics=dict(self.metrics), raw=raw, logprobs=self.logprobs)
-        return replace(made, notes=self.notes)
+        return replace(made, notes=made.notes or self.notes)
 
 
 def join(deltas: Iterable[Delta]) -> Delta:
@@ -219,6 +226,8 @@ def join(deltas: Iterable[Delta]) -> Delta:
         tool_calls=joined_calls(call for d in deltas for call in d.tool_calls),
         finish=next((d.finish for d in reversed(deltas) if d.finish), None),
         annotations=tuple(annotation for d in deltas for annotation in d.annotations),
+        stop_reason=next((d.stop_reason for d in reversed(deltas) if d.stop_reason is not None), None),
+        notes=tuple(note for d in deltas for note in d.notes),
     )
 
 
@@ -241,5 +250,7 @@ def fold(
         usage=usage or Usage(),
         metrics=metrics or {},
         raw=raw,
+        notes=whole.notes,
         annotations=whole.annotations,
+        stop_reason=whole.stop_reason,
     )

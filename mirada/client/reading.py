@@ -1,18 +1,18 @@
 """What a server answers -> deltas: chunks of a stream, whole completions, fragments of tool calls, usage, logprobs.
 
 Fields that are not OpenAI's are those of vLLM and of Mirada's own server: ``reasoning_content`` (or ``reasoning``),
-``token_ids``, ``stop_reason``, ``annotations``, image and video tokens of ``usage``.
+``token_ids``, ``stop_reason``, ``annotations``, ``notes``, image and video tokens and ``media`` of ``usage``.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mirada.errors import RemoteError, RemoteRejected
-from mirada.records.answer import annotation_from_openai
+from mirada.records.answer import annotation_from_openai, media_from_openai
 from mirada.types import Annotation, Delta, Finish, Logprob, ToolCall, Usage
 
 _FINISH: dict[str, Finish] = {"stop": "stop", "length": "length", "tool_calls": "tool_calls", "function_call": "tool_calls"}
@@ -49,6 +49,8 @@ class AnswerReader:
     def __init__(self) -> None:
         self.usage = Usage()
         self.finish: Finish | None = None
+        self.stop_reason: str | int | None = None
+        self.notes: tuple[str, ...] = ()
         self.logprobs = False
         """Whether any came."""
         self.num_fragments = 0
@@ -81,11 +83,14 @@ class AnswerReader:
                 raise RemoteError("the server sent a tool call without a name", "check the server")
             calls.append(ToolCall(call.name, "".join(call.arguments) or "{}", call.id or f"call_{number}"))
         finish = "tool_calls" if calls and self.finish == "stop" else self.finish
-        return Delta(tool_calls=tuple(calls), finish=finish)
+        return Delta(tool_calls=tuple(calls), finish=finish, stop_reason=self.stop_reason, notes=self.notes)
 
     def _read(self, value: Mapping[str, Any], inner: str) -> Delta:
         if value.get("usage"):
             self.usage = _usage(value["usage"])
+        notes = value.get("notes")
+        if isinstance(notes, list):
+            self.notes = tuple(dict.fromkeys((*self.notes, *map(str, notes))))
         choice = next((one for one in value.get("choices") or () if one.get("index", 0) == 0), None)
         if choice is None:
             return Delta()
@@ -99,6 +104,8 @@ class AnswerReader:
         self.logprobs = self.logprobs or bool(logprobs)
         if choice.get("finish_reason") is not None:
             self.finish = _finish(choice)
+            reason = choice.get("stop_reason")
+            self.stop_reason = reason if isinstance(reason, str | int) and self.finish != "repetition" else None
         return Delta(text, reasoning, tokens, logprobs, annotations=_annotations(choice.get("annotations")))
 
     def _fragment(self, fragment: Mapping[str, Any], position: int) -> None:
@@ -169,12 +176,14 @@ def _usage(value: Mapping[str, Any]) -> Usage:
     prompt, completion = value.get("prompt_tokens_details") or {}, value.get("completion_tokens_details") or {}
     return Usage(
         prompt_tokens=int(value.get("prompt_tokens") or 0),
+        cached_tokens=int(prompt.get("cached_tokens") or 0),
         completion_tokens=int(value.get("completion_tokens") or 0),
         reasoning_tokens=int(completion.get("reasoning_tokens") or 0),
         image_tokens=int(prompt.get("image_tokens") or 0),
         video_tokens=int(prompt.get("video_tokens") or 0),
         num_frames=int(value.get("num_frames") or 0),
         timestamps=tuple(tuple(float(t) for t in times) for times in value.get("timestamps") or ()),
+        media=tuple(media_from_openai(one) for one in value.get("media") or ()),
     )
 
 
@@ -184,6 +193,7 @@ class CatchUp:
     def __init__(self, said: Delta) -> None:
         self._text, self._reasoning = said.text, said.reasoning
         self._tokens, self._logprobs = len(said.tokens), len(said.logprobs)
+        self._annotations = len(said.annotations)
 
     def rest(self, delta: Delta) -> Delta:
         """The new part of ``delta``. RemoteError if it says something else than before."""
@@ -192,9 +202,11 @@ class CatchUp:
         tokens, logprobs = delta.tokens[self._tokens :], delta.logprobs[self._logprobs :]
         self._tokens = max(0, self._tokens - len(delta.tokens))
         self._logprobs = max(0, self._logprobs - len(delta.logprobs))
+        annotations = delta.annotations[self._annotations :]
+        self._annotations = max(0, self._annotations - len(delta.annotations))
         if delta.finish is not None and (self._text or self._reasoning):
             raise _differs()
-        return Delta(text, reasoning, tokens, logprobs, delta.tool_calls, delta.finish)
+        return replace(delta, text=text, reasoning=reasoning, tokens=tokens, logprobs=logprobs, annotations=annotations)
 
 
 def _beyond(piece: str, said: str) -> tuple[str, str]:

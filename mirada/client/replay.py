@@ -22,7 +22,7 @@ from mirada.client.fake import ending, pieces
 from mirada.client.handle import Growing, ReplyHandle
 from mirada.errors import MessageError, MiradaError, NotRecorded, RemoteError
 from mirada.media.fetch import FetchLimits
-from mirada.records.answer import annotation_from_openai, annotation_to_openai
+from mirada.records.answer import annotation_from_openai, annotation_to_openai, media_from_openai, media_to_openai
 from mirada.records.files import JsonLines
 from mirada.records.wire import message_from_json, message_to_json
 from mirada.types import Chat, Client, Logprob, Output, Prompt, Sampling, Thinking, Usage
@@ -227,10 +227,11 @@ def output_to_json(output: Output) -> dict[str, Any]:
         "tokens": list(output.tokens),
         "logprobs": None if output.logprobs is None else [asdict(one) for one in output.logprobs],
         "finish": output.finish,
-        "usage": asdict(output.usage),
+        "usage": asdict(output.usage) | {"media": [media_to_openai(one) for one in output.usage.media]},
         "metrics": dict(output.metrics),
         "notes": list(output.notes),
         "annotations": [annotation_to_openai(one) for one in output.annotations],
+        "stop_reason": output.stop_reason,
         "raw": output.raw,
     }
 
@@ -247,6 +248,7 @@ def output_from_json(value: Mapping[str, Any]) -> Output:
     logprobs = value["logprobs"]
     usage = dict(value["usage"])
     usage["timestamps"] = tuple(map(tuple, usage.get("timestamps", ())))
+    usage["media"] = tuple(map(media_from_openai, usage.get("media", ())))
     return Output(
         message=message_from_json(value["message"]),
         tokens=tuple(value["tokens"]),
@@ -256,6 +258,7 @@ def output_from_json(value: Mapping[str, Any]) -> Output:
         metrics=value["metrics"],
         notes=tuple(value["notes"]),
         annotations=tuple(map(annotation_from_openai, value.get("annotations", ()))),
+        stop_reason=value.get("stop_reason"),
         raw=value["raw"],
     )
 

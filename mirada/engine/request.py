@@ -26,7 +26,7 @@ from mirada.prompt.ground import Grounder
 from mirada.prompt.parse import Parser
 from mirada.prompt.render import Tools
 from mirada.records.wire import messages_from_openai
-from mirada.types import Chat, Image, Message, Prompt, Sampling, Thinking, Usage, Video
+from mirada.types import Chat, Image, MediaUsage, Message, Prompt, Sampling, Thinking, Usage, Video
 
 Finish = Callable[[Cancel | None], None]
 
@@ -77,6 +77,7 @@ class Requests:
                     cancel=cancel,
                     times=times,
                     salt=salt,
+                    most_tokens=self.parts.context - 1,
                 )
                 with times.stage("render"):
                     prompt = self.parts.renderer.render(messages, patches, thinking=thinking, tools=tools)
@@ -94,14 +95,14 @@ class Requests:
 
     def _fill(self, sequence: Sequence, prompt: Prompt, media: Seq[Patches]) -> None:
         self._check(prompt, media)
-        self._check_bias(sequence.sampling)
+        self._check_ids(sequence.sampling)
         where, following = positions(len(prompt.tokens), prompt.spans)
         sequence.prompt, sequence.media = prompt, tuple(media)
         sequence.positions = where.astype(np.int32) if prompt.spans else None
         sequence.first_position = following
         sequence.reply = self._reply(sequence, media)
         sequence.thinking = ThinkingBudget(sequence.reply, sequence.sampling.thinking_budget, self._tag)
-        sequence.usage = usage(prompt, media)
+        sequence.usage = usage(prompt, media, self.parts.rule.grid.patch)
         sequence.limit = min(sequence.sampling.max_tokens, self.parts.context - len(prompt.tokens))
 
     def _reply(self, sequence: Sequence, media: Seq[Patches]) -> Reply:
@@ -109,17 +110,25 @@ class Requests:
         views = [View.of(patches, self.parts.rule.grid.patch) for patches in media]
         grounder = Grounder(form, views) if views else None
         parser = Parser(form, kinds=sequence.kinds, most_calls=sequence.most_calls)
-        return Reply(tokenizer.decoder(keep=form.tags), parser, sequence.sampling.stop, grounder)
+        sampling = sequence.sampling
+        keep_stop = sampling.include_stop_str_in_output
+        decoder = tokenizer.decoder(keep=form.tags)
+        return Reply(decoder, parser, sampling.stop, grounder, least=sampling.min_tokens, keep_stop=keep_stop)
 
     def _tag(self, tag: str) -> list[int]:
         """A tag as the model writes it."""
         return self.parts.renderer.tokenizer.encode_control(tag)
 
-    def _check_bias(self, sampling: Sampling) -> None:
+    def _check_ids(self, sampling: Sampling) -> None:
         vocabulary = self.parts.model.config.text.vocab_size
         if sampling.logit_bias and max(sampling.logit_bias) >= vocabulary:
             raise SettingsError(
                 f"logit_bias names token {max(sampling.logit_bias)}, and the vocabulary has {vocabulary}",
+                "give token ids of this very model",
+            )
+        if max(sampling.stop_token_ids, default=0) >= vocabulary:
+            raise SettingsError(
+                f"stop_token_ids names token {max(sampling.stop_token_ids)}, and the vocabulary has {vocabulary}",
                 "give token ids of this very model",
             )
 
@@ -172,8 +181,8 @@ def warnings(media: Seq[Patches], untrained: Seq[str]) -> tuple[str, ...]:
     return tuple(f"this model was never trained on a {kind}: its answer is a guess" for kind in shown if kind in untrained)
 
 
-def usage(prompt: Prompt, media: Seq[Patches]) -> Usage:
-    """What the prompt uses; the completion is counted when it is there."""
+def usage(prompt: Prompt, media: Seq[Patches], patch: int) -> Usage:
+    """What the prompt uses, with patches of ``patch`` pixels a side; the completion is counted when it is there."""
     videos = [patches for patches in media if patches.kind == "video"]
     return Usage(
         prompt_tokens=len(prompt.tokens),
@@ -181,4 +190,21 @@ def usage(prompt: Prompt, media: Seq[Patches]) -> Usage:
         video_tokens=sum(span.num_tokens for span in prompt.spans if span.kind == "video"),
         num_frames=sum(patches.num_frames for patches in videos),
         timestamps=tuple(patches.timestamps or () for patches in videos),
+        media=tuple(
+            _media_usage(item, View.of(item, patch), sum(span.num_tokens for span in prompt.spans if span.media_id == index))
+            for index, item in enumerate(media)
+        ),
+    )
+
+
+def _media_usage(item: Patches, view: View, tokens: int) -> MediaUsage:
+    video = item.kind == "video"
+    return MediaUsage(
+        kind=item.kind,
+        size=(view.size[1], view.size[0]),
+        resized=(view.resized[1], view.resized[0]),
+        grids=tuple(item.grids),
+        tokens=tokens,
+        frames=item.num_frames if video else 0,
+        fps=item.fps if video else None,
     )

@@ -24,7 +24,7 @@ from mirada.engine.sequence import Sequence
 from mirada.errors import MiradaError
 from mirada.layers.batch import Batch
 from mirada.layers.cache import Cache
-from mirada.types import Logprob
+from mirada.types import Logprob, Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +143,14 @@ class Runner:
     def begin(self, sequence: Sequence) -> None:
         """Prepare how it chooses its tokens; what it has chosen by is kept when it is preempted."""
         if sequence.chooser is None:
-            sequence.chooser = Chooser(sequence.sampling, sequence.prompt.tokens, sequence.guide)
+            sequence.chooser = Chooser(sequence.sampling, sequence.prompt.tokens, sequence.guide, self._ends(sequence.sampling))
 
     def is_end(self, sequence: Sequence, token: int) -> bool:
-        return token in self.eos and not sequence.sampling.ignore_eos
+        sampling = sequence.sampling
+        return (token in self.eos and not sampling.ignore_eos) or token in sampling.stop_token_ids
+
+    def _ends(self, sampling: Sampling) -> frozenset[int]:
+        return frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos)
 
 
 def _rows(chunks: Seq[Chunk]) -> np.ndarray | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -56,9 +56,10 @@ class Choice:
 
 class Tally:
     """What is done to single logits of one request, kept up to date token by token: repetition, presence and frequency
-    penalty, and bias. Work is per distinct token of the request, not per token of the vocabulary."""
+    penalty, bias, and that no end may come before ``min_tokens``. Work is per distinct token of the request, not per token of
+    the vocabulary. ``ends``: the tokens that end the answer."""
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], ends: Collection[int] = ()) -> None:
         self._repetition = max(float(sampling.repetition_penalty), SMALLEST)
         self._presence = float(sampling.presence_penalty)
         self._frequency = float(sampling.frequency_penalty)
@@ -66,7 +67,10 @@ class Tally:
             int(token): min(max(float(bias), -LARGEST), LARGEST) for token, bias in (sampling.logit_bias or {}).items()
         }
         seen = np.unique(np.asarray(prompt, np.int64)).tolist() if self._repetition != 1 else []
-        first = list(dict.fromkeys([*seen, *self._bias]))
+        self._left = sampling.min_tokens
+        """Tokens before an end may come."""
+        self._ends = sorted(ends) if self._left else []
+        first = list(dict.fromkeys([*seen, *self._bias, *self._ends]))
         self._counts: dict[int, int] = {}
         self._places = {token: place for place, token in enumerate(first)}
         size = max(64, 2 * len(first))
@@ -74,15 +78,22 @@ class Tally:
         self._ids[: len(first)] = first
         self._factors[: len(seen)] = self._repetition
         self._shifts[: len(first)] = [self._bias.get(token, 0.0) for token in first]
+        for token in self._ends:
+            self._shifts[self._places[token]] = -LARGEST
 
     @staticmethod
     def wanted(sampling: Sampling) -> bool:
         return bool(
             sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty or sampling.logit_bias
-        )
+            or sampling.min_tokens
+        )  # fmt: skip
 
     def note(self, token: int) -> None:
         """The answer has one more token."""
+        self._left -= 1
+        if self._left == 0:
+            for end in self._ends:  # none of them is in the answer
+                self._shifts[self._places[end]] = self._bias.get(end, 0.0)
         count = self._counts[token] = self._counts.get(token, 0) + 1
         place = self._places.setdefault(token, len(self._places))
         if place == len(self._ids):
@@ -106,10 +117,12 @@ class Chooser:
     ``pick`` only reads it, so a step may be done again; ``note`` moves it on.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int] = (), guide: Guide | None = None) -> None:
+    def __init__(
+        self, sampling: Sampling, prompt: Sequence[int] = (), guide: Guide | None = None, ends: Collection[int] = ()
+    ) -> None:
         self.sampling = sampling
         self.guide = guide
-        self.tally = Tally(sampling, prompt) if Tally.wanted(sampling) else None
+        self.tally = Tally(sampling, prompt, ends) if Tally.wanted(sampling) else None
         self.forced: deque[int] = deque()
         """Tokens that come next, whatever the logits say."""
         self._random = random.Random(sampling.seed)

@@ -30,29 +30,32 @@ class StopStrings:
     The result does not depend on how the text is cut into pieces: the match that ends first wins, of those the longest.
     """
 
-    def __init__(self, stops: Seq[str]) -> None:
+    def __init__(self, stops: Seq[str], keep: bool = False) -> None:
         self.stops = tuple(stops)
+        self._keep = keep
+        """The one that is found stays in the text."""
         self.found: str | None = None
-        self._held = ""
+        self.held = ""
+        """What may yet belong to one."""
         self._longest = max(map(len, self.stops), default=0)
 
     def feed(self, text: str) -> str:
         """The text that is now certain to stand before any stop string."""
         if not self.stops or self.found:
             return text if not self.found else ""
-        text = self._held + text
+        text = self.held + text
         matches = [(at + len(stop), at, stop) for stop in self.stops if (at := text.find(stop)) >= 0]
         if matches:
-            _, at, self.found = min(matches)
-            self._held = ""
-            return text[:at]
+            end, at, self.found = min(matches)
+            self.held = ""
+            return text[: end if self._keep else at]
         keep = self._overlap(text)
-        self._held = text[len(text) - keep :]
+        self.held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
     def close(self) -> str:
         """What was held back, once no more text can come."""
-        held, self._held = self._held, ""
+        held, self.held = self.held, ""
         return held
 
     def _overlap(self, text: str) -> int:
@@ -79,6 +82,16 @@ class Parser(Protocol):
 
     full: bool
 
+    @property
+    def opening(self) -> bool:
+        """Whether the answer has yet to begin: reasoning may open, is open, or was just closed."""
+        ...
+
+    @property
+    def tagged(self) -> bool:
+        """Whether any tag was read, so that white space before the answer is none of it."""
+        ...
+
     def feed(self, text: str) -> list[Delta]: ...
 
     def close(self) -> list[Delta]: ...
@@ -91,15 +104,35 @@ class Grounder(Protocol):
 
 
 class Reply:
-    """Tokens in, deltas out: decode, cut at stop strings, parse, find boxes. ``raw`` is the text before it was parsed."""
+    """Tokens in, deltas out: decode, cut at stop strings, parse, find boxes. ``raw`` is the text before it was parsed.
 
-    def __init__(self, decoder: Decoder, parser: Parser, stops: Seq[str] = (), grounder: Grounder | None = None) -> None:
+    Stop strings are those of the answer: reasoning, and white space after it, may hold them (a model that thinks says again
+    what it was asked). ``least``: so many tokens may hold them too. ``keep_stop``: the one that is found stays.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        parser: Parser,
+        stops: Seq[str] = (),
+        grounder: Grounder | None = None,
+        *,
+        least: int = 0,
+        keep_stop: bool = False,
+    ) -> None:
         self._decoder = decoder
         self._parser = parser
         self._grounder = grounder
-        self._stops = StopStrings(stops)
+        self._stops = StopStrings(stops, keep_stop)
+        self._least = least
+        self._num = 0
         self._raw: list[str] = []
         self.has_calls = False
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that is complete."""
+        return self._stops.found
 
     @property
     def stopped(self) -> bool:
@@ -117,14 +150,29 @@ class Reply:
 
     def feed(self, token: int) -> list[Delta]:
         """The pieces that ``token`` makes certain."""
-        return self._parse(self._stops.feed(self._decoder.feed((token,))))
+        self._num += 1
+        return self._take(self._decoder.feed((token,)))
 
     def close(self) -> list[Delta]:
         """The pieces that were held back, now that nothing follows."""
-        rest = self._stops.feed(self._decoder.close())
-        pieces = self._parse(rest + self._stops.close()) + self._grounded(self._parser.close())
+        pieces = self._take(self._decoder.close())
+        pieces += self._parse(self._stops.close()) + self._grounded(self._parser.close())
         self.has_calls = self.has_calls or any(piece.tool_calls for piece in pieces)
         return pieces
+
+    def _take(self, text: str) -> list[Delta]:
+        if not self._stops.stops or self._num <= self._least:
+            return self._parse(text)
+        pieces: list[Delta] = []
+        at = 0
+        while at < len(text) and self._parser.opening and not self.stopped:  # one by one: a tag may end anywhere in it
+            free = self._parser.reasoning is not None
+            if free or (self._parser.tagged and text[at].isspace() and not self._stops.held):
+                pieces += self._parse(self._stops.close() + text[at])
+            else:
+                pieces += self._parse(self._stops.feed(text[at]))
+            at += 1
+        return pieces + self._parse(self._stops.feed(text[at:]))
 
     def _parse(self, text: str) -> list[Delta]:
         if not text:
@@ -180,6 +228,8 @@ class Sequence:
     """Of the cache, while it runs."""
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
+    cached: int | None = None
+    """Of them, those that an earlier request had left when this one was first admitted."""
     room: int = 0
     """Tokens that the cache has promised it room for."""
     draft: list[int] = field(default_factory=list)
@@ -281,14 +331,16 @@ class Sequence:
             pieces = pieces + self.reply.close()
             finish = "stop" if self.reply.stopped else finish  # what was held back may complete a stop string
             finish = "tool_calls" if finish == "stop" and self.reply.has_calls else finish
-        joined = join(pieces)
-        logprobs = () if logprob is None else (logprob,)
-        self._publish(Delta(joined.text, joined.reasoning, (token,), logprobs, joined.tool_calls, finish, joined.annotations))
+        made = replace(join(pieces), tokens=(token,), logprobs=() if logprob is None else (logprob,), finish=finish)
+        if finish is not None:
+            named = token if is_end and token in self.sampling.stop_token_ids else self.reply.stop
+            made = replace(made, stop_reason=named, notes=self.notes)
+        self._publish(made)
 
     def cancel(self) -> None:
         """End early, keeping what there is."""
         pieces = join(self.reply.close() if self.reply is not None else [])
-        self._publish(replace(pieces, finish="cancelled"))
+        self._publish(replace(pieces, finish="cancelled", notes=self.notes))
 
     def fail(self, error: MiradaError) -> None:
         self.error = error
@@ -320,7 +372,8 @@ class Sequence:
             return Output(finish="error", error=self.error, metrics=dict(self.metrics), notes=self.notes)
         raw = self.reply.raw if self.reply is not None else ""
         thought = 0 if self.thinking is None else self.thinking.num_tokens
-        usage = replace(self.usage, completion_tokens=len(self.tokens), reasoning_tokens=thought)
+        usage = replace(
+            self.usage, completion_tokens=len(self.tokens), reasoning_tokens=thought, cached_tokens=self.cached or 0
+        )
         logprobs = self.sampling.logprobs is not None
-        made = fold(self.deltas, usage=usage, metrics=dict(self.metrics), raw=raw, logprobs=logprobs)
-        return replace(made, notes=self.notes)
+        return fold(self.deltas, usage=usage, metrics=dict(self.metrics), raw=raw, logprobs=logprobs)

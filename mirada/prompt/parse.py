@@ -86,6 +86,16 @@ class Parser:
         tag = self._closing.get(self._state)
         return None if tag is None else (tag, self._rest)
 
+    @property
+    def opening(self) -> bool:
+        """Whether the answer has yet to begin: a block may open, is open without any answer in it, or was just closed."""
+        return not self._answered and self._state in ("start", "think", "analysis", "answer")
+
+    @property
+    def tagged(self) -> bool:
+        """Whether any tag was read, so that white space before the answer is none of it."""
+        return self._tagged
+
     def feed(self, text: str) -> list[Delta]:
         """What this piece makes certain; perhaps nothing yet."""
         text = self._rest + text

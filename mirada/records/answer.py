@@ -8,7 +8,7 @@ from typing import Any
 
 from mirada import errors
 from mirada.errors import MiradaError
-from mirada.types import Annotation, Finish, Logprob, Output, ToolCall, Usage
+from mirada.types import Annotation, Delta, Finish, Logprob, MediaUsage, Output, ToolCall, Usage
 
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot say (OpenAI's own choice)."""
@@ -26,37 +26,52 @@ def completion_to_openai(
     created: int,
     token_bytes: TokenBytes | None = None,
     return_token_ids: bool = False,
+    reasoning: bool = True,
 ) -> dict[str, Any]:
     """A whole ``chat.completion``: one choice for each output. ``created``: seconds since 1970. ``token_bytes``: the bytes
-    behind a token id, for logprobs. Raises the error of an output that failed: failure is no completion."""
+    behind a token id, for logprobs. ``reasoning``: say what was thought too. Raises the error of an output that failed:
+    failure is no completion."""
     outputs = [outputs] if isinstance(outputs, Output) else list(outputs)
     for output in outputs:
         if output.error is not None:
             raise output.error
+    choices = [
+        choice_to_openai(output, index, token_bytes, return_token_ids, reasoning) for index, output in enumerate(outputs)
+    ]
     return {
         "id": id,
         "object": "chat.completion",
         "created": created,
         "model": model,
-        "choices": [choice_to_openai(output, index, token_bytes, return_token_ids) for index, output in enumerate(outputs)],
+        "choices": choices,
         "usage": usage_to_openai([output.usage for output in outputs]),
+        **notes_to_openai(outputs),
     }
 
 
+def notes_to_openai(outputs: Sequence[Output]) -> dict[str, list[str]]:
+    """What was done to the media, each note once: ``notes`` beside OpenAI's fields, or nothing."""
+    notes = list(dict.fromkeys(note for output in outputs for note in output.notes))
+    return {"notes": notes} if notes else {}
+
+
 def choice_to_openai(
-    output: Output, index: int = 0, token_bytes: TokenBytes | None = None, return_token_ids: bool = False
+    output: Output,
+    index: int = 0,
+    token_bytes: TokenBytes | None = None,
+    return_token_ids: bool = False,
+    reasoning: bool = True,
 ) -> dict[str, Any]:
     """One entry of ``choices``."""
     calls = output.message.tool_calls
     text = output.message.text
     message: dict[str, Any] = {"role": "assistant", "content": None if calls and not text else text, "refusal": None}
-    if output.message.reasoning:
+    if output.message.reasoning and reasoning:
         message["reasoning_content"] = output.message.reasoning
     if calls:
         message["tool_calls"] = [call_to_openai(call, number) for number, call in enumerate(calls)]
     choice = {"index": index, "message": message, "logprobs": None, "finish_reason": finish_to_openai(output.finish)}
-    if output.finish == "repetition":
-        choice["stop_reason"] = "repetition"
+    choice |= stop_reason_to_openai(output)
     if output.logprobs is not None:
         choice["logprobs"] = logprobs_to_openai(output.logprobs, token_bytes)
     if return_token_ids:
@@ -108,6 +123,13 @@ def _pair(value: Sequence[Any], kind: type) -> Any:
     return kind(first), kind(second)
 
 
+def stop_reason_to_openai(ended: Output | Delta) -> dict[str, str | int]:
+    """``stop_reason`` beside a ``finish_reason``, where there is more to say: the stop string or stop token that was met, as
+    vLLM says it, or that the answer repeated itself."""
+    reason = "repetition" if ended.finish == "repetition" else ended.stop_reason
+    return {} if reason is None else {"stop_reason": reason}
+
+
 def finish_to_openai(finish: Finish) -> str:
     return FINISH.get(finish, "stop")
 
@@ -140,21 +162,64 @@ def logprobs_to_openai(logprobs: Sequence[Logprob], token_bytes: TokenBytes | No
 
 
 def usage_to_openai(usages: Sequence[Usage]) -> dict[str, Any]:
-    """``usage`` of all choices of one request: the prompt counts once. Beside OpenAI's fields: image and video tokens, and
-    the frames and timestamps (seconds, per video) that were used."""
+    """``usage`` of all choices of one request: the prompt counts once. Beside OpenAI's fields: image and video tokens, the
+    frames and timestamps (seconds, per video) that were used, and of every picture and video how it came before the model."""
     first = usages[0]
     completion = sum(usage.completion_tokens for usage in usages)
     made: dict[str, Any] = {
         "prompt_tokens": first.prompt_tokens,
         "completion_tokens": completion,
         "total_tokens": first.prompt_tokens + completion,
-        "prompt_tokens_details": {"image_tokens": first.image_tokens, "video_tokens": first.video_tokens},
+        "prompt_tokens_details": {
+            "cached_tokens": first.cached_tokens,
+            "image_tokens": first.image_tokens,
+            "video_tokens": first.video_tokens,
+        },
         "completion_tokens_details": {"reasoning_tokens": sum(usage.reasoning_tokens for usage in usages)},
     }
     if first.num_frames:
         made["num_frames"] = first.num_frames
         made["timestamps"] = [list(times) for times in first.timestamps]
+    if first.media:
+        made["media"] = [media_to_openai(one) for one in first.media]
     return made
+
+
+def media_to_openai(one: MediaUsage) -> dict[str, Any]:
+    """One entry of ``usage.media``. ``grid`` of a video whose frames have several sizes is that of its first run of them, and
+    ``grids`` has them all."""
+    made: dict[str, Any] = {
+        "type": one.kind,
+        "size": list(one.size),
+        "resized": list(one.resized),
+        "grid": list(one.grids[0]),
+        "tokens": one.tokens,
+    }
+    if len(one.grids) > 1:
+        made["grids"] = [list(grid) for grid in one.grids]
+    if one.kind == "video":
+        made |= {"frames": one.frames, "fps": one.fps}
+    return made
+
+
+def media_from_openai(value: Mapping[str, Any]) -> MediaUsage:
+    """The other way round. Raises KeyError, TypeError or ValueError for what is none."""
+    if value["type"] not in ("image", "video"):
+        raise ValueError(f"a medium of the type {value['type']!r}")
+    return MediaUsage(
+        kind=value["type"],
+        size=_pair(value["size"], int),
+        resized=_pair(value["resized"], int),
+        grids=tuple(_grid(grid) for grid in value.get("grids") or (value["grid"],)),
+        tokens=int(value["tokens"]),
+        frames=int(value.get("frames") or 0),
+        fps=None if value.get("fps") is None else float(value["fps"]),
+    )
+
+
+def _grid(value: Sequence[Any]) -> tuple[int, int, int]:
+    t, h, w = value
+    return int(t), int(h), int(w)
 
 
 _STATUS: tuple[tuple[type[MiradaError], int, str], ...] = (

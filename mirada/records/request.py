@@ -8,12 +8,13 @@ The one reader of such bodies, for the server and for batches. Facts: OpenAI's A
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
 from mirada.errors import MessageError, ParameterError, SettingsError, nearest
-from mirada.records.wire import messages_from_openai
+from mirada.records.wire import messages_from_openai, param_of
 from mirada.types import FORMS, Image, Message, Sampling, Thinking, Video, is_number
 
 MOST_CHOICES = 128
@@ -21,6 +22,9 @@ MOST_CHOICES = 128
 
 _SAMPLING = {field.name for field in fields(Sampling)} - {"logprobs", "max_tokens", *FORMS}
 _MEDIA = ("fps", "nframes", "min_pixels", "max_pixels")
+# Names inside `mm_processor_kwargs` and `media_io_kwargs.video` -> settings of pictures and videos.
+_PROCESSOR = {**{name: name for name in (*_MEDIA, "min_frames", "max_frames", "total_pixels")}, "num_frames": "nframes"}
+_IO = {"fps": "fps", "num_frames": "nframes"}
 # Parameter -> setting of Sampling.
 _GUIDES = {"guided_json": "json_schema", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
 _STRUCTURED = {"json": "json_schema", "json_object": "json_schema", "regex": "regex", "choice": "choice", "grammar": "grammar"}
@@ -29,15 +33,22 @@ _OBJECT = {"type": "object"}
 """The schema of any JSON object."""
 _OWN = (
     "messages", "model", "stream", "stream_options", "n", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs",
-    "response_format", "structured_outputs", "tools", "tool_choice", "parallel_tool_calls", "thinking", "reasoning_effort",
-    "adapter", "chat_template_kwargs", "mm_processor_kwargs", "return_token_ids",
+    "response_format", "structured_outputs", "guided_whitespace_pattern", "tools", "tool_choice", "parallel_tool_calls",
+    "thinking", "reasoning_effort", "include_reasoning", "adapter", "chat_template_kwargs", "mm_processor_kwargs",
+    "media_io_kwargs", "return_token_ids", "request_id",
 )  # fmt: skip
-# Known, and without effect on an answer.
-_IDLE = (
-    "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "include_reasoning", "priority", "request_id",
-)  # fmt: skip
-KNOWN = frozenset((*_OWN, *_IDLE, *_SAMPLING, *_MEDIA, *_GUIDES))
+LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+"""Known, and of no effect on an answer: names that a caller gives to its requests, for services that keep them."""
+HONOURED: dict[str, tuple[Any, ...]] = {
+    "store": (False,),  # nothing is kept
+    "service_tier": ("auto", "default"),
+    "prompt_cache_retention": ("in_memory", "in-memory"),
+    "priority": (0,),
+    "skip_special_tokens": (True,),
+    "guided_decoding_backend": ("auto", "guidance", "llguidance"),
+}
+"""Parameters of which these values alone can be kept to; any other is an error."""
+KNOWN = frozenset((*_OWN, *LABELS, *HONOURED, *_SAMPLING, *_MEDIA, *_GUIDES))
 """Every parameter that is understood."""
 
 _TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "an object", list: "a list"}
@@ -51,8 +62,14 @@ class RequestOptions:
     stream: bool = False
     include_usage: bool = False
     """``stream_options.include_usage``."""
+    continuous_usage: bool = False
+    """``stream_options.continuous_usage_stats``."""
     n: int = 1
     thinking: Thinking = "auto"
+    thinking_param: str | None = None
+    """The parameter that says so."""
+    include_reasoning: bool = True
+    """Whether the answer is to say what was thought."""
     adapter: str | None = None
     form_param: str | None = None
     """The parameter that says what the answer must look like; sampling has what it says."""
@@ -62,6 +79,8 @@ class RequestOptions:
     """The function that must be called, where ``tool_choice`` is ``named``."""
     parallel_tool_calls: bool = True
     return_token_ids: bool = False
+    request_id: str | None = None
+    """What the answer's ``id`` ends with."""
     unknown: tuple[str, ...] = ()
     """Parameters that were not understood, where that is allowed."""
 
@@ -84,30 +103,36 @@ def request_from_openai(
     if not isinstance(body, Mapping):
         raise MessageError(f"the request is a {type(body).__name__}", "send a JSON object")
     given = {str(key): value for key, value in body.items() if value is not None}
-    unknown = tuple(key for key in given if key not in KNOWN)
-    if unknown and not allow_unknown:
-        raise ParameterError(f"the parameter {unknown[0]!r} is unknown", nearest(unknown[0], KNOWN), param=unknown[0])
+    left = Unknown(allow_unknown)
+    left.check(given, KNOWN)
+    _check_honoured(given)
     if "messages" not in given:
         raise ParameterError("the request has no messages", "give a list of objects with role and content", param="messages")
-    messages = messages_from_openai(given["messages"])
+    messages = messages_from_openai(given["messages"], left.key if allow_unknown else None)
     if not messages:
         raise ParameterError("the list of messages is empty", "give at least one", param="messages")
-    tool_choice, tool_name = _tool_choice(given)
-    form = _form(given)
+    tools = _tools(given)
+    tool_choice, tool_name, allowed = _tool_choice(given)
+    form = _form(given, left)
+    streamed = _stream_options(given, left)
+    thinking, thinking_param = _thinking(given, left)
     options = RequestOptions(
         model=_take(given, "model", str),
         stream=_take(given, "stream", bool, False),
-        include_usage=_include_usage(given),
+        include_usage=_take(streamed, "include_usage", bool, False, "stream_options."),
+        continuous_usage=_take(streamed, "continuous_usage_stats", bool, False, "stream_options."),
         n=_count(given),
-        thinking=_thinking(given),
+        thinking=thinking,
+        thinking_param=thinking_param,
+        include_reasoning=_take(given, "include_reasoning", bool, True),
         adapter=_take(given, "adapter", str),
         form_param=form and form.param,
-        tools=_tools(given),
+        tools=_only_tools(tools, allowed),
         tool_choice=tool_choice,
         tool_name=tool_name,
         parallel_tool_calls=_take(given, "parallel_tool_calls", bool, True),
         return_token_ids=_take(given, "return_token_ids", bool, False),
-        unknown=unknown,
+        request_id=_request_id(given),
     )
     _check_tool_name(options)
     if form is not None and tool_choice in ("required", "named"):
@@ -117,7 +142,43 @@ def request_from_openai(
     sampling = _sampling(given, defaults or Sampling())
     if form is not None:
         sampling = _set(replace(sampling, **dict.fromkeys(FORMS)), form.setting, form.value, form.param)
-    return ChatRequest(_with_media_settings(messages, given), sampling, options)
+    messages = _with_media_settings(messages, given, left)
+    return ChatRequest(messages, sampling, replace(options, unknown=tuple(left.names)))
+
+
+class Unknown:
+    """What a body says that nobody knows: an error that names it, or (``allowed``) one of ``names``."""
+
+    def __init__(self, allowed: bool) -> None:
+        self.allowed = allowed
+        self.names: list[str] = []
+
+    def check(self, value: Mapping[str, Any], known: Collection[str], param: str = "") -> None:
+        """Look at the keys of ``value``, which is what parameter ``param`` holds. Raises ParameterError."""
+        for key, item in value.items():
+            if key not in known and item is not None:
+                path = f"{param}.{key}" if param else str(key)
+                if not self.allowed:
+                    raise ParameterError(f"the parameter {path!r} is unknown", nearest(str(key), known), param=path)
+                self.names.append(path)
+
+    def key(self, where: str, key: str) -> None:
+        """Note one of a message or of a part (``where``, in words)."""
+        self.names.append(f"{param_of(where) or 'messages'}.{key}")
+
+
+def _check_honoured(given: Mapping[str, Any]) -> None:
+    for name, values in HONOURED.items():
+        value = given.get(name)
+        if value is not None and not any(type(value) is type(one) and value == one for one in values):
+            raise _wrong(name, value, " or ".join(map(json.dumps, values)) + ", or leave it out: nothing else can be kept to")
+
+
+def _request_id(given: Mapping[str, Any]) -> str | None:
+    name = _take(given, "request_id", str)
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", name):
+        raise _wrong("request_id", name, "1 to 128 letters, digits and . _ : -")
+    return name
 
 
 def _take(given: Mapping[str, Any], name: str, kind: type, default: Any = None, where: str = "") -> Any:
@@ -144,20 +205,14 @@ def _count(given: Mapping[str, Any]) -> int:
     return n
 
 
-def _include_usage(given: Mapping[str, Any]) -> bool:
+def _stream_options(given: Mapping[str, Any], left: Unknown) -> Mapping[str, Any]:
     options = _take(given, "stream_options", dict, {})
     if options and given.get("stream") is not True:
         raise ParameterError("stream_options is for a stream", "set stream, or leave it out", param="stream_options")
-    known = ("include_usage", "include_obfuscation", "continuous_usage_stats")
-    _only(options, known, "stream_options")
-    return _take(options, "include_usage", bool, False, "stream_options.")
-
-
-def _only(value: Mapping[str, Any], known: Sequence[str], param: str) -> None:
-    for key, item in value.items():
-        if key not in known and item is not None:
-            path = f"{param}.{key}"
-            raise ParameterError(f"the parameter {path!r} is unknown", nearest(str(key), known), param=path)
+    left.check(options, ("include_usage", "include_obfuscation", "continuous_usage_stats"), "stream_options")
+    if _take(options, "include_obfuscation", bool, False, "stream_options."):
+        raise _wrong("stream_options.include_obfuscation", True, "false: streams are not obfuscated")
+    return options
 
 
 def _sampling(given: Mapping[str, Any], sampling: Sampling) -> Sampling:
@@ -197,26 +252,28 @@ def _bias(value: Any) -> dict[int, float]:
         raise _wrong("logit_bias", value, "an object of token ids and numbers") from None
 
 
-def _thinking(given: Mapping[str, Any]) -> Thinking:
+def _thinking(given: Mapping[str, Any], left: Unknown) -> tuple[Thinking, str | None]:
+    """How to think, and the parameter that says so."""
     kwargs = _take(given, "chat_template_kwargs", dict, {})
-    _only(kwargs, ("enable_thinking", "thinking"), "chat_template_kwargs")
+    left.check(kwargs, ("enable_thinking", "thinking"), "chat_template_kwargs")
     effort = _take(given, "reasoning_effort", str)
     if effort not in (None, "none", "minimal", "low", "medium", "high", "xhigh"):
         raise _wrong("reasoning_effort", effort, "none, minimal, low, medium, high or xhigh")
     enable = _take(kwargs, "enable_thinking", bool, None, "chat_template_kwargs.")
     said: Thinking = "auto"
+    by: str | None = None
     if effort is not None:
-        said = "off" if effort == "none" else "on"
+        said, by = "off" if effort == "none" else "on", "reasoning_effort"
     if enable is not None:
-        said = "on" if enable else "off"
+        said, by = "on" if enable else "off", "chat_template_kwargs.enable_thinking"
     for param, value in (("chat_template_kwargs.thinking", kwargs.get("thinking")), ("thinking", given.get("thinking"))):
         if isinstance(value, bool):
-            said = "on" if value else "off"
+            said, by = "on" if value else "off", param
         elif value in ("auto", "on", "off"):
-            said = value
+            said, by = value, param
         elif value is not None:
             raise _wrong(param, value, "auto, on or off")
-    return said
+    return said, by
 
 
 class _Form(NamedTuple):
@@ -227,11 +284,11 @@ class _Form(NamedTuple):
     param: str
 
 
-def _form(given: Mapping[str, Any]) -> _Form | None:
+def _form(given: Mapping[str, Any], left: Unknown) -> _Form | None:
     """The one form that is asked for; two are an error."""
     found = [_made_form(setting, given[name], name) for name, setting in _GUIDES.items() if name in given]
     outputs = _take(given, "structured_outputs", dict, {})
-    _only(outputs, (*_STRUCTURED, *_SPACES), "structured_outputs")
+    left.check(outputs, (*_STRUCTURED, *_SPACES), "structured_outputs")
     for name, setting in _STRUCTURED.items():
         param = f"structured_outputs.{name}"
         value = outputs.get(name)
@@ -243,7 +300,15 @@ def _form(given: Mapping[str, Any]) -> _Form | None:
     if len(found) > 1:
         said = " and ".join(form.param for form in found)
         raise ParameterError(f"{said} ask for two forms", "give one of them", param=found[1].param)
-    return found[0] if found else None
+    pattern = _take(given, "guided_whitespace_pattern", str)
+    if pattern is None:
+        return found[0] if found else None
+    if not found or found[0].setting != "json_schema":
+        raise ParameterError(
+            "guided_whitespace_pattern is for an answer in JSON", "give guided_json, or leave it out",
+            param="guided_whitespace_pattern",
+        )  # fmt: skip
+    return _spaced(found[0], {"whitespace_pattern": pattern})
 
 
 def _made_form(setting: str, value: Any, param: str) -> _Form:
@@ -307,15 +372,39 @@ def _tools(given: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     return tuple(tools)
 
 
-def _tool_choice(given: Mapping[str, Any]) -> tuple[Any, str | None]:
+def _tool_choice(given: Mapping[str, Any]) -> tuple[Any, str | None, tuple[str, ...] | None]:
+    """(mode, the function that must be called, the functions that may be called: None for all)."""
     choice = given.get("tool_choice", "auto")
     if choice in ("auto", "none", "required"):
-        return choice, None
+        return choice, None, None
+    if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
+        inner = _take(choice, "allowed_tools", dict, choice, "tool_choice.")
+        mode, allowed = inner.get("mode"), _take(inner, "tools", list, [], "tool_choice.")
+        names = tuple(name for tool in allowed if (name := _function_name(tool)) is not None)
+        if mode not in ("auto", "required") or not names or len(names) < len(allowed):
+            raise _wrong("tool_choice", choice, "mode (auto or required), and in tools the names of functions")
+        return mode, None, names
+    name = _function_name(choice)
+    if name is None:
+        raise _wrong("tool_choice", choice, 'auto, none, required or {"type": "function", "function": {"name": ...}}')
+    return "named", name, None
+
+
+def _function_name(choice: Any) -> str | None:
     function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
     name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(name, str):
-        raise _wrong("tool_choice", choice, 'auto, none, required or {"type": "function", "function": {"name": ...}}')
-    return "named", name
+    return name if isinstance(name, str) else None
+
+
+def _only_tools(tools: tuple[Mapping[str, Any], ...], allowed: tuple[str, ...] | None) -> tuple[Mapping[str, Any], ...]:
+    """The tools that may be called: the model is told of no others. Raises ParameterError."""
+    if allowed is None:
+        return tools
+    names = [tool["function"]["name"] for tool in tools]
+    for name in allowed:
+        if name not in names:
+            raise ParameterError(f"tool_choice names {name!r}, which is no tool", nearest(name, names), param="tool_choice")
+    return tuple(tool for tool in tools if tool["function"]["name"] in allowed)
 
 
 def _check_tool_name(options: RequestOptions) -> None:
@@ -328,12 +417,19 @@ def _check_tool_name(options: RequestOptions) -> None:
         )
 
 
-def _with_media_settings(messages: list[Message], given: Mapping[str, Any]) -> list[Message]:
-    kwargs = _take(given, "mm_processor_kwargs", dict, {})
-    _only(kwargs, _MEDIA, "mm_processor_kwargs")
-    settings = {f"mm_processor_kwargs.{name}": kwargs[name] for name in kwargs if kwargs[name] is not None}
-    settings |= {name: given[name] for name in _MEDIA if name in given}
-    checked = {param.rpartition(".")[2]: _media_number(param, value) for param, value in settings.items()}
+def _with_media_settings(messages: list[Message], given: Mapping[str, Any], left: Unknown) -> list[Message]:
+    kwargs, io = _take(given, "mm_processor_kwargs", dict, {}), _take(given, "media_io_kwargs", dict, {})
+    left.check(io, ("video",), "media_io_kwargs")
+    video = _take(io, "video", dict, {}, "media_io_kwargs.")
+    checked: dict[str, int | float] = {}  # of the same setting said twice, the last counts
+    for known, value, where in (
+        (_IO, video, "media_io_kwargs.video"), (_PROCESSOR, kwargs, "mm_processor_kwargs"), ({m: m for m in _MEDIA}, given, ""),
+    ):  # fmt: skip
+        if where:
+            left.check(value, known, where)
+        for name, setting in known.items():
+            if value.get(name) is not None:
+                checked[setting] = _media_number(f"{where}.{name}" if where else name, value[name])
     if "fps" in checked and "nframes" in checked:
         raise ParameterError("both fps and nframes are given", "give one of them", param="nframes")
     if not checked:

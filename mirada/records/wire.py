@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,33 +22,56 @@ _INTEGERS = (*_SIZES, "nframes", "min_frames", "max_frames", "total_pixels")
 _NUMBERS = ("fps", "video_start", "video_end", "min_frame_similarity")
 _OPTIONS: dict[type, tuple[str, ...]] = {Image: _SIZES, Video: _INTEGERS + _NUMBERS}
 _SOURCES = {"image": Image, "image_url": Image, "video": Video, "video_url": Video}
-_TYPES = ("text", *_SOURCES)
-_MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning")
+_TYPES = ("text", "refusal", *_SOURCES)
+_MESSAGE_KEYS = (
+    "role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "refusal", "annotations",
+)  # fmt: skip
+_DETAILS = ("auto", "low", "high", "original")
+LOW_DETAIL = 512 * 512
+"""Most pixels of a picture whose ``detail`` is low, as OpenAI sizes those."""
+Left = Callable[[str, str], None]
+"""Called with where a key stands (in words) and its name, for keys that nobody knows."""
+_PLACE = re.compile(r"part (\d+) of message (\d+)|message (\d+)")
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 
-def messages_from_openai(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+def messages_from_openai(messages: Sequence[Mapping[str, Any]], left: Left | None = None) -> list[Message]:
     """A list of ``{"role": ..., "content": ...}`` -> messages; media stay references.
 
-    Raises MessageError naming the message, the part and the key: unknown keys (and what they may have meant), wrong types,
-    parts of no or two kinds. ``name`` and OpenAI's ``detail`` of a picture are accepted and have no effect.
+    Raises MessageError naming the message, the part and the key: unknown keys (and what they may have meant; with ``left``
+    they are told and left aside), wrong types, parts of no or two kinds. A picture whose ``detail`` is low has at most
+    ``LOW_DETAIL`` pixels; the other details are the model's own size. A refusal is what was said. ``name``, and the
+    ``annotations`` of an earlier answer, are accepted and have no effect.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise MessageError(f"the messages are a {type(messages).__name__}", "give a list of objects with role and content")
-    return [message_from_json(value, f"message {index}") for index, value in enumerate(messages)]
+    return [message_from_json(value, f"message {index}", left) for index, value in enumerate(messages)]
 
 
-def message_from_json(value: Any, where: str = "the message") -> Message:
+def param_of(words: str) -> str | None:
+    """The parameter of which an error's words speak: ``messages[1].content[0]`` of "part 0 of message 1"."""
+    match = _PLACE.search(words)
+    if match is None:
+        return None
+    part, message, alone = match.groups()
+    return f"messages[{message}].content[{part}]" if part else f"messages[{alone}]"
+
+
+def message_from_json(value: Any, where: str = "the message", left: Left | None = None) -> Message:
     """One object -> message, as :func:`messages_from_openai`; ``where`` names it in errors."""
     if isinstance(value, Message):
         return value
     if not isinstance(value, Mapping):
         raise MessageError(f"{where} is a {type(value).__name__}", "give an object with role and content")
-    _known(value, _MESSAGE_KEYS, where)
+    _known(value, _MESSAGE_KEYS, where, left)
     role = value.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise MessageError(f"{where} has the role {role!r}", f"use one of {', '.join(_ROLES)}")
-    parts = _content(value.get("content"), where)
+    parts = _content(value.get("content"), where, left)
+    refusal = value.get("refusal")
+    if refusal is not None and (not isinstance(refusal, str) or role != "assistant"):
+        raise MessageError(f"{where} has a refusal that is none", "give the text of an assistant's refusal")
+    parts += [Text(refusal)] if refusal else []
     reasoning = value.get("reasoning_content") or value.get("reasoning") or ""
     calls = value.get("tool_calls") or []
     if (calls or reasoning) and role != "assistant":
@@ -59,23 +83,23 @@ def message_from_json(value: Any, where: str = "the message") -> Message:
     call_id = value.get("tool_call_id")
     if call_id is not None and not isinstance(call_id, str):
         raise MessageError(f"tool_call_id of {where} is a {type(call_id).__name__}", "give a string")
-    if value.get("content") is None and not calls and not reasoning:
+    if value.get("content") is None and not calls and not reasoning and not refusal:
         raise MessageError(f"{where} has no content", "give a string or a list of parts")
-    parts += [_call(call, f"tool call {index} of {where}") for index, call in enumerate(calls)]
+    parts += [_call(call, f"tool call {index} of {where}", left) for index, call in enumerate(calls)]
     return Message(_ROLES[role], parts, reasoning, call_id)  # type: ignore[arg-type]
 
 
-def _content(content: Any, where: str) -> list[Part]:
+def _content(content: Any, where: str, left: Left | None) -> list[Part]:
     if content is None:
         return []
     if isinstance(content, str):
         return [Text(content)]
     if isinstance(content, Mapping) or not isinstance(content, Sequence):
         raise MessageError(f"the content of {where} is a {type(content).__name__}", "give a string or a list of parts")
-    return [_part(part, f"part {index} of {where}") for index, part in enumerate(content)]
+    return [_part(part, f"part {index} of {where}", left) for index, part in enumerate(content)]
 
 
-def _part(part: Any, where: str) -> Part:
+def _part(part: Any, where: str, left: Left | None) -> Part:
     if isinstance(part, str):
         return Text(part)
     if not isinstance(part, Mapping):
@@ -96,27 +120,33 @@ def _part(part: Any, where: str) -> Part:
     kind = kinds[0]
     if named is not None and named.removesuffix("_url") != kind.removesuffix("_url"):
         raise MessageError(f"{where} has the type {named!r} but holds {kind!r}", f"write the type {kind!r}")
-    if kind == "text":
-        _known(part, ("type", "text", "cache_control"), where)
-        if not isinstance(part["text"], str):
-            raise MessageError(f"the text of {where} is a {type(part['text']).__name__}", "give a string")
-        return Text(part["text"])
-    return _media(part, kind, where)
+    if kind in ("text", "refusal"):
+        _known(part, ("type", kind, "cache_control"), where, left)
+        if not isinstance(part[kind], str):
+            raise MessageError(f"the text of {where} is a {type(part[kind]).__name__}", "give a string")
+        return Text(part[kind])
+    return _media(part, kind, where, left)
 
 
-def _media(part: Mapping[str, Any], kind: str, where: str) -> Image | Video:
+def _media(part: Mapping[str, Any], kind: str, where: str, left: Left | None) -> Image | Video:
     made = _SOURCES[kind]
-    options = {key: value for key, value in part.items() if key not in ("type", kind, "detail", "cache_control")}
+    options = {key: value for key, value in part.items() if key not in ("type", kind, "cache_control")}
     source = part[kind]
     if isinstance(source, Mapping):
         if "url" not in source:
             raise MessageError(f"the {kind} of {where} has no url", "give {'url': '...'} or the address itself")
-        options |= {key: value for key, value in source.items() if key not in ("url", "detail")}
+        options |= {key: value for key, value in source.items() if key != "url"}
         source = source["url"]
     if source is None or (isinstance(source, str | bytes | list | tuple) and not source):
         raise MessageError(f"the {kind} of {where} is empty", "give a path, a URL, a data: URI or a picture")
-    _known(options, _OPTIONS[made], where)
-    checked: dict[str, Any] = {key: _number(key, value, where) for key, value in options.items() if value is not None}
+    detail = options.pop("detail", None) if made is Image else None
+    _known(options, _OPTIONS[made], where, left)
+    given = ((key, value) for key, value in options.items() if value is not None and key in _OPTIONS[made])
+    checked: dict[str, Any] = {key: _number(key, value, where) for key, value in given}
+    if detail is not None and detail not in _DETAILS:
+        raise MessageError(f"detail={repr(detail)[:80]} of {where} is unknown", f"use one of {', '.join(_DETAILS)}")
+    if detail == "low" and not checked:
+        checked["max_pixels"] = LOW_DETAIL
     if made is Video and "fps" in checked and "nframes" in checked:
         raise MessageError(f"{where} has both fps and nframes", "give one of them")
     return made(source, **checked)
@@ -130,14 +160,14 @@ def _number(key: str, value: Any, where: str) -> int | float:
     return int(value) if whole else float(value)
 
 
-def _call(call: Any, where: str) -> ToolCall:
+def _call(call: Any, where: str, left: Left | None) -> ToolCall:
     if not isinstance(call, Mapping):
         raise MessageError(f"{where} is a {type(call).__name__}", "give an object with function and id")
-    _known(call, ("id", "type", "function", "index"), where)
+    _known(call, ("id", "type", "function", "index"), where, left)
     function = call.get("function")
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise MessageError(f"{where} names no function", "give {'function': {'name': ..., 'arguments': ...}}")
-    _known(function, ("name", "arguments"), where)
+    _known(function, ("name", "arguments"), where, left)
     arguments = function.get("arguments") or "{}"
     if not isinstance(arguments, str):
         try:
@@ -147,9 +177,12 @@ def _call(call: Any, where: str) -> ToolCall:
     return ToolCall(function["name"], arguments, str(call.get("id") or ""))
 
 
-def _known(value: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
+def _known(value: Mapping[str, Any], keys: Sequence[str], where: str, left: Left | None = None) -> None:
     for key, item in value.items():
         if key not in keys and item is not None:  # clients dump their objects with many keys that hold null
+            if left is not None:
+                left(where, str(key))
+                continue
             raise MessageError(f"{where} has the unknown key {key!r}", nearest(str(key), keys))
 
 

@@ -25,6 +25,7 @@ from mirada.serve.stream import BEAT, Choices, EventStream, Pace, beating, unles
 from mirada.types import Output, Sampling
 
 if TYPE_CHECKING:
+    from mirada.engine.handle import EngineHandle
     from mirada.engine.llm import VLM
 
 
@@ -73,18 +74,17 @@ async def complete(request: Request, body: Mapping[str, Any], desk: Desk) -> Res
     asked = await aside(request, read, body, desk, request.scope["mirada.tenant"])
     ticket: Ticket = request.scope["mirada.ticket"]
     ticket.facts |= {"model": asked.name, "stream": asked.chat.options.stream}
-    id = f"chatcmpl-{secrets.token_hex(12)}"
+    options = asked.chat.options
+    id = f"chatcmpl-{options.request_id or secrets.token_hex(12)}"
     choices = await submit(asked)
-    if asked.chat.options.stream:
+    if options.stream:
         return await _streamed(request, choices, asked, id, desk)
     outputs = await whole(request, choices, asked, desk)
     made = completion_to_openai(
         [openai.with_ids(output, id, index) for index, output in enumerate(outputs)],
         model=asked.name, id=id, created=int(time.time()), token_bytes=token_bytes(asked.vlm),
-        return_token_ids=asked.chat.options.return_token_ids,
+        return_token_ids=options.return_token_ids, reasoning=options.include_reasoning,
     )  # fmt: skip
-    if notes := outputs[0].notes:
-        made["notes"] = list(notes)
     return reply(made, headers=asked.headers)
 
 
@@ -92,11 +92,17 @@ def read(body: Mapping[str, Any], desk: Desk, tenant: str) -> Asked:
     """Everything that can be said about a body before the engine sees it. Raises MiradaError or HttpError."""
     name = openai.check_model_name(body, desk.names)
     model, adapter = desk.find(name)
-    vlm = desk.models[model]
+    return ask_of(desk.models[model], name, body, desk.settings, adapter, tenant)
+
+
+def ask_of(
+    vlm: VLM, name: str, body: Mapping[str, Any], settings: ServeSettings, adapter: str | None = None, tenant: str = ""
+) -> Asked:
+    """What ``body`` asks of ``vlm``, called ``name``. ``adapter``: the one that the name stands for. Raises MiradaError."""
     context = vlm.parts.context
-    defaults = replace(vlm.recommended_sampling or Sampling(), max_tokens=min(desk.settings.max_tokens or context, context))
-    body = desk.settings.completed(body)
-    chat = request_from_openai(body, defaults=defaults, allow_unknown=desk.settings.unknown_parameters == "warn")
+    defaults = replace(vlm.recommended_sampling or Sampling(), max_tokens=min(settings.max_tokens or context, context))
+    body = settings.completed(body)
+    chat = request_from_openai(body, defaults=defaults, allow_unknown=settings.unknown_parameters == "warn")
     if adapter is not None:
         chat = chat._replace(options=_adapted(chat.options, adapter))
     options, parts = chat.options, vlm.parts
@@ -104,9 +110,9 @@ def read(body: Mapping[str, Any], desk: Desk, tenant: str) -> Asked:
         raise ParameterError(f"{name} takes no tools: its template has no place for them", "leave tools out", param="tools")
     modes = dict(parts.renderer.format.thinking_suffix)
     if options.thinking not in modes:
-        raise ParameterError(
-            f"{name} has no thinking mode {options.thinking!r}", nearest(options.thinking, modes), param="thinking"
-        )
+        param = options.thinking_param or "thinking"
+        said = f"{param} asks for the thinking mode {options.thinking!r}, which {name} lacks"
+        raise ParameterError(said, nearest(options.thinking, modes), param=param)
     if options.adapter is not None and options.adapter not in vlm.adapters:
         raise ParameterError(
             f"there is no adapter {options.adapter!r}", nearest(options.adapter, vlm.adapters), param="adapter"
@@ -126,16 +132,21 @@ def _adapted(options: RequestOptions, adapter: str) -> RequestOptions:
 
 async def submit(asked: Asked) -> Choices:
     """Hand all choices to the engine. Rendering and counting tokens take long for long texts: that is done in a thread."""
+    # A caller that goes while the thread works leaves handles that nobody holds, and those end by themselves.
+    return Choices(await asyncio.to_thread(start, asked))
+
+
+def start(asked: Asked) -> list[EngineHandle]:
+    """All choices of a request, each with a seed of its own. Raises MiradaError."""
     messages, sampling, options = asked.chat
     chosen = guides.asked(options)
 
-    def start(index: int):
+    def one(index: int) -> EngineHandle:
         own = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index)
         guide = guides.guide_for(asked.vlm, asked.chat)
         return asked.vlm.submit(messages, own, guide=guide, adapter=options.adapter, salt=asked.tenant, **chosen)
 
-    # A caller that goes while the thread works leaves handles that nobody holds, and those end by themselves.
-    return Choices(await asyncio.to_thread(lambda: [start(index) for index in range(options.n)]))
+    return [one(index) for index in range(options.n)]
 
 
 async def whole(request: Request, choices: Choices, asked: Asked, desk: Desk) -> list[Output]:
@@ -161,7 +172,7 @@ async def _streamed(request: Request, choices: Choices, asked: Asked, id: str, d
     options = asked.chat.options
     chunks = openai.Chunks(
         id, int(time.time()), asked.name, options.include_usage, asked.chat.sampling.logprobs is not None,
-        token_bytes(asked.vlm), options.return_token_ids,
+        token_bytes(asked.vlm), options.return_token_ids, options.include_reasoning, options.continuous_usage,
     )  # fmt: skip
     events = _events(request, choices, chunks, asked, desk)
     return await first_then_all(request, events, choices, asked, desk)
@@ -212,6 +223,7 @@ async def _events(
                     continue
                 index, delta = one
                 pace.piece(index)
+                chunks.num_prompt = choices.usage.prompt_tokens
                 said = opening + b"".join(event(chunk) for chunk in chunks.pieces(index, delta))
                 if said:
                     yield said

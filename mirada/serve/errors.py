@@ -12,6 +12,7 @@ from starlette.responses import Response
 from mirada import errors
 from mirada.errors import MiradaError
 from mirada.records.answer import error_to_openai
+from mirada.records.wire import param_of
 
 RETRY_AFTER = 1
 """Seconds after which a client that came at a busy time may come again."""
@@ -57,17 +58,15 @@ def http_error(error: BaseException) -> HttpError:
     )
 
 
-_PART = re.compile(r"part (\d+) of message (\d+)|message (\d+)")
-_NAMED = re.compile(r"\b(min_pixels|max_pixels|fps|nframes|logit_bias|thinking|adapter|tools)\b")
+_NAMED = re.compile(r"\b(min_pixels|max_pixels|fps|nframes|logit_bias|stop_token_ids|thinking|adapter|tools)\b")
 
 
 def _param(error: MiradaError, param: str | None) -> str | None:
     """The parameter at fault as exactly as the message says it: ``messages[1].content[0]``, ``max_pixels``."""
     if getattr(error, "param", None) is not None or not isinstance(error, errors.InputError):
         return param
-    if isinstance(error, errors.MessageError) and (match := _PART.search(error.problem)):
-        part, message, alone = match.groups()
-        return f"messages[{message}].content[{part}]" if part else f"messages[{alone}]"
+    if isinstance(error, errors.MessageError) and (place := param_of(error.problem)):
+        return place
     if not isinstance(error, errors.MediaError) and (match := _NAMED.search(error.problem)):
         return match[1]
     return param or "messages"

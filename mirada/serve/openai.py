@@ -18,6 +18,7 @@ from mirada.records.answer import (
     call_to_openai,
     finish_to_openai,
     logprobs_to_openai,
+    stop_reason_to_openai,
     usage_to_openai,
 )
 from mirada.serve.errors import HttpError
@@ -109,9 +110,16 @@ class Chunks:
     logprobs: bool = False
     token_bytes: TokenBytes | None = None
     return_token_ids: bool = False
+    reasoning: bool = True
+    """Say what is thought too."""
+    usages: bool = False
+    """Say in every chunk what was used so far (``continuous_usage_stats``)."""
 
     def __post_init__(self) -> None:
         self._num_calls: dict[int, int] = {}
+        self._num_tokens: dict[int, int] = {}
+        self.num_prompt = 0
+        """Tokens of the prompt, once they are known; ``usages`` says them."""
 
     def opening(self, index: int) -> dict[str, Any]:
         """The first of choice ``index``: who speaks."""
@@ -119,8 +127,9 @@ class Chunks:
 
     def pieces(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
         """What ``delta`` adds to choice ``index``; nothing for one that holds nothing to show yet."""
+        self._num_tokens[index] = self._num_tokens.get(index, 0) + len(delta.tokens)
         said: dict[str, Any] = {}
-        if delta.reasoning:
+        if delta.reasoning and self.reasoning:
             said["reasoning_content"] = delta.reasoning
         if delta.text:
             said["content"] = delta.text
@@ -136,7 +145,8 @@ class Chunks:
         if said or beside:
             yield self._chunk(index, said, **beside)
         if delta.finish is not None:
-            yield self._chunk(index, {}, finish_reason=finish_to_openai(delta.finish), **_detail(delta.finish))
+            ended = self._chunk(index, {}, finish_reason=finish_to_openai(delta.finish), **stop_reason_to_openai(delta))
+            yield ended | ({"notes": list(delta.notes)} if delta.notes and not index else {})
 
     def usage(self, outputs: Sequence[Output]) -> dict[str, Any]:
         """The last one where ``include_usage`` is set."""
@@ -154,11 +164,14 @@ class Chunks:
 
     def _chunk(self, index: int, delta: dict[str, Any], **beside: Any) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **beside}
-        return self._head() | {"choices": [choice]} | ({"usage": None} if self.include_usage else {})
+        return self._head() | {"choices": [choice]} | ({"usage": self._so_far()} if self.include_usage or self.usages else {})
 
-
-def _detail(finish: str) -> dict[str, str]:
-    return {"stop_reason": "repetition"} if finish == "repetition" else {}
+    def _so_far(self) -> dict[str, int] | None:
+        if not self.usages:
+            return None
+        completion = sum(self._num_tokens.values())
+        total = self.num_prompt + completion
+        return {"prompt_tokens": self.num_prompt, "completion_tokens": completion, "total_tokens": total}
 
 
 def model_card(name: str, created: int, context: int, adapters: Sequence[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from mirada.errors import MiradaError, RequestFailed
 from mirada.serve.errors import ClientGone
-from mirada.types import Delta, Output
+from mirada.types import Delta, Output, Usage
 
 T = TypeVar("T")
 ROOM = 64
@@ -32,6 +32,9 @@ class Running(Protocol):
 
     def cancel(self) -> None: ...
 
+    @property
+    def usage(self) -> Usage: ...
+
 
 class Choices:
     """The handles of one request, read together. ``end`` frees what has not ended; it must be called."""
@@ -42,12 +45,22 @@ class Choices:
         self._pumps: list[asyncio.Task[None]] = []
         self._open = len(handles)
 
+    @property
+    def usage(self) -> Usage:
+        """What the prompt uses, from when the first piece is there on."""
+        return self.handles[0].usage
+
     async def outputs(self) -> list[Output]:
         """All whole replies. Raises the error of the first that failed, and ends the others."""
-        outputs = [await handle for handle in self.handles]
-        for output in outputs:
-            _check(output)
-        return outputs
+        tasks = [asyncio.create_task(_whole(handle)) for handle in self.handles]
+        try:
+            return list(await asyncio.gather(*tasks))
+        except BaseException:
+            self.end()
+            raise
+        finally:
+            for task in tasks:
+                task.cancel()
 
     def begin(self) -> None:
         """Read them piece by piece from now on."""
@@ -85,11 +98,13 @@ class Choices:
             pump.cancel()
 
 
-def _check(output: Output) -> None:
+async def _whole(handle: Running) -> Output:
+    output: Output = await handle
     if output.error is not None:
         raise output.error
     if output.finish == "cancelled":
         raise _ended()
+    return output
 
 
 def _ended() -> RequestFailed:

@@ -146,6 +146,34 @@ def test_cancelled_and_failed():
     assert failed.done and failed.output().finish == "error" and isinstance(failed.output().error, RequestFailed)
 
 
+STOPPED = [  # text, stop strings, answer, reasoning, the one that was found
+    ("<think>Q: what?</think>A Q: B", ("Q:",), "A", "Q: what?", "Q:"),
+    ("<think>a\n\nb</think>\n\nanswer\n\nmore", ("\n\n",), "answer", "a\n\nb", "\n\n"),
+    ("<think>\nQ</think>\n<answer>\nA Q</answer>", ("\n", "Q"), "A", "Q", "Q"),
+    ("<think>axq</think>b", (">x", "aq", "axq"), "b", "axq", None),
+    ("plain Q: x", ("Q:",), "plain", "", "Q:"),
+    ("a<think>Q:</think>", ("Q:",), "a<think>", "", "Q:"),
+    ("<think>Q</think>b", ("<th",), "", "", "<th"),
+]
+
+
+@pytest.mark.parametrize(("text", "stops", "answer", "reasoning", "found"), STOPPED)
+def test_stop_strings_end_the_answer_and_no_reasoning_at_any_split(text, stops, answer, reasoning, found):
+    for first in range(len(text) + 1):
+        for second in {first, min(first + 1, len(text)), len(text)}:
+            pieces = [text[:first], text[first:second], text[second:]]
+            output = run(sequence(pieces, stops), 3)
+            got = output.message.text.rstrip(), output.message.reasoning, output.stop_reason
+            assert got == (answer, reasoning, found), pieces
+
+
+def test_a_stop_string_may_stay_and_counts_after_the_least_tokens():
+    pieces = ["a", "Q", "b", "Q", "c"]
+    reply = Reply(Letters(pieces), Parser(PromptFormat()), ("Q",), least=2, keep_stop=True)
+    output = run(Sequence(Prompt((1,)), Sampling(stop=("Q",)), reply, limit=9), 5)
+    assert (output.message.text, output.finish, output.stop_reason) == ("aQbQ", "stop", "Q")
+
+
 def test_fold_is_the_stream_put_together():
     deltas = [Delta("a", "r", (1,)), Delta("b", "s", (2, 3), finish="length")]
     whole = fold(deltas)

@@ -10,7 +10,7 @@ import pytest
 from mirada import errors
 from mirada.errors import MessageError, ParameterError
 from mirada.records import completion_to_openai, error_to_openai, request_from_openai
-from mirada.records.request import KNOWN, RequestOptions
+from mirada.records.request import KNOWN, LABELS, RequestOptions
 from mirada.types import Image, Logprob, Message, Output, Sampling, Text, ToolCall, Usage, Video
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -44,6 +44,10 @@ SAMPLED = [
     ({"ignore_eos": True, "thinking_budget": 5}, {"ignore_eos": True, "thinking_budget": 5}),
     ({"max_repeats": 9}, {"max_repeats": 9}),
     ({"temperature": None, "stop": None, "user": "u", "metadata": {}}, {}),
+    ({"min_tokens": 3, "stop_token_ids": [5, 7], "include_stop_str_in_output": True},
+     {"min_tokens": 3, "stop_token_ids": (5, 7), "include_stop_str_in_output": True}),
+    ({"store": False, "service_tier": "default", "priority": 0, "skip_special_tokens": True}, {}),
+    ({"prompt_cache_retention": "in_memory", "guided_decoding_backend": "auto"}, {}),
 ]  # fmt: skip
 
 
@@ -56,12 +60,17 @@ CHOSEN = [
     ({"model": "mini", "stream": True, "stream_options": {"include_usage": True}},
      {"model": "mini", "stream": True, "include_usage": True}),
     ({"n": 3, "adapter": "a", "parallel_tool_calls": False}, {"n": 3, "adapter": "a", "parallel_tool_calls": False}),
-    ({"thinking": "on"}, {"thinking": "on"}),
-    ({"thinking": False}, {"thinking": "off"}),
-    ({"chat_template_kwargs": {"enable_thinking": False}}, {"thinking": "off"}),
-    ({"chat_template_kwargs": {"thinking": "auto"}, "reasoning_effort": "high"}, {"thinking": "auto"}),
-    ({"reasoning_effort": "none"}, {"thinking": "off"}),
-    ({"reasoning_effort": "low"}, {"thinking": "on"}),
+    ({"thinking": "on"}, {"thinking": "on", "thinking_param": "thinking"}),
+    ({"thinking": False}, {"thinking": "off", "thinking_param": "thinking"}),
+    ({"chat_template_kwargs": {"enable_thinking": False}},
+     {"thinking": "off", "thinking_param": "chat_template_kwargs.enable_thinking"}),
+    ({"chat_template_kwargs": {"thinking": "auto"}, "reasoning_effort": "high"},
+     {"thinking": "auto", "thinking_param": "chat_template_kwargs.thinking"}),
+    ({"reasoning_effort": "none"}, {"thinking": "off", "thinking_param": "reasoning_effort"}),
+    ({"reasoning_effort": "low"}, {"thinking": "on", "thinking_param": "reasoning_effort"}),
+    ({"include_reasoning": False, "request_id": "r-1"}, {"include_reasoning": False, "request_id": "r-1"}),
+    ({"stream": True, "stream_options": {"continuous_usage_stats": True, "include_obfuscation": False}},
+     {"stream": True, "continuous_usage": True}),
     ({"response_format": {"type": "text"}}, {}),
     ({"structured_outputs": {"json_object": False}}, {}),
     ({"tools": [TOOL]}, {"tools": (TOOL,)}),
@@ -77,6 +86,8 @@ FORMED = [
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}},
      "response_format", {"json_schema": SCHEMA}),
     ({"guided_json": json.dumps(SCHEMA)}, "guided_json", {"json_schema": SCHEMA}),
+    ({"guided_json": SCHEMA, "guided_whitespace_pattern": " ?"}, "guided_json",
+     {"json_schema": {**SCHEMA, "x-guidance": {"whitespace_pattern": " ?"}}}),
     ({"guided_regex": "a+"}, "guided_regex", {"regex": "a+"}),
     ({"guided_choice": ["yes", "no"]}, "guided_choice", {"choice": ("yes", "no")}),
     ({"guided_grammar": "start: /a/"}, "guided_grammar", {"grammar": "start: /a/"}),
@@ -114,6 +125,31 @@ WRONG = [
     ({"logit_bias": [1]}, "logit_bias", "token ids"),
     ({"logit_bias": {"1": math.inf}}, "logit_bias", "finite"),
     ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
+    ({"min_tokens": -1}, "min_tokens", "at least 0"),
+    ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "max_tokens"),
+    ({"stop_token_ids": [1.5]}, "stop_token_ids", "token ids"),
+    ({"stop_token_ids": 3}, "stop_token_ids", "list"),
+    ({"include_stop_str_in_output": 1}, "include_stop_str_in_output", "True or False"),
+    ({"include_reasoning": "no"}, "include_reasoning", "true or false"),
+    ({"request_id": "a b"}, "request_id", "letters"),
+    ({"store": True}, "store", "false, or leave it out"),
+    ({"store": 0}, "store", "false"),
+    ({"service_tier": "flex"}, "service_tier", "default"),
+    ({"prompt_cache_retention": "24h"}, "prompt_cache_retention", "in_memory"),
+    ({"priority": 3}, "priority", "0"),
+    ({"skip_special_tokens": False}, "skip_special_tokens", "true"),
+    ({"guided_decoding_backend": "xgrammar"}, "guided_decoding_backend", "llguidance"),
+    ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern", "JSON"),
+    ({"guided_regex": "a", "guided_whitespace_pattern": " "}, "guided_whitespace_pattern", "JSON"),
+    ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation", "false"),
+    ({"stream": True, "stream_options": {"continuous_usage_stats": 1}}, "stream_options.continuous_usage_stats", "true"),
+    ({"media_io_kwargs": {"video": {"num_frames": -1}}}, "media_io_kwargs.video.num_frames", "positive"),
+    ({"media_io_kwargs": {"audio": {}}}, "media_io_kwargs.audio", "unknown"),
+    ({"media_io_kwargs": {"video": {"frames": 3}}}, "media_io_kwargs.video.frames", "num_frames"),
+    ({"mm_processor_kwargs": {"num_frames": 0}}, "mm_processor_kwargs.num_frames", "positive"),
+    ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice", "names"),
+    ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [
+        {"type": "function", "function": {"name": "g"}}]}}}, "tool_choice", "known: f"),
     ({"logprobs": 3}, "logprobs", "true or false"),
     ({"logprobs": True, "top_logprobs": 101}, "top_logprobs", "top_logprobs=101"),
     ({"n": 0}, "n", "1 to 128"),
@@ -193,10 +229,50 @@ def test_settings_of_media_reach_those_that_have_none_of_their_own():
 
 
 def test_every_known_parameter_is_taken_by_a_case_above_or_has_no_effect():
-    idle = {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-            "include_reasoning", "priority", "request_id"}  # fmt: skip
     used = {key for body, *_ in SAMPLED + CHOSEN + FORMED + WRONG for key in body}
-    assert KNOWN - idle - used == {"min_pixels", "max_pixels"}  # the test before this one
+    assert KNOWN - set(LABELS) - used == {"min_pixels", "max_pixels"}  # the test before this one
+
+
+def test_settings_of_media_under_the_names_of_others():
+    chat = [{"role": "user", "content": [{"image": "a.png"}, {"video": "v.mp4"}, {"video": "w.mp4", "fps": 1}]}]
+    kwargs = {"num_frames": 6, "max_frames": 9, "min_frames": 2, "total_pixels": 5000, "min_pixels": 3}
+    made = request_from_openai({"messages": chat, "mm_processor_kwargs": kwargs})
+    sized = {"min_frames": 2, "max_frames": 9, "total_pixels": 5000, "min_pixels": 3}
+    wanted = Image("a.png", min_pixels=3), Video("v.mp4", nframes=6, **sized), Video("w.mp4", fps=1, **sized)
+    assert made.messages[0].parts == wanted
+    io = {"video": {"num_frames": 4}}
+    made = request_from_openai({"messages": chat, "media_io_kwargs": io})
+    assert made.messages[0].parts[1:] == (Video("v.mp4", nframes=4), Video("w.mp4", fps=1))
+    made = request_from_openai({"messages": chat, "media_io_kwargs": io, "mm_processor_kwargs": {"num_frames": 5}})
+    assert made.messages[0].parts[1] == Video("v.mp4", nframes=5)
+
+
+def test_only_tools_that_are_allowed_are_told():
+    tools = [{"type": "function", "function": {"name": name}} for name in "fgh"]
+    allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": name}} for name in "hf"]}
+    made = read(tools=tools, tool_choice={"type": "allowed_tools", "allowed_tools": allowed}).options
+    assert ([tool["function"]["name"] for tool in made.tools], made.tool_choice) == (["f", "h"], "required")
+
+
+def test_what_nobody_knows_is_told_wherever_it_stands():
+    picture = {"type": "image_url", "image_url": {"url": "a.png", "zoom": 2}, "sharp": True}
+    call = {"id": "c", "function": {"name": "f", "arguments": "{}", "strict": True}}
+    body = {
+        "messages": [{"role": "user", "content": [picture], "mood": "good"}, {"role": "assistant", "tool_calls": [call]}],
+        "temprature": 1, "stream": True, "stream_options": {"usage": True}, "chat_template_kwargs": {"enable_think": True},
+        "mm_processor_kwargs": {"size": 3}, "structured_outputs": {"xml": 1}, "media_io_kwargs": {"audio": {}},
+    }  # fmt: skip
+    made = request_from_openai(body, allow_unknown=True)
+    assert sorted(made.options.unknown) == sorted((
+        "temprature", "messages[0].mood", "messages[0].content[0].sharp", "messages[0].content[0].zoom", "messages[1].strict",
+        "structured_outputs.xml", "stream_options.usage", "chat_template_kwargs.enable_think", "media_io_kwargs.audio",
+        "mm_processor_kwargs.size",
+    ))  # fmt: skip
+    assert made.messages[0].parts == (Image("a.png"),)
+    for key in body:
+        if key not in ("stream", "temprature"):
+            with pytest.raises(errors.InputError):
+                request_from_openai({"messages": [{"role": "user", "content": "x"}], "stream": True, key: body[key]})
 
 
 def answer(output, **more):
@@ -207,7 +283,7 @@ def answer(output, **more):
 
 def test_a_whole_answer():
     calls = (ToolCall("f", '{"a": 1}'), ToolCall("g", "{}", "id7"))
-    usage = Usage(10, 3, 1, image_tokens=4, video_tokens=2, num_frames=2, timestamps=((0.0, 0.5),))
+    usage = Usage(10, 3, 1, image_tokens=4, video_tokens=2, num_frames=2, timestamps=((0.0, 0.5),), cached_tokens=5)
     output = Output(Message("assistant", (Text("hi"), *calls), reasoning="hm"), (1, 2, 3), finish="tool_calls", usage=usage)
     made = answer(output, return_token_ids=True)
     (choice,) = made["choices"]
@@ -215,7 +291,7 @@ def test_a_whole_answer():
     assert [c["id"] for c in choice["message"]["tool_calls"]] == ["call_0", "id7"]
     assert choice["finish_reason"] == "tool_calls" and choice["token_ids"] == [1, 2, 3] and choice["logprobs"] is None
     assert made["usage"]["total_tokens"] == 13 and made["usage"]["completion_tokens_details"] == {"reasoning_tokens": 1}
-    assert made["usage"]["prompt_tokens_details"] == {"image_tokens": 4, "video_tokens": 2}
+    assert made["usage"]["prompt_tokens_details"] == {"cached_tokens": 5, "image_tokens": 4, "video_tokens": 2}
     assert made["usage"]["timestamps"] == [[0.0, 0.5]]
 
 

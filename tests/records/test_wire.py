@@ -26,6 +26,8 @@ def one(part):
         ({"type": "image", "image_url": "a.png"}, Image("a.png")),
         ({"type": "image_url", "image_url": "http://x/a.png"}, Image("http://x/a.png")),
         ({"type": "image_url", "image_url": {"url": "data:,", "detail": "high"}}, Image("data:,")),
+        ({"type": "image_url", "image_url": {"url": "data:,", "detail": "low"}}, Image("data:,", max_pixels=512 * 512)),
+        ({"image_url": {"url": "data:,", "detail": "low", "max_pixels": 9}}, Image("data:,", max_pixels=9)),
         ({"image_url": {"url": "a.png"}}, Image("a.png")),
         ({"image": "a.png", "min_pixels": 100, "max_pixels": 200.0}, Image("a.png", min_pixels=100, max_pixels=200)),
         ({"image_url": {"url": "a.png", "max_pixels": 9}}, Image("a.png", max_pixels=9)),
@@ -58,7 +60,9 @@ def test_whole_chats():
         {"role": "user", "content": ["a", {"image": "i"}], "name": "Ann"},
         {"role": "assistant", "content": None, "tool_calls": [call, loose], "refusal": None, "audio": None},
         {"role": "tool", "content": "3", "tool_call_id": "c1"},
-        {"role": "assistant", "content": "A", "reasoning_content": "r"},
+        {"role": "assistant", "content": "A", "reasoning_content": "r", "refusal": None, "annotations": []},
+        {"role": "assistant", "content": None, "refusal": "No."},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "Never."}]},
         Message("user", "made already"),
     ]
     assert messages_from_openai(chat) == [
@@ -67,6 +71,8 @@ def test_whole_chats():
         Message("assistant", (ToolCall("f", '{"x": 1}', "c1"), ToolCall("g", '{"é": 1}'))),
         Message("tool", "3", tool_call_id="c1"),
         Message("assistant", "A", reasoning="r"),
+        Message("assistant", "No."),
+        Message("assistant", "Never."),
         Message("user", "made already"),
     ]
 
@@ -90,6 +96,10 @@ BAD = [
     ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": b""}}}]}], "are no JSON"),
     ([{"role": "assistant", "content": "a", "reasoning": 3}], "reasoning of message 0 is a int"),
     ([{"role": "tool", "content": "a", "tool_call_id": 3}], "tool_call_id of message 0 is a int"),
+    ([{"role": "user", "content": "a", "refusal": "no"}], "refusal that is none"),
+    ([{"role": "assistant", "refusal": 3}], "refusal that is none"),
+    (user({"image_url": {"url": "x", "detail": "tiny"}}), "auto, low, high, original"),
+    (user({"video_url": {"url": "x", "detail": "low"}}), "unknown key 'detail'"),
     (user("a", 3), "part 1 of message 0 is a int"),
     (user({"type": "imag", "image": "x"}), "type 'imag'. did you mean 'image'"),
     (user({"type": ["image"], "image": "x"}), "has the type"),
