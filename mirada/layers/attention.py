@@ -30,11 +30,14 @@ def attend_packed(
 
     Segments never see each other. On CUDA they lie end to end as they are, where torch has a kernel for it. Else bidirectional
     ones are batched with others of exactly equal length, and causal ones padded on the right, where no real query looks. So no
-    mask is ever built. Differentiable.
+    mask is ever built. On a CPU in float32 without gradients a compiled kernel takes bidirectional ones (``fused.seen``).
+    Differentiable.
     """
     if q.shape[1] != k.shape[1]:
         share = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
+    if not causal and kind == DEFAULT and (made := fused.seen(q, k, v, lengths, scale)) is not None:
+        return made
     if min(lengths) == max(lengths):
         shape = (len(lengths), lengths[0], *q.shape[1:])
         return _attend(q.reshape(shape), k.reshape(shape), v.reshape(shape), causal, scale, kind).reshape(q.shape)

@@ -150,6 +150,29 @@ def turn_in_place(
     return heads
 
 
+def gelu_in_place(x: Tensor, by: nn.Module, kind: str) -> bool:
+    """x, which ``by`` has made, becomes ``mlp.gelu`` of it, ``tanh`` or ``quick``, on a CPU; False, and nothing is written,
+    where no kernel computes. What is hooked on ``by`` may keep what it saw."""
+    if kind not in ("tanh", "quick") or x.dtype != torch.float32 or not x.is_contiguous() or not _lanes(x) or not plain(by):
+        return False
+    matrix.gelu(x, kind == "quick")
+    return True
+
+
+def seen(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor | None:
+    """As ``attention.attend_packed`` where all tokens of a segment see each other, for as many key-value as query heads, on a
+    CPU in float32; None where no kernel computes."""
+    same = q.dtype == k.dtype == v.dtype == torch.float32 and q.shape == k.shape == v.shape
+    if not same or not _lanes(q) or any(type(x) is not Tensor or x.stride(-1) != 1 for x in (k, v, q)):
+        return None
+    return matrix.attend_seen(q, k, v, lengths, scale)
+
+
+def _lanes(x: Tensor) -> bool:
+    """Whether kernels that are written for vectors may read ``x``: as plain C they are slower than torch."""
+    return compiles(x) and library.status().name != "scalar"
+
+
 def norm_in_place(x: Tensor, norm: RMSNorm) -> None:
     """x [T, D], any number apart, becomes ``norm(x)``."""
     if x.dtype == norm.weight.dtype == torch.float32 and compiles(x) and plain(norm):

@@ -30,7 +30,8 @@ class MLP(nn.Module):
         self.gelu: Gelu = gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(gelu(self.fc1(x), self.gelu))
+        wide = self.fc1(x)
+        return self.fc2(wide if fused.gelu_in_place(wide, self.fc1, self.gelu) else gelu(wide, self.gelu))
 
 
 class GatedMLP(nn.Module):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from mirada.errors import ConfigError
+from mirada.layers import fused
 from mirada.layers.attention import DEFAULT, attend_packed
 from mirada.layers.embed import GridPositions, PatchEmbed
 from mirada.layers.linear import Linear
@@ -58,6 +59,7 @@ class VisionAttention(nn.Module):
     """Bidirectional attention inside each segment; ``qkv`` holds the rows of q, then k, then v."""
 
     attention_kind: str = DEFAULT
+    pairs: bool = False
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -66,21 +68,20 @@ class VisionAttention(nn.Module):
         self.out = Linear(dim, dim, bias=True)
 
     def forward(self, x: Tensor, turn: Rotation, segments: Sequence[int]) -> Tensor:
-        qk, v = self.qkv(x).view(len(x), 3 * self.heads, -1).split((2 * self.heads, self.heads), 1)
-        q, k = self.rotate(qk, turn).split(self.heads, 1)
+        qkv = self.qkv(x)
+        qk, v = qkv.view(len(x), 3 * self.heads, -1).split((2 * self.heads, self.heads), 1)
+        turned = fused.turn_in_place(qkv, self.qkv, qk, turn, pairs=self.pairs)
+        if turned is None:
+            turned = rotate(pairs_to_halves(qk) if self.pairs else qk, turn)
+        q, k = turned.split(self.heads, 1)
         mixed = attend_packed(q, k, v, segments, causal=False, scale=q.shape[-1] ** -0.5, kind=self.attention_kind)
         return self.out(mixed.reshape(x.shape))
-
-    def rotate(self, qk: Tensor, turn: Rotation) -> Tensor:
-        """Queries and keys [N, 2 heads, d] turned by their places."""
-        return rotate(qk, turn)
 
 
 class PairedAttention(VisionAttention):
     """Adjacent channels turn together, instead of channel i with channel i + d/2."""
 
-    def rotate(self, qk: Tensor, turn: Rotation) -> Tensor:
-        return rotate(pairs_to_halves(qk), turn)
+    pairs = True
 
 
 class VisionLayer(nn.Module):

@@ -85,6 +85,7 @@ def _rotate_neighbours(x: Tensor, turn: rope.Rotation) -> Tensor:
 
 @caught_by(PREVIEW + "image.image_vision_layer0")
 def vision_rope_pairs_neighbouring_channels(patch) -> None:
+    _uncompiled(patch)
     patch.setattr(vit, "rotate", _rotate_neighbours)
 
 

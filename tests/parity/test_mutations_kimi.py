@@ -73,7 +73,7 @@ def columns_and_rows_in_halves_instead_of_turns(patch) -> None:
 
 @caught_by(CASE + "encoder_out")
 def vision_rope_pairs_channels_half_a_head_apart(patch) -> None:
-    patch.setattr(vit.PairedAttention, "rotate", vit.VisionAttention.rotate)
+    patch.setattr(vit.PairedAttention, "pairs", False)
 
 
 @caught_by(CASE + "encoder_out")

@@ -16,7 +16,7 @@ from parity.conftest import QWEN2_VL
 from parity.planting import Mistakes
 from torch import Tensor
 
-from mirada.layers import embed, mlp, rope
+from mirada.layers import embed, fused, mlp, rope
 from mirada.media import grid
 from mirada.media.rule import QWEN2_VL_LATER
 from mirada.models import decoder, positions, projector, vit, vlm
@@ -95,6 +95,7 @@ def vision_rope_pairs_neighbouring_channels(patch) -> None:
         halves = rope.rotate(rope.pairs_to_halves(x), turn).unflatten(-1, (2, -1))
         return halves.transpose(-1, -2).flatten(-2)
 
+    patch.setattr(fused, "turn_in_place", lambda *args, **kwargs: None)
     patch.setattr(vit, "rotate", rotate)
 
 
@@ -113,6 +114,7 @@ def packed_pictures_see_each_other(patch) -> None:
 
 def _gelu(patch, change: dict[str, str]) -> None:
     true = mlp.gelu
+    patch.setattr(fused, "gelu_in_place", lambda *args: False)
     patch.setattr(mlp, "gelu", lambda x, kind: true(x, change.get(kind, kind)))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from mirada import config
 from mirada.errors import SettingsError
 
-VERSION = 5
+VERSION = 6
 """What ``mr_version`` of gemm.c must say; counted up with every change of packed forms or of structures."""
 SETTING = "MIRADA_CPU_KERNELS"
 """Environment: auto (the best that the processor has), scalar, avx2, avx512, or off."""
@@ -32,6 +32,23 @@ class Matrix(ctypes.Structure):
         ("scales", ctypes.c_void_p),
         ("zeros", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+    )
+
+
+class Seen(ctypes.Structure):
+    """``mr_seen`` of tower.c."""
+
+    _fields_ = (
+        ("q", ctypes.c_void_p),
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("strides", ctypes.c_int64 * 6),
+        ("heads", ctypes.c_int32),
+        ("d", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("segments", ctypes.c_int32),
+        ("lengths", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
     )
 
 
@@ -87,6 +104,8 @@ def _declare(library: ctypes.CDLL) -> None:
         ("mr_swiglu_rows", None, (pointer, whole, whole, pointer)),
         ("mr_norm_heads", None, (pointer, whole, long, whole, long, whole, pointer, ctypes.c_float)),
         ("mr_turn_heads", whole, (pointer, whole, long, whole, long, whole, pointer, pointer, whole)),
+        ("mr_gelu", None, (pointer, long, whole)),
+        ("mr_attend_seen", whole, (ctypes.POINTER(Seen),)),
         ("mr_packed_bytes", None, (whole, whole, whole, whole, whole, ctypes.POINTER(ctypes.c_size_t))),
         ("mr_pack", None, (matrix, whole, whole, pointer, pointer, pointer)),
         ("mr_unpack", None, (matrix, whole, whole, pointer, pointer, pointer)),

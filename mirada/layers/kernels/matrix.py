@@ -6,6 +6,7 @@ R rows (outputs), C columns (inputs), G groups of columns that share a scale. Wh
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -16,7 +17,10 @@ from torch import Tensor
 from mirada.errors import NotAvailable, OutOfMemory, TensorError
 from mirada.layers.kernels import library as compiled
 
-__all__ = ["BLOCK", "PANEL", "Format", "Matrix", "kernels", "normalise_heads", "product", "swiglu", "turn_heads"]
+__all__ = [
+    "BLOCK", "PANEL", "Format", "Matrix", "attend_seen", "gelu", "kernels", "normalise_heads", "product", "swiglu",
+    "turn_heads",
+]  # fmt: skip
 
 PANEL = 16
 """Rows of integers that lie together."""
@@ -185,6 +189,28 @@ def swiglu(x: Tensor) -> Tensor:
     out = torch.empty(*x.shape[:-1], inner)
     kernels().mr_swiglu_rows(x.data_ptr(), out.numel() // max(inner, 1), inner, out.data_ptr())
     return out
+
+
+def gelu(x: Tensor, quick: bool) -> None:
+    """GELU of float32 x that lies in one piece, where it lies: by tanh, or ``quick``."""
+    kernels().mr_gelu(x.data_ptr(), x.numel(), quick)
+
+
+def attend_seen(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+    """softmax(q kᵀ · scale) v inside each segment: float32 [T, H, d] each, channels side by side, rows and heads any number
+    apart -> [T, H, d]. A query's result depends on its segment alone. OutOfMemory; TensorError if lengths do not sum to T."""
+    made = torch.empty(q.shape)
+    if sum(lengths) != len(q) or min(lengths, default=1) < 0:
+        raise TensorError(f"segments of {list(lengths)} tokens in {len(q)}", "they must sum to all tokens")
+    ends = (ctypes.c_int32 * len(lengths))(*lengths)
+    strides = (ctypes.c_int64 * 6)(*(x.stride(i) for x in (q, k, v) for i in (0, 1)))
+    given = compiled.Seen(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), strides, q.shape[1], q.shape[2], scale, len(lengths),
+        ctypes.addressof(ends), made.data_ptr(),
+    )  # fmt: skip
+    if kernels().mr_attend_seen(given):
+        raise OutOfMemory(f"no memory for the keys of {max(lengths)} tokens", "send smaller pictures")
+    return made
 
 
 def normalise_heads(heads: Tensor, weight: Tensor, eps: float) -> None:

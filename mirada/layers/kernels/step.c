@@ -51,11 +51,15 @@ static inline __attribute__((always_inline)) fours totals_of_four(fours a, fours
 #define TARGET
 #define FOR(name) name##_any
 #define FMA(a, b, c) ((a) * (b) + (c))
+#define MAX(a, b) pick_any((a) > (b), a, b)
+#define MIN(a, b) pick_any((a) < (b), a, b)
 #include "step_lanes.h"
 #undef W
 #undef TARGET
 #undef FOR
 #undef FMA
+#undef MAX
+#undef MIN
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -70,21 +74,29 @@ __attribute__((target("avx2,fma"), always_inline)) static inline fours hadd_four
 #define TARGET __attribute__((target("avx2,fma")))
 #define FOR(name) name##_avx2
 #define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define MAX(a, b) _mm256_max_ps(a, b)
+#define MIN(a, b) _mm256_min_ps(a, b)
 #include "step_lanes.h"
 #undef W
 #undef TARGET
 #undef FOR
 #undef FMA
+#undef MAX
+#undef MIN
 
 #define W 16
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma")))
 #define FOR(name) name##_avx512
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define MAX(a, b) _mm512_max_ps(a, b)
+#define MIN(a, b) _mm512_min_ps(a, b)
 #include "step_lanes.h"
 #undef W
 #undef TARGET
 #undef FOR
 #undef FMA
+#undef MAX
+#undef MIN
 #undef totals_of_four
 #endif
 

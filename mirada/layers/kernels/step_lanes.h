@@ -1,28 +1,9 @@
 /* The arithmetic of a step between its matrix products, W floats at a time. Included by step.c once for each instruction set
- * with W, FOR(name), TARGET and FMA(a, b, c) = ab + c defined. No header guard: each inclusion makes functions of other names.
+ * as lanes.h says.
  *
  * Every sum runs in an order that is set by W and the position alone.
  */
-#define LANES static inline __attribute__((always_inline)) TARGET
-
-typedef float FOR(vec) __attribute__((vector_size(4 * W)));
-typedef int32_t FOR(ivec) __attribute__((vector_size(4 * W)));
-typedef uint32_t FOR(uvec) __attribute__((vector_size(4 * W)));
-typedef uint16_t FOR(hvec) __attribute__((vector_size(2 * W)));
-typedef int8_t FOR(bvec) __attribute__((vector_size(W)));
-#define vec FOR(vec)
-#define ivec FOR(ivec)
-#define uvec FOR(uvec)
-#define hvec FOR(hvec)
-#define bvec FOR(bvec)
-
-LANES vec FOR(load)(const float *p) {
-    vec v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
-LANES void FOR(store)(float *p, vec v) { memcpy(p, &v, sizeof v); }
+#include "lanes.h"
 
 /* W elements of a slab from element i on; int8 without its scale. */
 LANES vec FOR(load_kv)(const void *p, ptrdiff_t i, const int kv) {
@@ -38,12 +19,6 @@ LANES vec FOR(load_kv)(const void *p, ptrdiff_t i, const int kv) {
     return (vec)wide;
 }
 
-LANES vec FOR(all)(float x) { return x - (vec){0}; }
-
-LANES vec FOR(pick)(ivec where, vec a, vec b) { return (vec)(((ivec)a & where) | ((ivec)b & ~where)); }
-
-LANES vec FOR(larger)(vec a, vec b) { return FOR(pick)(a > b, a, b); }
-
 /* The sums of strands i, i + 4, i + 8 .. */
 LANES fours FOR(quarter)(vec v) {
     fours x[W / 4], sum;
@@ -55,25 +30,6 @@ LANES fours FOR(quarter)(vec v) {
 }
 
 LANES float FOR(total)(vec v) { return total_of_four(FOR(quarter)(v)); }
-
-/* e^x within 2 units in the last place from -87.3 to 88.3, held at the ends outside. */
-LANES vec FOR(exp)(vec x) {
-    const vec low = FOR(all)(-87.3f), high = FOR(all)(88.3f), shift = FOR(all)(12582912.0f);
-    x = FOR(pick)(x < low, low, x);
-    x = FOR(pick)(x > high, high, x);
-    vec shifted = FMA(x, FOR(all)(1.44269504f), shift); /* its low bits are the whole number of halvings */
-    vec n = shifted - shift;
-    vec r = FMA(n, FOR(all)(-0.693359375f), x);
-    r = FMA(n, FOR(all)(2.12194440e-4f), r);
-    vec p = FOR(all)(1.9875691500e-4f); /* Cephes, expf */
-    p = FMA(p, r, FOR(all)(1.3981999507e-3f));
-    p = FMA(p, r, FOR(all)(8.3334519073e-3f));
-    p = FMA(p, r, FOR(all)(4.1665795894e-2f));
-    p = FMA(p, r, FOR(all)(1.6666665459e-1f));
-    p = FMA(p, r, FOR(all)(5.0000001201e-1f));
-    p = FMA(p, r * r, r) + 1.0f;
-    return (vec)((ivec)p + (((ivec)shifted - (ivec)shift) << 23));
-}
 
 /* out = x / sqrt(mean(x²) + eps) * weight, n numbers. */
 static TARGET void FOR(norm)(const float *x, const float *weight, int n, float eps, float *out) {
@@ -151,7 +107,7 @@ LANES void FOR(tile)(const float *q, const head_slab *slab, int at, int count, i
     int whole = (count + W - 1) / W * W;
     for (int j = count; j < whole; j++) s[j] = -INFINITY;
     vec highest = FOR(all)(part[d]), sum = {0};
-    for (int j = 0; j < whole; j += W) highest = FOR(larger)(FOR(load)(s + j), highest);
+    for (int j = 0; j < whole; j += W) highest = MAX(FOR(load)(s + j), highest);
     float tops[W], most;
     FOR(store)(tops, highest);
     most = tops[0];
