@@ -268,7 +268,7 @@ class Encoder:
             flight.begun = True
             if left is not None:
                 left -= took
-                if left < self.pace.patch.seconds * flight.patches or left <= 0:
+                if left < (self.pace.patch.seconds * flight.patches or took):
                     return None
 
     def _gather(self, sequence: Sequence, unit: Unit, features: Tensor) -> None:
