@@ -32,6 +32,7 @@ MiradaError
 │   ├── RemoteNotFound (InputError)  it has no such model or address
 │   └── NotRecorded                  a log holds no answer to this request
 ├── NotAvailable                     an optional dependency, device or later capability is absent
+├── EngineAsleep                     the engine was put to sleep, and takes no requests until it is woken
 ├── ReplyTimeout (TimeoutError)      a reply was not there in the time that its reader gave; the request goes on
 └── RequestFailed                    a request that was accepted died (cancelled, worker lost)
 
@@ -194,6 +195,10 @@ class NotRecorded(RemoteError):
 
 class NotAvailable(MiradaError):
     """An optional dependency, device or capability is absent; ``fix`` says how to get it."""
+
+
+class EngineAsleep(MiradaError):
+    """The engine was put to sleep, and takes no requests until it is woken."""
 
 
 class ReplyTimeout(MiradaError, TimeoutError):

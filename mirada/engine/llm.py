@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mirada import config
 from mirada.adapt.mode import parse as parse_mode
 from mirada.engine import inputs, memory
+from mirada.engine import sleep as sleeping
 from mirada.engine.adapters import Adapters
 from mirada.engine.graphs import Graphs, pool_bytes
 from mirada.engine.guide import Guide
@@ -28,7 +29,7 @@ from mirada.engine.step import Engine
 from mirada.engine.structure import Structures, ToolChoice, check_choice, counted
 from mirada.engine.thread import EngineThread
 from mirada.engine.vision import EncoderCache
-from mirada.errors import MessageError, MiradaError, NotAvailable, SettingsError
+from mirada.errors import MessageError, MiradaError, NotAvailable, ReplyTimeout, SettingsError
 from mirada.layers.cache import make_cache
 from mirada.layers.paged import Pages
 from mirada.media.cache import PixelCache
@@ -92,8 +93,10 @@ class VLM:
     ) -> None:
         settings = _engine_settings(engine)
         mode = parse_mode(quant, load_in_8bit, load_in_4bit)
-        parts = load(model, device, dtype, min_pixels, max_pixels, widen, hub, device_map, attn, mode, tensor_parallel)
-        self._set_up(parts, limits, settings)
+        read = lambda: load(  # noqa: E731
+            model, device, dtype, min_pixels, max_pixels, widen, hub, device_map, attn, mode, tensor_parallel
+        )
+        self._set_up(read(), limits, settings, read)
         for name, path in (adapters or {}).items():
             self.load_adapter(name, path)
 
@@ -128,7 +131,27 @@ class VLM:
         """
         serve(load(model, device, dtype, tensor_parallel=tensor_parallel, **options))
 
-    def _set_up(self, parts: Parts, limits: FetchLimits | None, settings: EngineSettings) -> None:
+    def _set_up(
+        self, parts: Parts, limits: FetchLimits | None, settings: EngineSettings, read: Callable[[], Parts] | None = None
+    ) -> None:
+        """``read`` gives the parts anew, where they are in files."""
+        self.parts, self._settings, self._read = _bounded(parts, settings.max_length), settings, read
+        self.limits = limits or FetchLimits()
+        self._pool = Pool(settings.workers)
+        self._requests = Requests(self.parts, self.limits, PixelCache(settings.pixel_cache_bytes), self._pool)
+        self._structures = Structures(parts.renderer.tokenizer, parts.renderer.format, parts.eos)
+        self._adapters: Adapters | None = Adapters(parts.model)
+        self._adapter_paths: dict[str, str | Path] = {}
+        self._bed = threading.RLock()
+        self._asleep = 0
+        self._offloaded: sleeping.Offloaded | None = None
+        self._earlier: dict[str, int] = {}
+        self._engine = EngineThread(self._make_engine())
+        self._preparing = Preparing(self._engine.line, self._pool, settings.prepared_bytes)
+
+    def _make_engine(self) -> Engine:
+        """An engine around the model, with caches that are empty."""
+        parts, settings = self.parts, self._settings
         weight = next(parts.model.parameters())
         whole = parts.placement is None and parts.group is None
         budget = settings.cache_bytes
@@ -140,26 +163,94 @@ class VLM:
             cache.spread(parts.placement.layers)
         if parts.group is not None:
             cache: Any = lead(parts, cache, settings.kv, layout)
-        self.parts = _bounded(parts, settings.max_length)
-        self.limits = limits or FetchLimits()
-        self._pool = Pool(settings.workers)
-        self._requests = Requests(self.parts, self.limits, PixelCache(settings.pixel_cache_bytes), self._pool)
-        self._structures = Structures(parts.renderer.tokenizer, parts.renderer.format, parts.eos)
-        self._weights = Weights(parts.model)
-        self._features = EncoderCache(settings.encoder_cache_bytes, self._weights, weight.dtype)
+        self._weights: Weights | None = Weights(parts.model)
+        self._features: EncoderCache | None = EncoderCache(settings.encoder_cache_bytes, self._weights, weight.dtype)
         features = self._features if settings.encoder_cache_bytes else None
-        self._prefix = PrefixCache(cache, settings.prefix_cache_bytes, self._weights)
+        self._prefix: PrefixCache | None = PrefixCache(cache, settings.prefix_cache_bytes, self._weights)
         # Pages that a sequence takes from kept blocks in the middle of a forward cannot be said to other ranks.
         keeps = settings.prefix_cache_bytes and not (parts.group and hasattr(cache, "reclaim"))
         prefix = self._prefix if keeps else None
-        self._adapters = Adapters(parts.model)
+        assert self._adapters is not None
         runner = Runner(parts.model, cache, parts.eos, self._adapters)
         if isinstance(cache, Pages):
             cache.pools(0)  # made at once: what is left of the device's memory is what steps may take
         if isinstance(cache, Pages) and whole and weight.device.type == "cuda" and settings.cuda_graphs:
-            runner.graphs = Graphs(parts.model, cache, self.parts.context)
-        self._engine = EngineThread(Engine(runner, parts.rule.grid, settings, prefix, features))
-        self._preparing = Preparing(self._engine.line, self._pool, settings.prepared_bytes)
+            runner.graphs = Graphs(parts.model, cache, parts.context)
+        return Engine(runner, parts.rule.grid, settings, prefix, features)
+
+    @property
+    def asleep(self) -> int:
+        """0: awake. Else the level at which it was put to sleep."""
+        return self._asleep
+
+    def sleep(self, level: int = 1, timeout: float | None = None) -> None:
+        """Give back memory until ``wake``: at level 1 keys and values, all caches and media workers, and what a GPU holds of
+        the weights, which wait in the host's memory; at level 2 the weights too. Requests that were taken before are answered
+        first; those that come from now on fail with EngineAsleep. Nothing happens at a level that it sleeps at already.
+
+        Raises ReplyTimeout if what was taken is not answered within ``timeout`` seconds: it is awake then as before.
+        SettingsError for another level, NotAvailable at level 2 for a model that was made in memory, and where several
+        processes share the model; OutOfMemory if the host has no room for the weights of a GPU.
+        """
+        sleeping.check_level(level)
+        if self.parts.group is not None:
+            raise NotAvailable("a model that several processes share cannot sleep", "close it, or leave tensor_parallel out")
+        if level == 2 and self._read is None:
+            raise NotAvailable("a model that was made in memory cannot be read again", "let it sleep at level 1")
+        with self._bed:
+            if not self._asleep:
+                self._engine.refuse(True)
+                try:
+                    self._lie_down(level, timeout)
+                except BaseException:
+                    self._engine.refuse(False)
+                    raise
+            if level == 2 and self._asleep != 2:
+                self._drop_weights()
+            self._asleep = max(level, self._asleep)
+            sleeping.give_back()
+
+    def _lie_down(self, level: int, timeout: float | None) -> None:
+        """Wait until nothing is under way, then let go of all but the weights."""
+        if not self._engine.wait_idle(timeout):
+            raise ReplyTimeout(f"requests are still under way after {timeout} s", "wait longer, or cancel them")
+        self._offloaded = sleeping.Offloaded(self.parts.model) if level == 1 else None
+        self._earlier = self._engine_counts()
+        self._engine.replace(None)
+        self._weights = self._features = self._prefix = None
+        assert self._requests.cache is not None
+        self._requests.cache.clear()
+        self._pool.rest()
+
+    def _drop_weights(self) -> None:
+        away = sleeping.Away(self.parts.model.config)
+        self.parts = self._requests.parts = replace(self.parts, model=away)
+        self._adapters = None
+        self._offloaded = None
+
+    def wake(self) -> None:
+        """Take requests again, as before ``sleep``; at level 2 the checkpoint is read again, and adapters from their
+        directories. Nothing happens to one that is awake. Raises what opening a model does (it goes on sleeping then)."""
+        with self._bed:
+            if not self._asleep:
+                return
+            if self._asleep == 2:
+                assert self._read is not None
+                self._take_up(self._read())
+            elif self._offloaded is not None:
+                self._offloaded.back()
+            engine = self._make_engine()
+            self._engine.replace(engine)
+            self._asleep, self._offloaded = 0, None
+            self._engine.refuse(False)
+
+    def _take_up(self, fresh: Parts) -> None:
+        """Weights that were read again, in the place of those that went; what else belongs to the model was kept."""
+        adapters = Adapters(fresh.model)
+        for name, path in self._adapter_paths.items():
+            adapters.load(name, path)
+        self._adapters = adapters
+        self.parts = self._requests.parts = replace(self.parts, model=fresh.model, placement=fresh.placement)
 
     def close(self) -> None:
         """End the engine's thread and all requests, which fail with RequestFailed. Nothing can be asked any more."""
@@ -177,31 +268,41 @@ class VLM:
     def forget(self) -> None:
         """Let nothing that was computed so far be used again: weights have changed in a way that torch's counters do not
         show (``parameter.data.add_()``)."""
-        self._weights.changed()
+        if self._weights is not None:
+            self._weights.changed()
 
     def stats(self) -> dict[str, int]:
         """Counts of the engine: requests running and waiting, bytes of keys and values held, and, since it was made, steps,
-        tokens computed and generated, patches encoded, preemptions, hits and misses of its caches."""
-        pixels, features, prefix = self._requests.cache, self._features.entries, self._prefix
+        tokens computed and generated, patches encoded, preemptions, hits and misses of its caches; and whether it sleeps."""
+        pixels = self._requests.cache
         assert pixels is not None
-        return self._engine.stats() | {
+        return self._engine_counts() | {
             "preparing": self._preparing.num_waiting,
             "prepared_bytes": self._preparing.bytes_held,
             "pixel_cache_hits": pixels.hits,
             "pixel_cache_misses": pixels.misses,
             "pixel_cache_bytes": pixels.bytes_held,
-            "encoder_cache_hits": features.hits,
-            "encoder_cache_misses": features.misses,
-            "encoder_cache_bytes": features.bytes_held,
+            "workers": len(self._pool.pids),
+            "workers_lost": self._pool.num_lost,
+            "media_retried": self._pool.num_retried,
+            "asleep": self._asleep,
+        }
+
+    def _engine_counts(self) -> dict[str, int]:
+        """Of what goes when it sleeps."""
+        features, prefix, now = self._features, self._prefix, self._engine.stats()
+        if features is None or prefix is None or not now:
+            return {name: 0 if sleeping.is_moment(name) else value for name, value in self._earlier.items()}
+        return sleeping.add(self._earlier, now | {
+            "encoder_cache_hits": features.entries.hits,
+            "encoder_cache_misses": features.entries.misses,
+            "encoder_cache_bytes": features.entries.bytes_held,
             "prefix_cache_hits": prefix.hits,
             "prefix_cache_misses": prefix.misses,
             "prefix_cache_tokens": prefix.tokens_reused,
             "prefix_cache_evictions": prefix.evictions,
             "prefix_cache_bytes": prefix.bytes_held,
-            "workers": len(self._pool.pids),
-            "workers_lost": self._pool.num_lost,
-            "media_retried": self._pool.num_retried,
-        }
+        })  # fmt: skip
 
     @property
     def precision(self) -> str:
@@ -212,7 +313,7 @@ class VLM:
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the adapters that requests may ask for."""
-        return self._adapters.names
+        return tuple(self._adapter_paths)
 
     def load_adapter(self, name: str, path: str | Path) -> None:
         """Make the LoRA adapter in directory ``path`` (as PEFT saves it) answer requests with ``adapter=name``; others do not
@@ -222,11 +323,21 @@ class VLM:
             raise NotAvailable(
                 "adapters are not divided among processes", "merge it into the model, or leave tensor_parallel out"
             )
-        self._adapters.load(name, path)
+        with self._bed:
+            if self._asleep:
+                raise sleeping.asleep()
+            assert self._adapters is not None
+            self._adapters.load(name, path)
+            self._adapter_paths[name] = path
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter. Requests that have it end with it, and then its memory is free. Raises SettingsError."""
-        self._adapters.unload(name)
+        with self._bed:
+            if self._asleep:
+                raise sleeping.asleep()
+            assert self._adapters is not None
+            self._adapters.unload(name)
+            self._adapter_paths.pop(name, None)
 
     @property
     def recommended_sampling(self) -> Sampling | None:
@@ -242,19 +353,22 @@ class VLM:
         text: str | None = None,
         system: str | None = None,
         thinking: Thinking = "auto",
+        guide: Guide | None = None,
         adapter: str | None = None,
+        salt: str = "",
         **options: Any,
     ) -> str:
         """The answer to a question about pictures and videos: ``ask("a.png", "b.mp4", "What happens?")``.
 
         Media are paths, URLs, bytes, PIL images, arrays ([H, W, 3] a picture, [T, H, W, 3] a video), lists of these, or
         Image and Video with settings of their own; the last input is the question. ``options`` are settings of Sampling
-        (``max_tokens=64``) and of Image and Video (``fps=1``, ``max_pixels=...``). Raises MiradaError.
+        (``max_tokens=64``) and of Image and Video (``fps=1``, ``max_pixels=...``). ``guide``, ``adapter`` and ``salt`` as in
+        ``submit``. Raises MiradaError.
         """
         sampling, media = inputs.split_options(options)
         turn = inputs.question(media_and_question, text, media, self.limits)
         chat = [*inputs.system_turn(system), turn]
-        output = self.submit(chat, sampling, thinking=thinking, adapter=adapter).result()
+        output = self.submit(chat, sampling, thinking=thinking, guide=guide, adapter=adapter, salt=salt).result()
         if output.error is not None:
             raise output.error
         return output.message.text
@@ -266,11 +380,18 @@ class VLM:
         *,
         thinking: Thinking = "auto",
         tools: Tools | None = None,
+        media: Seq[Patches] = (),
         tool_choice: ToolChoice = "auto",
+        parallel_tool_calls: bool = True,
+        guide: Guide | None = None,
         adapter: str | None = None,
+        salt: str = "",
     ) -> Iterator[Delta]:
-        """The reply piece by piece; raises MiradaError. Leaving the loop early cancels the request."""
-        handle = self.submit(chat, sampling, thinking=thinking, tools=tools, tool_choice=tool_choice, adapter=adapter)
+        """The reply piece by piece, to what ``submit`` takes; raises MiradaError. Leaving the loop early cancels it."""
+        handle = self.submit(
+            chat, sampling, thinking=thinking, tools=tools, media=media, tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls, guide=guide, adapter=adapter, salt=salt,
+        )  # fmt: skip
         try:
             yield from handle
         finally:
@@ -283,26 +404,40 @@ class VLM:
         *,
         thinking: Thinking = "auto",
         tools: Tools | None = None,
+        media: Seq[Seq[Patches]] | None = None,
         tool_choice: ToolChoice = "auto",
+        parallel_tool_calls: bool = True,
+        guide: Seq[Guide | None] | None = None,
         adapter: str | Seq[str | None] | None = None,
+        salt: str | Seq[str] = "",
     ) -> list[Output]:
         """One Output per chat, in order; a bad one carries its ``error`` and the others are answered all the same.
 
-        ``sampling`` and ``adapter`` are one for all, or one per chat. An answer that reaches the end of the model's context
-        finishes with ``length``.
+        ``sampling``, ``adapter`` and ``salt`` are one for all, or one per chat; ``media`` (of Prompts) and ``guide``, which
+        serves one reply alone, are one per chat; the rest is one for all, as in ``submit``. An answer that reaches the end of
+        the model's context finishes with ``length``. Raises MessageError for as many of them as there are no chats.
         """
         chats = list(chats)
-        settings = self._settings(sampling, len(chats))
-        names = [adapter] * len(chats) if adapter is None or isinstance(adapter, str) else list(adapter)
-        if len(names) != len(chats):
-            raise MessageError(f"{len(names)} adapters for {len(chats)} chats", "give one for all, or one per chat")
+        count = len(chats)
+        each = zip(
+            chats,
+            _each("sampling settings", sampling, count, Sampling, Mapping),
+            _each("lists of prepared media", media, count),
+            _each("guides", guide, count),
+            _each("adapters", adapter, count, str),
+            _each("salts", salt, count, str),
+            strict=True,
+        )
         handles: list[EngineHandle] = []
         # As many as can run, and as many that are prepared meanwhile.
-        room = threading.Semaphore(2 * self._engine.engine.settings.max_running)
+        room = threading.Semaphore(2 * self._settings.max_running)
         try:
-            for chat, one, name in zip(chats, settings, names, strict=True):
+            for chat, one, pictures, way, name, scope in each:
                 room.acquire()
-                handles.append(self.submit(chat, one, thinking=thinking, tools=tools, tool_choice=tool_choice, adapter=name))
+                handles.append(self.submit(
+                    chat, one, thinking=thinking, tools=tools, media=pictures or (), tool_choice=tool_choice,
+                    parallel_tool_calls=parallel_tool_calls, guide=way, adapter=name, salt=scope,
+                ))  # fmt: skip
                 handles[-1].when_done(room.release)
             return [handle.result() for handle in handles]
         finally:
@@ -329,6 +464,10 @@ class VLM:
         from its first token on, instead of what settings and tools ask for; it serves this request alone. ``adapter`` names
         one of ``adapters``. What caches hold is shared among requests of one ``salt`` alone."""
         try:
+            if self._asleep:
+                raise sleeping.asleep()
+            if not isinstance(chat, Prompt) and (not isinstance(media, list | tuple) or media):
+                raise MessageError("prepared media are given beside messages", "give them with a Prompt, or put pictures there")
             settings = _sampling(sampling)
             mode, _ = check_choice(tools, tool_choice)
             shown = tools if mode != "none" else None
@@ -337,7 +476,9 @@ class VLM:
             sequence.most_calls = None if parallel_tool_calls else 1
             sequence.guide = guide or self._structures.guide(settings, thinking, tools, tool_choice, parallel_tool_calls)
             if adapter is not None:
-                found = sequence.lora = self._adapters.find(adapter)
+                if (adapters := self._adapters) is None:  # it fell asleep meanwhile
+                    raise sleeping.asleep()
+                found = sequence.lora = adapters.find(adapter)
                 sequence.adapter, sequence.media_adapter = found.key, found.media_key
             if not wanted:
                 finish(None)
@@ -361,13 +502,17 @@ class VLM:
         where the reply may be anything. Raises SettingsError, and NotAvailable without llguidance."""
         return self._structures.guide(_sampling(sampling), thinking, tools, tool_choice, parallel_tool_calls)
 
-    @staticmethod
-    def _settings(sampling: Any, count: int) -> list[SamplingLike]:
-        if sampling is None or isinstance(sampling, Sampling | Mapping):
-            return [sampling] * count
-        if len(sampling) != count:
-            raise MessageError(f"{len(sampling)} sampling settings for {count} chats", "give one for all, or one per chat")
-        return list(sampling)
+
+def _each(what: str, given: Any, count: int, *single: type) -> list[Any]:
+    """What each of ``count`` chats has of ``given``: all the same where it is None or one of ``single``. MessageError."""
+    if given is None or (single and isinstance(given, single)):
+        return [given] * count
+    fix = "give one for all, or one per chat" if single else "give a list, one per chat"
+    if not isinstance(given, Seq):
+        raise MessageError(f"{what} are given as a {type(given).__name__}", fix)
+    if len(given) != count:
+        raise MessageError(f"{len(given)} {what} for {count} chats", fix)
+    return list(given)
 
 
 def _sampling(given: SamplingLike) -> Sampling:

@@ -13,6 +13,7 @@ import torch
 
 from mirada.engine import memory
 from mirada.engine.sequence import Sequence
+from mirada.engine.sleep import asleep
 from mirada.engine.step import Engine
 from mirada.errors import MiradaError, NotAvailable, QueueFull, RequestFailed
 
@@ -29,9 +30,15 @@ class EngineThread:
     that hold it are gone; it never keeps the interpreter alive. Every method may be called from any thread."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
         self._line = _Line(engine, engine.settings.max_waiting)
         weakref.finalize(self, self._line.stop).atexit = False
+
+    @property
+    def engine(self) -> Engine:
+        """Raises EngineAsleep while there is none."""
+        if self._line.engine is None:
+            raise asleep()
+        return self._line.engine
 
     @property
     def line(self) -> _Line:
@@ -51,21 +58,32 @@ class EngineThread:
         """Wait until no request is left; False if that takes longer than ``timeout`` seconds."""
         return self._line.wait_idle(timeout)
 
+    def refuse(self, refusing: bool) -> None:
+        """From now on requests that come fail with EngineAsleep, or no longer do. What was taken or announced goes on."""
+        self._line.refusing = refusing
+
+    def replace(self, engine: Engine | None) -> None:
+        """Put ``engine`` in the place of the one that is there; None: none, until the next. While it refuses and is idle."""
+        self._line.replace(engine)
+
     def close(self) -> None:
         """End all requests with RequestFailed, and the thread. Waits for the step under way."""
         self._line.stop()
         self._line.join(None)
 
     def stats(self) -> dict[str, int]:
-        """See ``Engine.stats``."""
-        return self.engine.stats() | {"waiting": self._line.num_waiting}
+        """See ``Engine.stats``; nothing while there is no engine."""
+        engine = self._line.engine
+        return {} if engine is None else engine.stats() | {"waiting": self._line.num_waiting}
 
 
 class _Line:
     """What the thread shares with others. It refers to no ``EngineThread``, so that one can be collected."""
 
     def __init__(self, engine: Engine, most: int) -> None:
-        self.engine, self.most = engine, most
+        self.engine: Engine | None = engine
+        self.most = most
+        self.refusing = False
         self._pid = os.getpid()
         self._fresh: deque[Sequence] = deque()
         lock = threading.RLock()
@@ -76,7 +94,17 @@ class _Line:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._fresh) + len(self.engine.scheduler.waiting) + self._announced
+        engine = self.engine
+        return len(self._fresh) + (len(engine.scheduler.waiting) if engine is not None else 0) + self._announced
+
+    @property
+    def _idle(self) -> bool:
+        return self.engine is None or self.engine.idle
+
+    def replace(self, engine: Engine | None) -> None:
+        with self._news:
+            assert self.refusing and self._idle and not self._fresh and not self._announced
+            self.engine = engine
 
     def announce(self, sequence: Sequence) -> bool:
         if self._fails_forked(sequence):
@@ -111,7 +139,7 @@ class _Line:
             return
         with self._news:
             self._announced -= announced
-            error = self._refusal()
+            error = self._refusal(announced)
             if error is None:
                 sequence.queued = time.perf_counter()
                 self._fresh.append(sequence)
@@ -120,9 +148,11 @@ class _Line:
         if error is not None:
             sequence.fail(error)
 
-    def _refusal(self) -> MiradaError | None:
+    def _refusal(self, announced: bool = False) -> MiradaError | None:
         if self._stopped:
             return RequestFailed("the engine is closed", "open the model again")
+        if self.refusing and not announced:
+            return asleep()
         if self.num_waiting >= self.most:
             return QueueFull(
                 f"{self.num_waiting} requests are waiting",
@@ -166,7 +196,7 @@ class _Line:
         trimmed, worked = time.monotonic(), False
         with torch.inference_mode():
             while self._take(QUIET if worked else None):
-                worked = not self.engine.idle
+                worked = not self._idle
                 if worked:
                     self._step()
                 if not worked or time.monotonic() - trimmed > TRIM:
@@ -175,6 +205,7 @@ class _Line:
         self._end()
 
     def _step(self) -> None:
+        assert self.engine is not None
         try:
             self.engine.step()
         except BaseException as error:  # there is nobody above to tell; the requests are told
@@ -184,18 +215,19 @@ class _Line:
         """Wait for something to do, for ``patience`` seconds at most, and move new requests into the engine's line; False when
         the thread is to end."""
         with self._news:
-            while not self._stopped and not self._fresh and self.engine.idle:
+            while not self._stopped and not self._fresh and self._idle:
                 self._busy = False
                 self._resting.notify_all()
                 if not self._news.wait(patience):
                     return not self._stopped
             self._busy = True
-            while self._fresh:
+            while self._fresh and self.engine is not None:
                 self.engine.scheduler.enter(self._fresh.popleft())
             return not self._stopped
 
     def _end(self) -> None:
-        self.engine.close(RequestFailed("the engine was closed", "open the model again"))
+        if self.engine is not None:
+            self.engine.close(RequestFailed("the engine was closed", "open the model again"))
         with self._news:
             self._busy = False
             self._resting.notify_all()
