@@ -60,10 +60,10 @@ def run(plan: Plan) -> None:
 
 def _settings(plan: Plan) -> tuple[Any, Any, Any]:
     """``ServeSettings`` of a yaml file, under what was given as options, the ``EngineSettings`` of its ``engine`` and the
-    ``FetchLimits`` of its ``media``; where files may lie is said by the options alone."""
+    ``FetchLimits`` of its ``media`` over those of a server; where files may lie is said by the options alone."""
     from mirada.config import parse, read_yaml
     from mirada.engine.settings import EngineSettings
-    from mirada.media.fetch import FetchLimits
+    from mirada.media.fetch import SERVING, FetchLimits
     from mirada.serve.settings import ServeSettings, find_keys
 
     config = plan.config
@@ -73,7 +73,7 @@ def _settings(plan: Plan) -> tuple[Any, Any, Any]:
     media = read.pop("media", None) or {}
     if isinstance(media, dict) and (own := sorted(media.keys() & {"allow_files", "file_root", "allow_private"})):
         raise SettingsError(f"{own[0]} has no place under media in {config}", "use --media-root and --private-media")
-    limits = parse(FetchLimits, media, f"media in {config}")
+    limits = parse(FetchLimits, {**SERVING, **media} if isinstance(media, dict) else media, f"media in {config}")
     settings = parse(ServeSettings, {**read, **plan.chosen, "api_keys": keys}, config or "server settings")
     return settings, bounds if plan.kv is None else replace(bounds, kv=plan.kv), limits
 

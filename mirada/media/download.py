@@ -23,7 +23,7 @@ import httpcore
 import httpx
 
 from mirada.errors import MediaDecodeError, MediaNotFound, MediaRefused, MediaTimeout, MediaUnsupported
-from mirada.media.fetch import FetchLimits, show, too_large
+from mirada.media.fetch import Allowance, FetchLimits, show, too_large
 
 REDIRECTS = (301, 302, 303, 307, 308)
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -34,20 +34,26 @@ _SPECIAL = [
 ]
 
 
-def download(url: str, limits: FetchLimits, most: int) -> bytes:
-    """The body behind ``url``, decoded, at most ``most`` bytes, within ``limits.seconds``.
+def download(url: str, limits: FetchLimits, most: int, allowance: Allowance | None = None) -> bytes:
+    """The body behind ``url``, decoded, at most ``most`` bytes, within ``limits.seconds`` and what ``allowance`` has left.
 
     Raises MediaRefused (address not public, scheme, too many redirects), MediaTimeout, MediaTooLarge, MediaNotFound (no such
     host, no answer, a status other than 200), MediaDecodeError (connection cut short), MediaUnsupported (not a URL, encoding).
     """
-    backend = _Guarded(time.monotonic() + limits.seconds, limits.allow_private)
+    deadline = time.monotonic() + limits.seconds
+    backend = _Guarded(deadline if allowance is None else min(deadline, allowance.deadline), limits.allow_private)
     target, name = _parse(url), show(url)
     try:
         for _ in range(limits.redirects + 1):
-            body, target = _hop(target, name, backend, most)
+            body, target = _hop(target, name, backend, most, allowance)
             if target is None:
                 return body
     except httpcore.TimeoutException as error:
+        if backend.deadline < deadline:
+            raise MediaTimeout(
+                f"{name} and what else this request names did not arrive within {limits.request_seconds:g} seconds",
+                "name fewer addresses, or raise FetchLimits.request_seconds",
+            ) from error
         raise MediaTimeout(
             f"{name} did not arrive within {limits.seconds:g} seconds", "try again, or raise FetchLimits.seconds"
         ) from error
@@ -83,7 +89,9 @@ def _tls() -> ssl.SSLContext:
     return httpx.create_ssl_context(trust_env=False)
 
 
-def _hop(url: httpx.URL, name: str, backend: _Guarded, most: int) -> tuple[bytes, httpx.URL | None]:
+def _hop(
+    url: httpx.URL, name: str, backend: _Guarded, most: int, allowance: Allowance | None
+) -> tuple[bytes, httpx.URL | None]:
     """One request: the body, or where it redirects."""
     target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
     headers = [(b"Host", url.netloc), (b"Accept", b"image/*, video/*, */*;q=0.5"), (b"Accept-Encoding", b"identity")]
@@ -103,7 +111,8 @@ def _hop(url: httpx.URL, name: str, backend: _Guarded, most: int) -> tuple[bytes
         length = facts.get("content-length", "")
         if length.isdecimal() and int(length) > most:
             raise too_large(name, most, int(length))
-        return _collect(_decoded(response.iter_stream(), facts.get("content-encoding", ""), name, most), name, most), None
+        chunks = _decoded(response.iter_stream(), facts.get("content-encoding", ""), name, most)
+        return _collect(chunks, name, most, allowance), None
 
 
 def _join(url: httpx.URL, location: str) -> httpx.URL:
@@ -115,10 +124,12 @@ def _join(url: httpx.URL, location: str) -> httpx.URL:
         ) from error
 
 
-def _collect(chunks: Iterable[bytes], name: str, most: int) -> bytes:
+def _collect(chunks: Iterable[bytes], name: str, most: int, allowance: Allowance | None) -> bytes:
     body = bytearray()
     for chunk in chunks:
         body += chunk
+        if allowance is not None:
+            allowance.take(len(chunk))
         if len(body) > most:
             raise too_large(name, most)
     if not body:

@@ -8,8 +8,11 @@ import errno
 import os
 import re
 import stat
+import threading
+import time
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 from mirada.errors import (
@@ -46,6 +49,14 @@ class FetchLimits:
     """Largest width times height before any resize (the size above which Pillow warns)."""
     seconds: float = 30.0
     """For one whole fetch: names resolved, redirects followed and every byte read."""
+    parts: int = 4096
+    """Pictures and videos of one request, frames that are given one by one included."""
+    request_seconds: float = 300.0
+    """For fetching all that one request names by address; its sources are fetched side by side."""
+    request_pixels: int = 1 << 33
+    """Of all pictures of one request together, before any resize."""
+    request_bytes: int = 4 << 30
+    """Of all that one request names by address or brings along, before it is decoded."""
     redirects: int = 3
     allow_private: bool = False
     """Whether addresses that are not on the public internet may be fetched (loopback, private, link-local, ...)."""
@@ -64,8 +75,53 @@ class FetchLimits:
 
     @classmethod
     def serving(cls, file_root: Path | None = None) -> FetchLimits:
-        """For sources that strangers name: no files, or only those under ``file_root``."""
-        return cls(allow_files=file_root is not None, file_root=file_root)
+        """For sources that strangers name: no files, or only those under ``file_root``; and bounds that leave something of a
+        machine of two cores, of which one decodes, to everybody else."""
+        return cls(**SERVING, allow_files=file_root is not None, file_root=file_root)
+
+
+SERVING: dict[str, Any] = {
+    "parts": 512, "video_bytes": 256 << 20, "video_seconds": 3600.0, "decode_seconds": 120.0, "animation_frames": 2_000,
+    "request_seconds": 60.0, "request_pixels": 1 << 30, "request_bytes": 512 << 20,
+}  # fmt: skip
+"""What a server bounds more tightly than a person does at their own machine."""
+
+
+class Allowance:
+    """What the sources of one request may still take together: seconds from now on, and bytes. Safe between threads."""
+
+    def __init__(self, limits: FetchLimits) -> None:
+        self.limits = limits
+        self.deadline = time.monotonic() + limits.request_seconds
+        self._left = limits.request_bytes
+        self._pixels = limits.request_pixels
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> None:
+        """Count ``size`` bytes. Raises MediaTooLarge if there are no more so many."""
+        with self._lock:
+            self._left -= size
+            over = self._left < 0
+        if over:
+            most = self.limits.request_bytes
+            raise MediaTooLarge(
+                f"the pictures and videos of this request have more than {most:,} bytes together",
+                "send fewer or smaller ones, or raise FetchLimits.request_bytes",
+            )
+
+    def decode(self, pixels: int) -> None:
+        """Count ``pixels`` of a picture that is about to be decoded; for the thread that prepares. Raises MediaTooLarge."""
+        self._pixels -= pixels
+        if self._pixels < 0:
+            raise MediaTooLarge(
+                f"the pictures of this request have more than {self.limits.request_pixels:,} pixels together",
+                "send fewer or smaller ones, or raise FetchLimits.request_pixels",
+            )
+
+
+def is_remote(source: object) -> bool:
+    """Whether a source lies on another machine."""
+    return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
 
 
 def fetch(source: object, limits: FetchLimits, *, max_bytes: int | None = None) -> bytes:
@@ -78,8 +134,11 @@ def fetch(source: object, limits: FetchLimits, *, max_bytes: int | None = None) 
     return read_file(found, limits, max_bytes=max_bytes) if isinstance(found, Path) else found
 
 
-def locate(source: object, limits: FetchLimits, *, max_bytes: int | None = None) -> bytes | Path:
-    """As :func:`fetch`, but a local file is only checked and returned as its resolved path, unread."""
+def locate(
+    source: object, limits: FetchLimits, *, max_bytes: int | None = None, allowance: Allowance | None = None
+) -> bytes | Path:
+    """As :func:`fetch`, but a local file is only checked and returned as its resolved path, unread. ``allowance`` bounds a
+    download further; its bytes are counted as they come."""
     most = limits.bytes if max_bytes is None else max_bytes
     if isinstance(source, bytes | bytearray | memoryview):
         return _bytes(source, most)
@@ -93,7 +152,7 @@ def locate(source: object, limits: FetchLimits, *, max_bytes: int | None = None)
     if scheme in ("http", "https"):
         from mirada.media.download import download  # httpx takes 0.1 s to load
 
-        return download(source, limits, most)
+        return download(source, limits, most, allowance)
     if scheme == "data":
         return _data(source, most)
     if scheme == "file":

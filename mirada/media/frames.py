@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mirada.errors import MediaDecodeError, MediaError, MediaTooLarge, MediaUnsupported
+from mirada.media.decode import Deadline
 from mirada.media.exact import linspace_indices
 from mirada.media.fetch import FetchLimits
 from mirada.media.grid import fit
@@ -40,6 +41,7 @@ class FrameList:
         self.timeline = Timeline(np.arange(num) / rate, rate, uniform=True)
         self.original = (0, 0)
         """(height, width) of the first picture before its resize; ``size`` is that after it."""
+        self._deadline = Deadline(limits.decode_seconds, self.name)
         self.size = self._open(0).shape[:2]
 
     def close(self) -> None:
@@ -72,6 +74,7 @@ class FrameList:
             yield picture
 
     def _open(self, index: int) -> np.ndarray:
+        self._deadline.check()
         try:
             opened = open_image(self._frames[index], self._limits, self._rule.alpha)
             high, wide = self._size(*opened.size)
@@ -92,4 +95,6 @@ class FrameList:
                 low, high = rule.frame_min_pixels, rule.frame_max_pixels
             low = low if part.min_pixels is None else part.min_pixels
             high = high if part.max_pixels is None else part.max_pixels
-        return fit(height, width, factor=rule.grid.factor, min_pixels=low, max_pixels=high, enlarge=False)
+        size = fit(height, width, factor=rule.grid.factor, min_pixels=low, max_pixels=high, enlarge=False)
+        rule.check_resize(size, (height, width))
+        return size

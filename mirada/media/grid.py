@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from mirada.errors import MediaUnsupported
+from mirada.errors import ContextOverflow, MediaUnsupported
 from mirada.types import Grid
 
 MAX_RATIO = 200
@@ -125,6 +125,33 @@ class Patches:
     def num_frames(self) -> int:
         """Frames, with those that were repeated to fill a patch."""
         return sum(t for t, _, _ in self.grids) * (self.pixels.shape[2] if self.pixels.ndim == 5 else 1)
+
+
+class Room:
+    """How many tokens of a prompt the media of one request may become; ``most`` None: any number."""
+
+    def __init__(self, most: int | None) -> None:
+        self.most, self.used = most, 0
+
+    @property
+    def left(self) -> int | None:
+        return None if self.most is None else max(0, self.most - self.used)
+
+    def check(self, tokens: int, name: str) -> None:
+        """Raise ContextOverflow unless there is room for ``tokens`` more, those of ``name``."""
+        if self.most is None or self.used + tokens <= self.most:
+            return
+        before = f" ({self.used:,} are taken by what comes before)" if self.used else ""
+        raise ContextOverflow(
+            f"{name} would become at least {tokens:,} tokens, and the model's context has room for {self.most:,}{before}",
+            "lower max_pixels (for a video also fps, nframes or total_pixels), or send fewer",
+            needed=self.used + tokens, available=self.most, unit="tokens",
+        )  # fmt: skip
+
+    def take(self, tokens: int, name: str) -> None:
+        """``check``, and count them."""
+        self.check(tokens, name)
+        self.used += tokens
 
 
 def _whole(side: int, patch: int, factor: int) -> int:

@@ -90,15 +90,22 @@ def decode(data: bytes, limits: FetchLimits, alpha: Alpha = "white", name: str =
         raise MediaDecodeError(f"{name} is broken ({_say(error)})", "open and save it again, or fetch it again") from error
 
 
-def header_pixels(data: bytes) -> int:
-    """Width times height by the header of a file's bytes, read without decoding; 0 where it does not say (``decode`` will)."""
+def header_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width), not yet upright, by the header of a file's bytes, read without decoding; None where it does not say
+    (``decode`` will)."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of its size decode warns
             with pil.open(io.BytesIO(data), formats=_formats()) as image:
-                return image.width * image.height
+                return image.height, image.width
     except Exception:
-        return 0
+        return None
+
+
+def header_pixels(data: bytes) -> int:
+    """Width times height by ``header_size``; 0 where it does not say."""
+    high, wide = header_size(data) or (0, 0)
+    return high * wide
 
 
 @cache

@@ -7,9 +7,12 @@ one picture override it), then the image processor's, whose bounds (``rule.grid`
 from __future__ import annotations
 
 import os
+import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +21,9 @@ from PIL import Image as pil
 
 from mirada.errors import MediaError, MediaTooLarge, MediaUnsupported, RequestFailed, SettingsError
 from mirada.media.cache import PixelCache, source_key
-from mirada.media.fetch import FetchLimits, fetch, locate, show
-from mirada.media.grid import GridRule, Patches, content_key, fit
-from mirada.media.image import Picture, decode, header_pixels, open_image, resize
+from mirada.media.fetch import Allowance, FetchLimits, is_remote, locate, read_file, show
+from mirada.media.grid import GridRule, Patches, Room, content_key, fit
+from mirada.media.image import Picture, decode, header_pixels, header_size, open_image, resize
 from mirada.media.rule import MediaRule, check_bounds
 from mirada.media.times import Times
 from mirada.types import LARGEST, Image, Video
@@ -28,6 +31,8 @@ from mirada.types import LARGEST, Image, Video
 if TYPE_CHECKING:
     from mirada.media.pool import Cancel, Job, Pool
 
+SIDE_BY_SIDE = 8
+"""Addresses of one request that are fetched at a time."""
 LARGE_PIXELS = 1 << 21
 """Pictures of at least so many pixels (by their header) are prepared by a process; smaller ones are done sooner than sent."""
 
@@ -53,8 +58,13 @@ def prepare_many(
     cancel: Cancel | None = None,
     times: Times | None = None,
     salt: str = "",
+    most_tokens: int | None = None,
 ) -> list[Patches]:
     """Prepare all of one chat, in order; errors say which one.
+
+    Addresses are fetched side by side, each once, within what ``limits`` has for one request. Before the first pixel is decoded
+    the headers of all pictures are read, and before room is made for a video its size is known: what would become more than
+    ``most_tokens`` tokens of a prompt raises ContextOverflow.
 
     ``total_pixels`` bounds the resized area of all pictures together (videos have a budget of their own). When it is
     exceeded the largest pictures shrink to one common area, the others stay, and ``notes`` of each that shrank say so; nothing
@@ -66,10 +76,17 @@ def prepare_many(
     """
     times = Times() if times is None else times
     kept = cache if cache is not None and cache.max_bytes else None
-    means = _Means(rule, limits or FetchLimits(), kept, pool, cancel, times, salt)
+    limits = limits or FetchLimits()
+    _check_count(parts, limits)
+    allowance = Allowance(limits)
+    means = _Means(rule, limits, kept, pool, cancel, times, salt, Room(most_tokens), allowance)
     if total_pixels is not None and (isinstance(total_pixels, bool) or not isinstance(total_pixels, int) or total_pixels < 1):
         raise SettingsError(f"total_pixels={total_pixels!r} is not a positive whole number", "give an area in pixels, or None")
     tasks = [_Task(part, means, keep=total_pixels is not None) for part in parts]
+    _fetch(tasks, means)
+    for step in (_Task.load, _Task.measure):
+        for i, task in enumerate(tasks):
+            _named(partial(step, task), i, len(tasks))
     made = _all(tasks)
     # Fetched once (compressed bytes are small); only what must shrink is decoded a second time.
     pictures = {i: task.item for i, task in enumerate(tasks) if isinstance(task.item, _Loaded)}
@@ -88,10 +105,11 @@ def prepare_many(
 def prepare_here(
     part: Image | Video, rule: MediaRule, limits: FetchLimits, cap: int | None, name: str, times: Times
 ) -> Patches:
-    """What a worker does: ``part`` with bytes or a checked path as its source, and nothing kept."""
+    """What a worker does: ``part`` with bytes or a checked path as its source, and nothing kept. ``cap``: of a picture its most
+    pixels, of a video its most tokens."""
     if isinstance(part, Image):
         return _cut(_Loaded(replace(part, source=None), part.source, name), rule, limits, cap, times)
-    return _film(part, rule, limits, times)
+    return _film(part, rule, limits, times, cap)
 
 
 def resize_first(part: Image, rule: MediaRule, limits: FetchLimits | None = None) -> pil.Image:
@@ -102,7 +120,7 @@ def resize_first(part: Image, rule: MediaRule, limits: FetchLimits | None = None
     if rule.first is None:
         raise SettingsError("this media rule has no first stage", "use prepare")
     limits = limits or FetchLimits()
-    item = _load(part, rule, limits, Times())
+    item = _load(part, rule, limits, None, Times(), show(part.source))
     if not isinstance(item, _Loaded):
         raise MediaUnsupported("a Video is not a picture", "give an Image")
     picture = item.open(limits, rule)
@@ -157,6 +175,8 @@ class _Plan:
         if grid.border != "stretch":
             stages.append(last.shrink(*size))
         stages.append(last.fit(*size))
+        if self.rule.first is not None:  # the last resize will not hold what the first was asked to enlarge
+            self.rule.check_resize(stages[0], self.size)
         return tuple(stages)
 
     def _first(self, low: int, high: int) -> tuple[int, int]:
@@ -214,6 +234,14 @@ class _Loaded:
     picture: Picture | None = None
     """Where it was opened already."""
 
+    @property
+    def source_size(self) -> tuple[int, int] | None:
+        """(height, width) of what was given decoded."""
+        if isinstance(self.source, pil.Image):
+            return self.source.height, self.source.width
+        shape = getattr(self.source, "shape", ())
+        return (int(shape[0]), int(shape[1])) if len(shape) >= 2 and min(shape[:2]) > 0 else None
+
     def open(self, limits: FetchLimits, rule: MediaRule) -> Picture:
         if self.picture is not None:
             return self.picture
@@ -222,7 +250,9 @@ class _Loaded:
         return open_image(self.source, limits, rule.alpha)
 
 
-def _load(part: Image | Video, rule: MediaRule, limits: FetchLimits, times: Times) -> _Loaded | Video:
+def _load(
+    part: Image | Video, rule: MediaRule, limits: FetchLimits, allowance: Allowance | None, times: Times, name: str
+) -> _Loaded | Video:
     if not isinstance(part, Image | Video):
         raise MediaUnsupported(f"a {type(part).__name__} is neither picture nor video", "wrap it in Image(...) or Video(...)")
     check_item(part, rule.grid)
@@ -235,8 +265,11 @@ def _load(part: Image | Video, rule: MediaRule, limits: FetchLimits, times: Time
     source = part.source
     if not isinstance(source, pil.Image | np.ndarray):
         with times.stage("fetch"):
-            source = fetch(source, limits)
-    return _Loaded(replace(part, source=None), source, show(part.source))
+            found = locate(source, limits, allowance=allowance)
+            source = read_file(found, limits) if isinstance(found, Path) else found
+            if allowance is not None and not is_remote(part.source):  # what came from elsewhere was counted as it came
+                allowance.take(len(source))
+    return _Loaded(replace(part, source=None), source, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,13 +283,18 @@ class _Means:
     cancel: Cancel | None
     times: Times
     salt: str
+    room: Room
+    allowance: Allowance
 
 
 class _Task:
-    """One picture or video: ``start`` (fetch, look into the cache, prepare or hand to the pool), then ``finish``."""
+    """One picture or video: ``load``, ``measure``, ``start`` (look into the cache, prepare or hand to the pool), ``finish``."""
 
     def __init__(self, part: Image | Video, means: _Means, keep: bool = False, cap: int | None = None) -> None:
         self.part, self.means, self.cap = part, means, cap
+        self.name = show(part.source) if isinstance(part, Image | Video) else ""
+        self.fetched = False
+        """Its source was an address, whose bytes are here by now."""
         self.item: _Loaded | Video | None = None
         self.made: Patches | None = None
         self._keep = keep
@@ -270,19 +308,40 @@ class _Task:
     def capped(self, cap: int) -> _Task:
         """The same picture, which is not fetched again, in at most ``cap`` pixels."""
         made = _Task(self.part, self.means, cap=cap)
-        made.item = self.item
+        made.item, made.name = self.item, self.name
         return made
 
     @property
     def waits(self) -> bool:
         return self._other is not None
 
-    def start(self) -> None:
+    def load(self) -> None:
         means = self.means
         if means.cancel is not None:
             means.cancel.check()
+        allowance = None if self.fetched else means.allowance
+        self.item = _load(self.part, means.rule, means.limits, allowance, means.times, self.name)
+
+    def measure(self) -> None:
+        """Take room for a picture by what its header says of its size; a video's is known once it is open."""
+        means, item = self.means, self.item
+        if not isinstance(item, _Loaded):
+            return
+        size = header_size(item.source) if isinstance(item.source, bytes) else item.source_size
+        if size is None:  # nobody can say: opening it will
+            return
+        means.allowance.decode(size[0] * size[1])
+        try:
+            high, wide = _Plan(item.part, means.rule, size).sizes(self.cap)[-1]
+        except MediaUnsupported:  # a form that is not taken: opening it says so with a better name
+            return
+        means.room.take(high * wide // means.rule.grid.factor**2, f"the picture {self.name}")
+
+    def start(self) -> None:
         if self.item is None:
-            self.item = _load(self.part, means.rule, means.limits, means.times)
+            self.load()
+        if self.means.cancel is not None:
+            self.means.cancel.check()
         if isinstance(self.item, Video):
             self._start_video(self.item)
         else:
@@ -299,6 +358,10 @@ class _Task:
                 self.means.times.add(name, seconds)
             self._done()
         assert self.made is not None
+        if self.made.kind == "video":
+            grid = self.means.rule.grid
+            tokens = sum(t * h * w for t, h, w in self.made.grids) // grid.merge**2
+            self.means.room.take(tokens, f"the video {self.name}")
         if not self._keep:
             self.item = None
         return self.made
@@ -334,7 +397,9 @@ class _Task:
         content = None
         if isinstance(part.source, str | bytes | os.PathLike):
             with means.times.stage("fetch"):
-                content = locate(part.source, means.limits, max_bytes=means.limits.video_bytes)
+                content = locate(part.source, means.limits, max_bytes=means.limits.video_bytes, allowance=means.allowance)
+                if isinstance(content, bytes) and not self.fetched:
+                    means.allowance.take(len(content))
         if content is not None and means.cache is not None:
             with means.times.stage("fetch"):
                 if isinstance(content, Path):
@@ -346,10 +411,10 @@ class _Task:
             from mirada.media.sample import check_settings
 
             check_settings(part)
-            self._send(part, content, f"the video {show(part.source)}")
+            self._send(part, content, f"the video {self.name}")
         if self._job is None:
             source = part.source if content is None else content
-            self.made = _film(replace(part, source=source), means.rule, means.limits, means.times)
+            self.made = _film(replace(part, source=source), means.rule, means.limits, means.times, means.room.left)
             self._done()
 
     def _known(self, key: bytes) -> bool:
@@ -369,7 +434,8 @@ class _Task:
     def _send(self, part: Image | Video, content: bytes | Path, name: str) -> None:
         means = self.means
         assert means.pool is not None
-        self._job = means.pool.submit(part, content, means.rule, means.limits, self.cap, name)
+        cap = means.room.left if isinstance(part, Video) else self.cap
+        self._job = means.pool.submit(part, content, means.rule, means.limits, cap, name)
         if self._job is not None and means.cancel is not None:
             means.cancel.add(self._job)
 
@@ -423,10 +489,10 @@ def _patches(picture: Picture, part: Image, rule: MediaRule, cap: int | None) ->
     return Patches("image", pixels, grids, picture.size, key, notes=notes, resized=sizes[-2] if bordered else None)
 
 
-def _film(part: Video, rule: MediaRule, limits: FetchLimits, times: Times) -> Patches:
+def _film(part: Video, rule: MediaRule, limits: FetchLimits, times: Times, most_tokens: int | None) -> Patches:
     from mirada.media.video import prepare_video  # PyAV takes long to load, and pictures do not need it
 
-    return prepare_video(part, rule, limits, times=times)
+    return prepare_video(part, rule, limits, times=times, most_tokens=most_tokens)
 
 
 def _stamp(path: Path) -> object:
@@ -443,6 +509,75 @@ def _sizes(picture: Picture, part: Image, rule: MediaRule, cap: int | None) -> _
         return _Plan(part, rule, picture.size).sizes(cap)
     except MediaUnsupported as error:
         raise MediaUnsupported(f"{picture.name}: {error.problem}", error.fix) from error
+
+
+def _sources(part: Image | Video) -> list[Any]:
+    """What a part is made of: itself, or the frames of a list."""
+    return list(part.source) if isinstance(part.source, list | tuple) else [part.source]
+
+
+def _check_count(parts: Sequence[Image | Video], limits: FetchLimits) -> None:
+    count = sum(len(part.source) if isinstance(part.source, list | tuple) else 1 for part in parts if hasattr(part, "source"))
+    if count > limits.parts:
+        raise MediaTooLarge(
+            f"the request has {count:,} pictures and videos (frames that are given one by one included), more than"
+            f" {limits.parts:,}", "send several requests, or raise FetchLimits.parts",
+        )  # fmt: skip
+
+
+def _fetch(tasks: Sequence[_Task], means: _Means) -> None:
+    """Put bytes into the place of every address, each fetched once and several at a time."""
+    wanted: dict[tuple[str, int], int] = {}
+    for i, task in enumerate(tasks):
+        if isinstance(task.part, Image | Video):
+            whole = isinstance(task.part, Video) and not isinstance(task.part.source, list | tuple)
+            most = means.limits.video_bytes if whole else means.limits.bytes
+            wanted |= {(one, most): i for one in _sources(task.part) if is_remote(one) and (one, most) not in wanted}
+    if not wanted:
+        return
+    found: dict[tuple[str, int], bytes] = {}
+
+    def get(key: tuple[str, int], index: int) -> None:
+        if means.cancel is not None:
+            means.cancel.check()
+        got = _named(lambda: locate(key[0], means.limits, max_bytes=key[1], allowance=means.allowance), index, len(tasks))
+        assert isinstance(got, bytes)
+        found[key] = got
+
+    with means.times.stage("fetch"):
+        side_by_side([partial(get, key, index) for key, index in wanted.items()])
+    by_address = {address: data for (address, _), data in found.items()}
+    for task in tasks:
+        if isinstance(task.part, Image | Video) and any(map(is_remote, _sources(task.part))):
+            got = [by_address.get(one, one) if isinstance(one, str) else one for one in _sources(task.part)]
+            task.part = replace(task.part, source=got if isinstance(task.part.source, list | tuple) else got[0])
+            task.fetched = True
+
+
+def side_by_side(jobs: Sequence[Callable[[], None]]) -> None:
+    """Do ``jobs``, up to ``SIDE_BY_SIDE`` at a time. The first error is raised at once: what has begun by then is left to end
+    by itself, and nothing more begins."""
+    todo, outcomes = deque(jobs), queue.SimpleQueue[BaseException | None]()
+
+    def work() -> None:
+        while todo:
+            try:
+                todo.popleft()()
+            except IndexError:  # another thread took the last
+                return
+            except BaseException as error:
+                outcomes.put(error)
+            else:
+                outcomes.put(None)
+
+    if len(jobs) == 1:
+        return jobs[0]()
+    for _ in range(min(SIDE_BY_SIDE, len(jobs))):
+        threading.Thread(target=work, name="mirada-fetch", daemon=True).start()
+    for _ in jobs:
+        if (error := outcomes.get()) is not None:
+            todo.clear()
+            raise error
 
 
 def _common_cap(plans: dict[int, _Plan], budget: int, largest: int) -> int:

@@ -74,6 +74,17 @@ class MediaRule:
         check_bounds(low, high, self.grid.factor)
         return replace(self, grid=replace(self.grid, min_pixels=low, max_pixels=high))
 
+    def check_resize(self, size: tuple[int, int], original: tuple[int, int]) -> None:
+        """Raise SettingsError for a resize of a picture or frame to far more pixels than it has and than this model ever takes:
+        only ``min_pixels`` can ask for that, and nothing of it would reach the model. Sizes are (height, width)."""
+        first = 0 if self.first is None else self.first.max_pixels
+        most = max(original[0] * original[1], self.grid.max_pixels, self.frame_max_pixels, first)
+        if size[0] * size[1] > 2 * most:
+            raise SettingsError(
+                f"min_pixels would enlarge {original[1]}x{original[0]} pixels to {size[1]}x{size[0]}, and this model takes at"
+                f" most {self.grid.max_pixels:,}", "lower min_pixels"
+            )  # fmt: skip
+
 
 def check_bounds(min_pixels: int, max_pixels: int, factor: int) -> None:
     """Raise SettingsError unless 1 <= min_pixels <= max_pixels and one cell of ``factor`` pixels a side fits."""

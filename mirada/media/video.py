@@ -21,7 +21,7 @@ from mirada.media.decode import Reader, open_reader
 from mirada.media.exact import resize_bicubic, resize_bilinear
 from mirada.media.fetch import FetchLimits, locate
 from mirada.media.frames import FrameList
-from mirada.media.grid import GridRule, Patches, content_key, fit
+from mirada.media.grid import GridRule, Patches, Room, content_key, fit
 from mirada.media.rule import MediaRule
 from mirada.media.sample import Choice, check_settings, choose
 from mirada.media.slowfast import Typist, frame_sizes
@@ -35,19 +35,23 @@ def prepare_video(
     limits: FetchLimits | None = None,
     clean: VideoClean | None = None,
     times: Times | None = None,
+    most_tokens: int | None = None,
 ) -> Patches:
     """Fetch, sample, decode, resize and cut one video. ``timestamps`` are seconds since its first frame.
 
     ``clean`` removes or improves frames after they were sampled. ``times`` takes the seconds of opening and decoding
-    (``decode_media``) and of all the rest (``prepare``). Raises a MediaError, or SettingsError for settings that are
-    out of range or contradict one another.
+    (``decode_media``) and of all the rest (``prepare``). Raises a MediaError, SettingsError for settings that are
+    out of range or contradict one another, or ContextOverflow, before there is room made for pixels, where it would become more
+    than ``most_tokens`` tokens of a prompt.
     """
     limits, times = limits or FetchLimits(), Times() if times is None else times
     with times.stage("prepare"):
-        return _prepare(part, rule, limits, clean, times)
+        return _prepare(part, rule, limits, clean, times, most_tokens)
 
 
-def _prepare(part: Video, rule: MediaRule, limits: FetchLimits, clean: VideoClean | None, times: Times) -> Patches:
+def _prepare(
+    part: Video, rule: MediaRule, limits: FetchLimits, clean: VideoClean | None, times: Times, most_tokens: int | None
+) -> Patches:
     with times.stage("decode_media"):
         reader = _reader(part, rule, limits)
     with closing(reader):
@@ -56,7 +60,9 @@ def _prepare(part: Video, rule: MediaRule, limits: FetchLimits, clean: VideoClea
         _check_length(reader, choice, limits)
         choice, read = kept(reader, choice, clean)
         cut = _slow_fast if rule.video == "slowfast" else _uniform
-        made = cut(reader, choice, lambda indices: times.each("decode_media", read(indices)), part, rule)
+        room = Room(most_tokens)
+        room.check(len(choice.indices) // rule.grid.frames, reader.name)  # each has one at least
+        made = cut(reader, choice, lambda indices: times.each("decode_media", read(indices)), part, rule, room)
     over = _over_budget(made, part, rule)
     return replace(made, notes=(*reader.notes, *choice.notes, *over))
 
@@ -128,9 +134,10 @@ class _Cutter:
     held: list[np.ndarray] = field(default_factory=list)
 
     @classmethod
-    def of(cls, sizes: Sequence[tuple[int, int]], grid: GridRule) -> _Cutter:
+    def of(cls, sizes: Sequence[tuple[int, int]], grid: GridRule, room: Room, name: str) -> _Cutter:
         patch, depth = grid.patch, (grid.frames,) if grid.frames > 1 else ()
         num = sum((high // patch) * (wide // patch) for high, wide in sizes[:: grid.frames])
+        room.check(num // grid.merge**2, name)
         return cls(np.empty((num, 3, *depth, patch, patch), np.uint8), grid, len(sizes))
 
     def add(self, frame: np.ndarray) -> None:
@@ -144,12 +151,13 @@ class _Cutter:
         self.held.clear()
 
 
-def _uniform(reader: Reader | FrameList, choice: Choice, read: Read, part: Video, rule: MediaRule) -> Patches:
+def _uniform(reader: Reader | FrameList, choice: Choice, read: Read, part: Video, rule: MediaRule, room: Room) -> Patches:
     """Torch bicubic to the budget's size (files only; list frames had theirs), then the image processor's resize."""
     num, grid = len(choice.indices), rule.grid
     size = reader.size if isinstance(reader, FrameList) else video_budget(num, *reader.size, part, rule)
+    rule.check_resize(size, reader.size)
     last = grid.fit(*size)
-    cutter = _Cutter.of([last] * num, grid)
+    cutter = _Cutter.of([last] * num, grid, room, reader.name)
     for frame in read(choice.indices.tolist()):
         cutter.add(resize(resize_bicubic(frame, size), last, rule))
     grids = ((-(-num // grid.frames), last[0] // grid.patch, last[1] // grid.patch),)
@@ -171,7 +179,7 @@ def resize(frame: np.ndarray, size: tuple[int, int], rule: MediaRule) -> np.ndar
     return np.asarray(image.resize(pil.fromarray(frame), *size, rule))
 
 
-def _slow_fast(reader: Reader | FrameList, choice: Choice, read: Read, part: Video, rule: MediaRule) -> Patches:
+def _slow_fast(reader: Reader | FrameList, choice: Choice, read: Read, part: Video, rule: MediaRule, room: Room) -> Patches:
     """Keye-VL-1.5: type all frames, then read them again and resize each (torch bilinear on uint8) to its type's size."""
     is_list = isinstance(reader, FrameList)
     threshold = rule.min_frame_similarity if part.min_frame_similarity is None else part.min_frame_similarity
@@ -183,7 +191,7 @@ def _slow_fast(reader: Reader | FrameList, choice: Choice, read: Read, part: Vid
     asked = replace(part, resized_height=None, resized_width=None) if is_list else part
     slow_size, fast_size = frame_sizes(reader.size, (len(fast) - sum(fast), sum(fast)), asked, rule)
     sizes = [fast_size if one else slow_size for one in fast]
-    cutter = _Cutter.of(sizes, rule.grid)
+    cutter = _Cutter.of(sizes, rule.grid, room, reader.name)
     for frame, size in zip(read(indices), sizes, strict=True):
         cutter.add(resize_bilinear(frame, size))
     grids = merged(sizes, rule.grid.patch)

@@ -139,6 +139,11 @@ def _handler(web: Web) -> type[BaseHTTPRequestHandler]:
         def hang(self, query: str) -> None:
             web.stop.wait(20)
 
+        def late(self, query: str) -> None:
+            """After as many seconds as it is asked for."""
+            web.stop.wait(float(query.partition("&")[0]))
+            self.answer(PICTURE, Content_Type="image/png")
+
         def drip(self, query: str) -> None:
             self.answer(b"", Content_Length="100000")
             self._drip(b"x")
