@@ -46,10 +46,16 @@ class Int8Linear(nn.Module):
         end = begin + len(rows)
         self._values[begin:end], self._scales[begin:end] = quantise_rows(rows)
 
+    bits = 8
+
+    def widen(self, begin: int = 0, end: int | None = None) -> Tensor:
+        """Rows [begin, end) as float32."""
+        return self._values[begin:end].float() * self._scales[begin:end].float()[:, None]
+
     @property
     def weight(self) -> Tensor:
         """[out, in] widened, float32, made anew at each use."""
-        return self._values.float() * self._scales.float()[:, None]
+        return self.widen()
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., in] -> [.., out] in x's type."""

@@ -202,10 +202,19 @@ def doctor(
         str | None, typer.Option("--model", "-m", help="What a model is and needs, from its config: a folder, or org/name.")
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check the files of --model, and ask it something.")] = False,
+    quant: Annotated[
+        str | None, typer.Option("--quant", help="int8 or int4 (int4:64): what rounding does to each matrix of --model.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Debug = False,
 ) -> None:
     """Show versions, devices, decoders, threads and memory, and how to mend what is missing; or what a model needs."""
+    if quant is not None:
+        if model is None or verify:
+            raise SettingsError("--quant needs a model, and no --verify", "add --model FOLDER, and ask for one thing at a time")
+        from mirada.cli.doctor_quant import run as run_quant
+
+        raise typer.Exit(run_quant(model, quant, as_json=json))
     if model is not None:
         from mirada.cli.doctor_model import run as run_model
 

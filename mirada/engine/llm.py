@@ -37,6 +37,7 @@ from mirada.media.fetch import FetchLimits
 from mirada.media.grid import Patches
 from mirada.media.pool import Pool
 from mirada.media.rule import MediaRule
+from mirada.models import rounding
 from mirada.prompt.render import Tools
 from mirada.types import Chat, Delta, Output, Prompt, Sampling, Thinking
 
@@ -274,7 +275,7 @@ class VLM:
     def stats(self) -> dict[str, int]:
         """Counts of the engine: requests running and waiting, bytes of keys and values held, and, since it was made, steps,
         tokens computed and generated, patches encoded, preemptions, hits and misses of its caches; and whether it sleeps."""
-        pixels = self._requests.cache
+        pixels, model = self._requests.cache, self.parts.model
         assert pixels is not None
         return self._engine_counts() | {
             "preparing": self._preparing.num_waiting,
@@ -282,6 +283,7 @@ class VLM:
             "pixel_cache_hits": pixels.hits,
             "pixel_cache_misses": pixels.misses,
             "pixel_cache_bytes": pixels.bytes_held,
+            "matrices_kept_exact": 0 if isinstance(model, sleeping.Away) else len(rounding.exact(model)),
             "workers": len(self._pool.pids),
             "workers_lost": self._pool.num_lost,
             "media_retried": self._pool.num_retried,

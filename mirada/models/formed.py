@@ -29,13 +29,17 @@ from mirada.errors import SettingsError
 from mirada.layers.kernels import library
 from mirada.layers.kernels.matrix import Format, Matrix
 from mirada.layers.linear import MatrixLinear, MatrixStack
+from mirada.models import rounding
+from mirada.models.rounding import Rounding
 
 FROM_BYTES = 128 << 20
 """A model that takes less is rounded in a moment: it is not kept."""
-_MAGIC = b"MIRADAF1"
+_MAGIC = b"MIRADAF2"
 _ALIGN = 64
 _DTYPES = {"U8": torch.uint8, "BF16": torch.bfloat16, "F32": torch.float32}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ROUNDING = "__rounding__"
+"""Key of the header beside the names of tensors: stored name -> [bits, error], see ``rounding``."""
 _log = logging.getLogger(__name__)
 
 
@@ -99,6 +103,7 @@ def write(file: Path, model: nn.Module) -> None:
             "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "at": at, "sum": _checksum(tensor),
         }  # fmt: skip
         at = -(-(at + size) // _ALIGN) * _ALIGN
+    header[_ROUNDING] = {name: [one.bits, one.error] for name, one in rounding.of(model).items()}
     text = json.dumps(header).encode()
     part = file.with_suffix(f".{os.getpid()}.part")
     try:
@@ -147,8 +152,9 @@ class Kept:
                 raise ValueError("its header was changed")
             # A private writable map: torch wants a writable buffer, and nothing is ever written to it.
             self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
-        start = _start(length)
-        self._tensors = {name: self._tensor(name, entry, start) for name, entry in json.loads(text).items()}
+        start, header = _start(length), json.loads(text)
+        self.rounding = {name: Rounding(*one) for name, one in header.pop(_ROUNDING).items()}
+        self._tensors = {name: self._tensor(name, entry, start) for name, entry in header.items()}
 
     def _tensor(self, name: str, entry: Mapping[str, Any], start: int) -> Tensor:
         count, begin = math.prod(entry["shape"]), start + entry["at"]
@@ -161,8 +167,11 @@ class Kept:
         return made
 
     def make(self, name: str, format: Format, rows: int, columns: int, group: int) -> Matrix:
-        """See ``precision.Make``."""
-        return Matrix(format, rows, columns, group, self._tensors[f"{name}.values"], self._tensors.get(f"{name}.scales"))
+        """See ``precision.Make``; floats where the matrix was kept exact (a tied head then is the table of embeddings)."""
+        values = self._tensors.get(f"{name}.values", self._tensors["decoder.embed.weight"])
+        if values.dtype != torch.uint8:
+            return Matrix.of(values)
+        return Matrix(format, rows, columns, group, values, self._tensors.get(f"{name}.scales"))
 
     def install(self, model: nn.Module) -> None:
         """Puts the parameters into ``model``, which was built on meta with ``make``."""

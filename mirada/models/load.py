@@ -23,7 +23,7 @@ from mirada.adapt.rows import NAME as INT8_ROWS
 from mirada.adapt.rows import SCALE
 from mirada.errors import CheckpointError, ConfigError, NotAvailable, TensorError
 from mirada.layers.linear import quantise_rows
-from mirada.models import formed, precision, quantised, shards
+from mirada.models import formed, precision, quantised, rounding, shards
 from mirada.models.family import Family, family_of
 from mirada.models.layout import Layout
 from mirada.models.shards import Mapped, Stored
@@ -103,13 +103,28 @@ def _in_mode(
     model: Any = build(mapping, torch.float32, "cpu" if kept is None else "meta", where, change)
     if kept is None:
         load_weights(model, layout, stored, scheme)
+        _keep_exact(model, layout, stored, scheme)
     else:
         kept.install(model)
         model.tie_weights()
+        model.rounding = kept.rounding
     precision.finish(model, fill=kept is None)
+    rounding.say(model, directory.name)
     if kept is None and file is not None:
         formed.write(file, model)
     return model
+
+
+def _keep_exact(model: Any, layout: Layout, stored: Mapping[str, Stored], scheme: Scheme | None) -> None:
+    """Reads once more, as they are stored, the matrices that rounding changed too much."""
+    precision.measured(model)
+    again = rounding.spoilt(layout, rounding.of(model))
+    for rule in again:
+        rounding.restore(model, rule, stored)
+    if again:
+        load_weights(
+            model, layout, stored, scheme, there=layout.stored().keys() - {n for rule in again for n, _ in rule.tensors}
+        )
 
 
 def _as_it_lies(

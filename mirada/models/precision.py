@@ -19,13 +19,17 @@ from mirada.adapt.packed import Packed, PackedLinear, PackedRows, PackedStack
 from mirada.layers.kernels import library
 from mirada.layers.kernels.matrix import BLOCK, Format, Matrix
 from mirada.layers.linear import Linear, MatrixLinear, MatrixStack
+from mirada.models import rounding
 from mirada.models.layout import Layout, Rule
+from mirada.models.rounding import Measure
 from mirada.models.shards import Stored, Views
 
 Make = Callable[[str, Format, int, int, int], Matrix]
 """(name, format, rows, columns, group) -> the matrix, to be filled or filled already."""
 HEAD_NAME = "lm_head"
 _CHUNK_ROWS = 4096
+_MEASURED_BYTES = 512 << 10
+"""Of rows that are compared at once: they stay in a core's own cache."""
 
 
 @dataclass
@@ -35,9 +39,18 @@ class Rows:
     holder: Any
     begin: int
     shape: tuple[int, ...]
+    measure: Measure | None = None
+    """What keeps account of the rounding, where it is wanted."""
 
     def fill(self, begin: int, rows: Tensor) -> None:
-        self.holder.fill(self.begin + begin, rows)
+        begin += self.begin
+        self.holder.fill(begin, rows)
+        if self.measure is None:
+            return
+        step = max(1, _MEASURED_BYTES // (4 * self.shape[1]))
+        for start in range(0, len(rows), step):
+            piece = rows[start : start + step]
+            self.measure.add(piece, self.holder.widen(begin + start, begin + start + len(piece)))
 
 
 def made(name: str, format: Format, rows: int, columns: int, group: int) -> Matrix:
@@ -90,7 +103,9 @@ def replace(model: Any, layout: Layout, mode: Mode, stored: Mapping[str, Stored]
     """Puts modules that hold the forms of ``mode`` where plain Linears and stacks stand, before these take memory.
 
     Without compiled kernels int8 is torch's (``adapt.fbgemm``), int4 and stacks of int8 are widened tile by tile.
+    What is rounded from now on is measured, see ``measured``.
     """
+    model.measures = {}
     table = model.decoder.embed
     if stored[_first(layout, "decoder.embed.weight")].dtype == "BF16":
         table.to(torch.bfloat16)
@@ -110,6 +125,12 @@ def replace(model: Any, layout: Layout, mode: Mode, stored: Mapping[str, Stored]
         _put(model, HEAD_NAME, _linear(HEAD_NAME, HEAD, model.lm_head, make))
 
 
+def measured(model: Any) -> None:
+    """Closes the account of what was rounded: it is ``rounding.of(model)`` then."""
+    model.rounding = rounding.of(model) | {name: measure.result() for name, measure in model.measures.items()}
+    model.measures = {}
+
+
 def finish(model: Any, fill: bool = True) -> None:
     """What comes after all else is loaded: integers to the modules that widen them, and a head that is the table of embeddings
     in another form, or the same as it lies."""
@@ -124,8 +145,12 @@ def finish(model: Any, fill: bool = True) -> None:
             model.lm_head = MatrixLinear(Matrix.of(table))
     elif fill:
         holder = model.lm_head.matrix if isinstance(model.lm_head, MatrixLinear) else model.lm_head
+        rows = _rows(model, f"{HEAD_NAME}.weight", holder, 0, tuple(table.shape))
         for begin in range(0, len(table), _CHUNK_ROWS):  # (a RoundedLinear is never a head: that takes 8 bits)
-            holder.fill(begin, table.detach()[begin : begin + _CHUNK_ROWS])
+            rows.fill(begin, table.detach()[begin : begin + _CHUNK_ROWS])
+        measured(model)
+        if rounding.of(model)[f"{HEAD_NAME}.weight"].too_much:
+            model.lm_head = MatrixLinear(Matrix.of(table))
 
 
 def bits(model: nn.Module) -> set[int]:
@@ -147,18 +172,28 @@ def target(model: nn.Module, rule: Rule, index: int) -> Rows | None:
     """What takes stored tensor ``index`` of ``rule``, if it is held in a form of a mode."""
     owner, _, attribute = rule.parameter.rpartition(".")
     module = model.get_submodule(owner)
-    shape = rule.tensors[index][1]
+    name, shape = rule.tensors[index]
     if attribute != "weight":  # a stack, or a table of something
         module = getattr(module, attribute)
     if isinstance(module, MatrixLinear):
-        return Rows(module.matrix, _before(rule, 0, index), shape)
+        return _rows(model, name, module.matrix, _before(rule, 0, index), shape)
     if isinstance(module, Int8Linear | RoundedLinear):
-        return Rows(module, _before(rule, 0, index), shape)
+        holder = module if isinstance(module, Int8Linear) else module.holder
+        return _rows(model, name, holder, _before(rule, 0, index), shape)
     if isinstance(module, MatrixStack | RoundedStack):
         each = len(rule.tensors) // len(module)
         holder = module[index // each] if isinstance(module, MatrixStack) else module.holders[index // each]
-        return Rows(holder, _before(rule, index // each * each, index), shape)
+        return _rows(model, name, holder, _before(rule, index // each * each, index), shape)
     return None
+
+
+def _rows(model: Any, name: str, holder: Any, begin: int, shape: tuple[int, ...]) -> Rows:
+    """With an account, if ``holder`` rounds and the model is one whose rounding is measured."""
+    bits = {Format.INT8: 8, Format.INT4: 4}.get(holder.format, 0) if isinstance(holder, Matrix) else holder.bits
+    measures = getattr(model, "measures", None)
+    if not bits or measures is None:
+        return Rows(holder, begin, shape)
+    return Rows(holder, begin, shape, measures.setdefault(name, Measure(bits, shape[1])))
 
 
 def resident_bytes(layout: Layout, mode: Mode, stored: Mapping[str, Stored], dtype: torch.dtype) -> int:
@@ -205,7 +240,12 @@ class _Rounded:
     def __init__(self, rows: int, columns: int, bits: int, group: int) -> None:
         groups = -(-columns // group) if group else 1
         values = torch.zeros(rows, columns if bits == 8 else -(-columns // 2), dtype=torch.uint8)
+        self.bits = bits
         self.packed = Packed(values, torch.zeros(rows, groups, dtype=torch.float16), columns, bits, group)
+
+    def widen(self, begin: int, end: int) -> Tensor:
+        """Rows [begin, end) as float32."""
+        return self.packed.widen(begin, end)
 
     def fill(self, begin: int, rows: Tensor) -> None:
         made = quantise(rows, self.packed.bits, self.packed.group_size)

@@ -13,6 +13,7 @@ from tiny import TINY, make_tiny
 from mirada.cli import doctor_model
 from mirada.engine import memory, place
 from mirada.engine.place import Room
+from mirada.models.load import load_model, save_model
 
 CPU = torch.device("cpu")
 NAMES = ["config", "weights", "tokenizer", "special ids", "template", "preprocessor", "memory", "text prompt", "picture prompt"]
@@ -129,3 +130,24 @@ def test_wrong_usage(mirada):
     done = mirada("doctor", "--verify")
     assert done.code == 2 and "--model" in done.err
     assert mirada("doctor", "--model", "nothing").code == 1
+
+
+def test_the_errors_of_rounding_worst_first(mirada, tiny, copy):
+    model = load_model(copy)
+    with torch.no_grad():
+        model.decoder.layers[1].mlp.down.weight[:, ::32] *= 1000
+    save_model(model, copy)
+    done = mirada("doctor", "--model", copy, "--quant", "int4:64", "--json")
+    found = json.loads(done.out)["matrices"]
+    assert done.code == 0 and found[0]["name"] == "model.layers.1.mlp.down_proj.weight"
+    assert [row["kept_exact"] for row in found] == [True] + [False] * (len(found) - 1)
+    assert {row["bits"]: row["most"] for row in found} == {4: 0.25, 8: 0.05}
+    shown = mirada("doctor", "--model", copy, "--quant", "int4:64").out
+    assert "stays exact" in shown and "1 of them stay exact" in shown
+    assert "None of them has to" in mirada("doctor", "--model", tiny, "--quant", "int8").out
+    for options in (
+        ["--quant", "int4"],
+        ["--model", copy, "--quant", "exact"],
+        ["--model", copy, "--quant", "int8", "--verify"],
+    ):
+        assert mirada("doctor", *options).code == 2

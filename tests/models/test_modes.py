@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 
 import pytest
 import torch
 from tiny import TINY, make_tiny, pack
 
-from mirada.adapt.mode import parse
+from mirada.adapt.mode import parse, quantise
 from mirada.errors import NotAvailable, TensorError
 from mirada.layers.kernels import library as compiled
+from mirada.layers.kernels.matrix import Format
 from mirada.layers.linear import MatrixLinear, MatrixStack
-from mirada.models import formed, precision, shards
+from mirada.models import formed, precision, rounding, shards
+from mirada.models.family import family_of
 from mirada.models.load import load_model, save_model
 from mirada.types import Prompt
 
@@ -173,6 +177,77 @@ def test_a_disk_that_takes_nothing_is_said(one, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(formed, "FROM_BYTES", 0)
     load_model(one, mode=parse("int8"))
     assert "could not be kept" in caplog.text
+
+
+def plant(folder, *parts: str) -> list[str]:
+    """Makes one column of each group of 32 a thousand times as large in the matrices whose names hold ``parts``."""
+    model = load_model(folder)
+    layout = family_of(json.loads((folder / "config.json").read_text())).layout(model.config)
+    names = []
+    with torch.no_grad():
+        for name, view in layout.read(dict(model.named_parameters())):
+            if any(part in name for part in parts):
+                view.view(-1, view.shape[-1])[:, ::32] *= 1000
+                names.append(name)
+    save_model(model.to(torch.bfloat16), folder)
+    return names
+
+
+@pytest.mark.parametrize("compiled_kernels", [pytest.param(True, marks=needs_library), False])
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_what_rounding_would_spoil_stays_exact_and_is_named(checkpoint, tmp_path, quant, compiled_kernels, request, caplog):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    moe = "experts.1.down_proj" if "moe" in checkpoint.name.lower() or "kimi" in checkpoint.name else "layers.1.mlp.down_proj"
+    planted = plant(folder, "layers.0.self_attn.o_proj", moe)
+    assert len(planted) >= 2
+    if not compiled_kernels:
+        request.getfixturevalue("no_library")
+    reference, model = load_model(folder), load_model(folder, mode=parse(quant))
+    assert sorted(rounding.exact(model)) == sorted(planted)
+    assert (
+        all(name in caplog.text for name in planted) and f"{len(planted)} of {len(rounding.of(model))} matrices" in caplog.text
+    )
+    for name, one in rounding.of(model).items():
+        assert one.error > 0.5 if name in planted else one.error < rounding.MOST[one.bits] / 2, name
+    wide, kept = dict(reference.named_parameters()), dict(model.named_modules())
+    out = next(name for name in wide if name.startswith("decoder.layers.0.") and name.endswith("out.weight"))
+    assert torch.equal(kept[out.removesuffix(".weight")].weight.float(), wide[out])
+    fine = load_model(checkpoint, mode=parse(quant))
+    assert not rounding.exact(fine) and "stay exact" not in caplog.text.split(planted[-1])[-1]
+
+
+@needs_library
+def test_a_matrix_that_stayed_exact_is_so_the_second_time(tmp_path, cache, caplog):
+    one = make_tiny(tmp_path / "tied", "qwen2_vl", tie_word_embeddings=True)
+    planted = plant(one, "layers.0.mlp.gate_proj", "embed_tokens")
+    first = load_model(one, mode=parse("int4"))
+    gate = next(name for name in planted if "gate_proj" in name)
+    assert set(rounding.exact(first)) == {gate, "lm_head.weight"}
+    caplog.clear()
+    second = load_model(one, mode=parse("int4"))
+    assert rounding.of(second) == rounding.of(first) and "stay exact" in caplog.text
+    assert second.decoder.layers[0].mlp.gate_up.matrix.format == second.lm_head.matrix.format == Format.BF16
+    assert torch.equal(logits(second), logits(first))
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_the_error_is_that_of_a_product_with_equal_inputs():
+    """Against its definition, by drawing inputs; and outliers do not hide what they do to the rest."""
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 256, generator=random)
+    weight[:, ::32] *= 50
+    x = torch.randn(4000, 256, generator=random) / weight.norm(dim=0)  # each column gives the product as much
+    for bits, group in ((8, 32), (4, 32)):
+        made = quantise(weight, bits, group).widen()
+        measure = rounding.Measure(bits, 256)
+        for begin in range(0, 64, 24):
+            measure.add(weight[begin : begin + 24], made[begin : begin + 24].clone())
+        lost, whole = x @ (made - weight).T, x @ weight.T
+        assert measure.result().error == pytest.approx(float(lost.norm() / whole.norm()), rel=0.1)
+        assert measure.result().error > 3 * float((made - weight).norm() / weight.norm())
+    zeros = rounding.Measure(4, 8)
+    zeros.add(torch.zeros(3, 8), torch.zeros(3, 8))
+    assert zeros.result() == rounding.Rounding(4, 0.0)
 
 
 def test_what_cannot_be_done(one):
