@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from worker import Stage, serve
 from mirada import VLM, Image, Message, Output, Sampling, Text
 from mirada.types import Prompt
 
+LATER = 0.1
+"""Seconds after others came at which a question is asked."""
 MODES: dict[str, dict[str, Any]] = {
     "fp32": {"dtype": "float32"},
     "exact": {"quant": "exact"},
@@ -91,6 +94,26 @@ class Side:
         counts = [checked(output, new).usage.prompt_tokens for output in outputs]
         return stage.spent | {"prompt": sum(counts), "tokens": new * len(outputs)}
 
+    def beside(self, load: list[dict[str, Any]], question: str, new: int, steps: int) -> dict[str, Any]:
+        """Gaps between the tokens of one request while ``load`` comes and is answered (nothing: ``steps`` tokens long), and the
+        first token of a question that comes after it; all by the clock and of processor."""
+        reader = Reader(self.vlm.submit([Message("user", "Tell me a long story.")], sampling(new)))
+        reader.wait(4)
+        began, stage = now(), Stage()
+        handles = [self.vlm.submit(asked(request), sampling(1)) for request in load]
+        time.sleep(LATER)
+        asking = Stage()
+        first = self.vlm.submit([Message("user", question)], sampling(1))
+        next(iter(first))
+        asking.mark("first")
+        for handle in handles:
+            checked(handle.result(), 1)
+        if not load:
+            reader.wait(4 + steps)
+        stage.mark("all")
+        gaps = reader.close(began)
+        return asking.spent | stage.spent | {"gaps": gaps}
+
     def score(self, samples: int) -> dict[str, float]:
         """Held-out figures of the recipe's tasks, by the name of the task."""
         sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
@@ -103,6 +126,51 @@ class Side:
         """Bytes per second that all threads read from memory: the best of two ways and seven tries."""
         big, one = torch.ones(1 << 13, 1 << 13), torch.ones(1 << 13)
         return big.numel() * 4 / min(min(seconds(big.sum), seconds(lambda: big @ one)) for _ in range(7))
+
+
+class Reader:
+    """Reads a reply in a thread of its own, and notes when each token came."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle, self._came = handle, [now()]
+        self._news = threading.Condition()
+        self._ended = False
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        for delta in self._handle:
+            with self._news:
+                self._came += [now()] * bool(delta.tokens)
+                self._news.notify_all()
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
+
+    def wait(self, count: int) -> None:
+        """Until ``count`` tokens more have come; RuntimeError if it ends before."""
+        with self._news:
+            least = len(self._came) + count
+            self._news.wait_for(lambda: len(self._came) >= least or self._ended)
+            if self._ended:
+                raise RuntimeError("the reply ended before all was measured; make it longer")
+
+    def close(self, since: tuple[float, float]) -> list[tuple[float, float]]:
+        """End the reply with its next token; the gaps since then, the one under way at that time included."""
+        self.wait(1)
+        self._handle.cancel()
+        self._thread.join()
+        return [(b[0] - a[0], b[1] - a[1]) for a, b in zip(self._came, self._came[1:], strict=False) if b[0] > since[0]]
+
+
+def now() -> tuple[float, float]:
+    """Seconds by the clock, and of processor time of the whole process."""
+    return time.perf_counter(), time.process_time()
+
+
+def asked(request: dict[str, Any]) -> Any:
+    """What a request asks: ids as they are, or a chat."""
+    return Prompt(tuple(request["ids"])) if "ids" in request else chat(request)
 
 
 def seconds(work: Any) -> float:
@@ -143,5 +211,5 @@ def resident() -> float:
 
 if __name__ == "__main__":
     side = Side()
-    names = ("load", "run", "logits", "ask", "ask_all", "batch", "score", "bandwidth")
+    names = ("load", "run", "logits", "ask", "ask_all", "batch", "beside", "score", "bandwidth")
     serve({name: getattr(side, name) for name in names})

@@ -36,6 +36,17 @@ def harness(monkeypatch):
     [
         ("cpu_decode", ["tiny fp32 : itself fp32 decode", "tiny fp32 : itself fp32 prefill", "tiny fp32 : itself fp32 error"]),
         ("cpu_image", ["first token, 112x112", "ten questions, 112x112"]),
+        (
+            "mixed_latency",
+            [
+                "mini: alone",
+                "mini: 112x112",
+                "mini: 300 tokens",
+                "Qwen2-VL's widths: alone",
+                "Qwen2-VL's widths: 112x112",
+                "Qwen2-VL's widths: 300 tokens",
+            ],
+        ),
         ("throughput", ["mini : one by one", "same sizes : itself, one by one"]),
     ],
 )
