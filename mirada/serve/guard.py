@@ -103,8 +103,7 @@ class Guard:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = _headers(scope)
-        wanted = headers.get("x-request-id", "")
-        ticket = scope["mirada.ticket"] = Ticket(wanted if _ID.fullmatch(wanted) else f"req_{secrets.token_hex(12)}")
+        ticket = _ticket(scope, headers)
         counted = scope["method"] == "POST" and scope["path"].startswith("/v1/")
         sending = _Sending(send, ticket)
         entered = False
@@ -142,7 +141,7 @@ class Guard:
         self.metrics.requests.labels(path=_route(scope), status=str(ticket.status)).inc()
         client = scope.get("client") or (None,)
         log.event(
-            "request", id=ticket.id, method=scope["method"], path=scope["path"][:200], status=ticket.status,
+            "request", id=ticket.id, method=scope.get("method", "GET"), path=scope["path"][:200], status=ticket.status,
             seconds=round(seconds, 4), client=client[0], **ticket.facts,
         )  # fmt: skip
 
@@ -150,10 +149,7 @@ class Guard:
         """Raises HttpError for who or what may not come in."""
         self._check_caller(scope, headers)
         if self.gate.draining and scope["path"] not in ("/health", "/ready", "/metrics"):
-            raise HttpError(
-                503, "the server is about to stop; ask another, or later", kind="server_error", code="draining",
-                headers={"Retry-After": "5", "Connection": "close"},
-            )  # fmt: skip
+            raise stopping()
         if counted and self.gate.num_requests >= self.settings.max_requests:
             raise busy(f"{self.gate.num_requests} requests are under way", "max_requests")
 
@@ -186,27 +182,39 @@ class Guard:
         return given.hex()
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The same door for connections that stay; refused ones are answered 403 before they open."""
+        """The same door for connections that stay; those that may not come in are answered before they open."""
         headers = _headers(scope)
         if "authorization" not in headers and (key := key_of(headers.get("sec-websocket-protocol", ""))):
             headers["authorization"] = f"Bearer {key}"
+        ticket = _ticket(scope, headers)
+        sending = _Sending(send, ticket)
         try:
             self._admit(scope, headers, counted=False)
-        except HttpError:
+            await self.app(scope, receive, sending)
+        except Exception as error:
+            if not isinstance(error, HttpError):
+                log.event("defect", logging.ERROR, error, id=ticket.id, path=scope["path"])
+            if ticket.status:  # it is open
+                with contextlib.suppress(OSError, RuntimeError):
+                    await send({"type": "websocket.close", "code": 1011})
+                return
             await receive()
-            await send({"type": "websocket.close", "code": 1008})
-            return
-        await self.app(scope, receive, send)
+            await error_reply(error)(scope, receive, sending)
+        finally:
+            self._note(scope, ticket)
 
 
 class _Sending:
-    """``send``, with the headers of every reply, and its status kept."""
+    """``send``, with the headers of every reply, and its status kept (101: a WebSocket was opened)."""
 
     def __init__(self, send: Send, ticket: Ticket) -> None:
         self._send, self._ticket = send, ticket
 
     async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
+        if message["type"] == "websocket.accept":
+            self._ticket.status = 101
+            message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", self._ticket.id.encode())]}
+        elif message["type"].endswith("http.response.start"):
             self._ticket.status = message["status"]
             have = {name.lower() for name, _ in message["headers"]}
             more = [(name.encode(), value.encode()) for name, value in HEADERS.items() if name.encode() not in have]
@@ -223,6 +231,14 @@ def key_of(protocols: str) -> str:
             with contextlib.suppress(binascii.Error, ValueError):
                 return base64.urlsafe_b64decode(coded + "=" * (-len(coded) % 4)).decode("ascii")
     return ""
+
+
+def stopping() -> HttpError:
+    """503 for who comes after the server was told to stop."""
+    return HttpError(
+        503, "the server is about to stop; ask another, or later", kind="server_error", code="draining",
+        headers={"Retry-After": "5", "Connection": "close"},
+    )  # fmt: skip
 
 
 def busy(problem: str, knob: str) -> HttpError:
@@ -302,6 +318,12 @@ def _route(scope: Scope) -> str:
     routes = scope["app"].routes if "app" in scope else ()
     found = next((one for one in routes if hasattr(one, "path") and one.matches(scope)[0] is not Match.NONE), None)
     return "other" if found is None else found.path
+
+
+def _ticket(scope: Scope, headers: dict[str, str]) -> Ticket:
+    wanted = headers.get("x-request-id", "")
+    made = scope["mirada.ticket"] = Ticket(wanted if _ID.fullmatch(wanted) else f"req_{secrets.token_hex(12)}")
+    return made
 
 
 def _headers(scope: Scope) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from mirada.serve import log
 from mirada.serve.errors import HttpError, error_reply
@@ -25,21 +26,65 @@ def timed(settings: ServeSettings) -> type[H11Protocol]:
     return type("Timed", (_Timed,), {"settings": settings})
 
 
+def timed_socket(settings: ServeSettings) -> type[WebSocketsSansIOProtocol]:
+    """The same for WebSockets."""
+    return type("TimedSocket", (_TimedSocket,), {"settings": settings})
+
+
 LEAST_TAKEN = 64 << 10
 """Bytes that a client must take in ``send_seconds``, if so many wait for it."""
 
 
-class _Timed(H11Protocol):
-    """Between two requests, and before the first, the head of the next must be whole within ``header_seconds``. Of what is sent
-    some must be taken in every ``send_seconds``, from the moment when no more fits. Of too many connections the one goes that
-    has kept its request waiting longest."""
+class _Taking:
+    """Of what is sent some must be taken in every ``send_seconds``, from the moment when no more fits. For protocols of uvicorn
+    to be mixed with."""
 
     settings: ServeSettings
+    loop: asyncio.AbstractEventLoop
+    transport: Any
+    client: Any
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
-        self._head, self._taking = _Clock(self.loop, self._late), _Clock(self.loop, self._check_taken)
-        self._untaken = 0
+        self._taking, self._untaken = _Clock(self.loop, self._check_taken), 0
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._taking.stop()
+        super().connection_lost(exc)  # type: ignore[misc]
+
+    def pause_writing(self) -> None:
+        super().pause_writing()  # type: ignore[misc]
+        self._watch_taking()
+
+    def resume_writing(self) -> None:
+        self._taking.stop()
+        super().resume_writing()  # type: ignore[misc]
+
+    def _watch_taking(self) -> None:
+        self._untaken = self.transport.get_write_buffer_size()
+        self._taking.start(self.settings.send_seconds)
+
+    def _check_taken(self) -> None:
+        """Closing would wait without bound for a client that does not take what is sent to it."""
+        left = self.transport.get_write_buffer_size()
+        if left and left > self._untaken - LEAST_TAKEN:
+            log.event("client_does_not_read", client=self.client and self.client[0])
+            self.transport.abort()
+        elif left:
+            self._watch_taking()
+
+
+class _TimedSocket(_Taking, WebSocketsSansIOProtocol):
+    pass
+
+
+class _Timed(_Taking, H11Protocol):
+    """Between two requests, and before the first, the head of the next must be whole within ``header_seconds``. Of too many
+    connections the one goes that has kept its request waiting longest."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._head = _Clock(self.loop, self._late)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -49,7 +94,6 @@ class _Timed(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head.stop()
-        self._taking.stop()
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
@@ -66,14 +110,6 @@ class _Timed(H11Protocol):
         super().on_response_complete()
         if self.cycle.response_complete:  # else the next request was there already
             self._head.start(self.settings.header_seconds)
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._watch_taking()
-
-    def resume_writing(self) -> None:
-        self._taking.stop()
-        super().resume_writing()
 
     @property
     def waits_since(self) -> float | None:
@@ -112,19 +148,6 @@ class _Timed(H11Protocol):
             h11.Data(data=bytes(said.body)),
         ):
             self.transport.write(self.conn.send(event) or b"")
-
-    def _watch_taking(self) -> None:
-        self._untaken = self.transport.get_write_buffer_size()
-        self._taking.start(self.settings.send_seconds)
-
-    def _check_taken(self) -> None:
-        """Closing would wait without bound for a client that does not take what is sent to it."""
-        left = self.transport.get_write_buffer_size()
-        if left and left > self._untaken - LEAST_TAKEN:
-            log.event("client_does_not_read", client=self.client and self.client[0])
-            self.transport.abort()
-        elif left:
-            self._watch_taking()
 
 
 class _Clock:

@@ -18,17 +18,19 @@ from mirada.errors import SettingsError
 from mirada.serve import log
 from mirada.serve.app import create_app
 from mirada.serve.guard import Gate
-from mirada.serve.protocol import timed
+from mirada.serve.protocol import timed, timed_socket
 from mirada.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
     from mirada.engine.llm import VLM
 
+WATCH_SECONDS = 2.0
+"""Between two looks at the engines."""
 IDLE_SECONDS = 5
 """That a connection is kept open between two requests."""
 
 WS_MESSAGE_BYTES = 2 << 20
-"""Largest message of a live connection: a frame is smaller."""
+"""Largest message of a live connection, unless a frame may be larger."""
 
 
 def listen(settings: ServeSettings) -> socket.socket:
@@ -87,13 +89,14 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=IDLE_SECONDS,
             timeout_graceful_shutdown=5, lifespan="off", http=timed(settings),
-            ws="websockets-sansio", ws_max_size=WS_MESSAGE_BYTES,
+            ws=timed_socket(settings), ws_max_size=max(WS_MESSAGE_BYTES, settings.live.frame_bytes + 1024),
             h11_max_incomplete_event_size=64 * 1024,
         )  # fmt: skip
         super().__init__(config)
         self._gate: Gate = app.state.gate
         self._settings, self._ready, self._sock = settings, ready, sock
         self._drain: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -101,6 +104,7 @@ class Server(uvicorn.Server):
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self.stop)
+        self._watching = loop.create_task(self._watch())
         log.event("started", address=address(self._sock))
         if self._ready is not None:
             self._ready(address(self._sock))
@@ -118,6 +122,12 @@ class Server(uvicorn.Server):
         log.event("draining", under_way=self._gate.num_requests)
         self._drain = asyncio.get_running_loop().create_task(self._drained())
 
+    async def _watch(self) -> None:
+        """The log says when an engine can no longer answer; ``/ready`` says so to those who ask."""
+        while True:
+            self.config.app.state.watch.look()  # type: ignore[union-attr]
+            await asyncio.sleep(WATCH_SECONDS)
+
     async def _drained(self) -> None:
         try:
             async with asyncio.timeout(self._settings.drain_seconds):
@@ -127,5 +137,7 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
         await super().shutdown(sockets)
         log.event("stopped", under_way=self._gate.num_requests)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from mirada.config import env
 from mirada.errors import SettingsError
+from mirada.serve.window import LiveLimits
 from mirada.types import Thinking
 
 MB = 1 << 20
@@ -60,6 +61,8 @@ class ServeSettings:
     """After which a step of an engine that does not end counts as hanging, and ``/ready`` says no."""
     drain_seconds: float = 120.0
     """How long requests under way may take to end once the server was told to stop."""
+    live: LiveLimits = field(default_factory=LiveLimits)
+    """Bounds of the connections of ``/v1/live``."""
 
     def __post_init__(self) -> None:
         for name in (
