@@ -14,6 +14,7 @@ from mirada.adapt.mode import parse as parse_mode
 from mirada.engine import inputs, memory
 from mirada.engine import sleep as sleeping
 from mirada.engine.adapters import Adapters
+from mirada.engine.counts import add, is_moment
 from mirada.engine.graphs import Graphs, pool_bytes
 from mirada.engine.guide import Guide
 from mirada.engine.handle import EngineHandle
@@ -294,8 +295,8 @@ class VLM:
         """Of what goes when it sleeps."""
         features, prefix, now = self._features, self._prefix, self._engine.stats()
         if features is None or prefix is None or not now:
-            return {name: 0 if sleeping.is_moment(name) else value for name, value in self._earlier.items()}
-        return sleeping.add(self._earlier, now | {
+            return {name: 0 if is_moment(name) else value for name, value in self._earlier.items()}
+        return add(self._earlier, now | {
             "encoder_cache_hits": features.entries.hits,
             "encoder_cache_misses": features.entries.misses,
             "encoder_cache_bytes": features.entries.bytes_held,

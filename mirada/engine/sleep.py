@@ -64,13 +64,3 @@ def give_back() -> None:
     memory.trim()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-
-
-def add(earlier: dict[str, int], now: dict[str, int]) -> dict[str, int]:
-    """Counts since the start, of what an engine counted before it slept and what it has counted since."""
-    return {name: value if is_moment(name) else value + earlier.get(name, 0) for name, value in now.items()}
-
-
-def is_moment(name: str) -> bool:
-    """Whether an entry of ``VLM.stats()`` says what is now: it goes up and down, while others only count up."""
-    return name in ("running", "waiting", "preparing", "workers", "asleep") or name.endswith("_bytes")

@@ -231,6 +231,7 @@ _STATUS: tuple[tuple[type[MiradaError], int, str], ...] = (
     (errors.ContextOverflow, 400, "invalid_request_error"),
     (errors.QueueFull, 429, "rate_limit_error"),
     (errors.OutOfMemory, 503, "server_error"),
+    (errors.EngineAsleep, 503, "server_error"),
     (errors.RemoteError, 502, "server_error"),
     (errors.ReplyTimeout, 504, "server_error"),
     (errors.NotAvailable, 501, "server_error"),

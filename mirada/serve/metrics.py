@@ -16,8 +16,6 @@ from mirada.types import Output
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-_NOW = ("running", "waiting", "preparing", "workers", "matrices_kept_exact")
-"""Of ``VLM.stats()``: what goes up and down, beside everything in bytes; the rest only counts up."""
 RATE_SECONDS = 10.0
 """Over which tokens per second are told."""
 

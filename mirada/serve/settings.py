@@ -59,6 +59,8 @@ class ServeSettings:
     """In which a client must take what is sent to it; then it counts as gone."""
     stall_seconds: float = 300.0
     """After which a step of an engine that does not end counts as hanging, and ``/ready`` says no."""
+    sleep: bool = False
+    """Whether ``/sleep`` and ``/wake_up`` are there; they need an API key."""
     drain_seconds: float = 120.0
     """How long requests under way may take to end once the server was told to stop."""
     live: LiveLimits = field(default_factory=LiveLimits)

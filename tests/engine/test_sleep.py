@@ -18,6 +18,7 @@ from tiny_adapters import make_adapter
 
 from mirada import VLM, Image, Message, Sampling, Text
 from mirada.engine import sleep as sleeping
+from mirada.engine.counts import is_moment
 from mirada.errors import CheckpointError, EngineAsleep, NotAvailable, ReplyTimeout, SettingsError
 from mirada.media import prepare as media_prepare
 
@@ -73,7 +74,7 @@ def test_requests_meanwhile_are_refused_and_counts_go_on(vlm, level):
     assert before["asleep"] == vlm.asleep == 0 and before["steps"] and before["encoded_patches"]
     vlm.sleep(level)
     vlm.sleep(1)  # at a level that it sleeps at, nothing happens
-    moments = {name for name in before if sleeping.is_moment(name)}
+    moments = {name for name in before if is_moment(name)}
     assert vlm.stats() == before | dict.fromkeys(moments, 0) | {"asleep": level}
     for chat in (HI, SEEN):
         error = vlm.submit(chat, SHORT).result(5).error
