@@ -28,7 +28,7 @@ from mirada.engine.sequence import Sequence
 from mirada.engine.settings import EngineSettings
 from mirada.engine.step import Engine
 from mirada.engine.structure import Structures, ToolChoice, check_choice, counted
-from mirada.engine.thread import EngineThread
+from mirada.engine.thread import EngineThread, State
 from mirada.engine.vision import EncoderCache
 from mirada.errors import MessageError, MiradaError, NotAvailable, ReplyTimeout, SettingsError
 from mirada.layers.cache import make_cache
@@ -184,6 +184,11 @@ class VLM:
     def asleep(self) -> int:
         """0: awake. Else the level at which it was put to sleep."""
         return self._asleep
+
+    def state(self, stall_seconds: float = 300.0) -> State:
+        """``ready``, or why requests that come now would have no answer: ``asleep``, ``stalled`` (a step has taken longer than
+        ``stall_seconds``), ``died`` (the engine's thread) or ``closed``. Any thread may ask, and nobody is waited for."""
+        return self._engine.state(stall_seconds)
 
     def sleep(self, level: int = 1, timeout: float | None = None) -> None:
         """Give back memory until ``wake``: at level 1 keys and values, all caches and media workers, and what a GPU holds of

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import threading
 import time
 import weakref
 from collections import deque
+from typing import Literal
 
 import torch
 
@@ -17,6 +19,8 @@ from mirada.engine.sleep import asleep
 from mirada.engine.step import Engine
 from mirada.errors import MiradaError, NotAvailable, QueueFull, RequestFailed
 
+State = Literal["ready", "asleep", "stalled", "died", "closed"]
+_log = logging.getLogger(__name__)
 PATIENCE = 30.0
 """Seconds that a step under way may take to end when the interpreter exits."""
 TRIM = 10.0
@@ -66,6 +70,11 @@ class EngineThread:
         """Put ``engine`` in the place of the one that is there; None: none, until the next. While it refuses and is idle."""
         self._line.replace(engine)
 
+    def state(self, stall_seconds: float) -> State:
+        """Whether requests that come now would be answered; ``stalled``: the step under way takes longer than
+        ``stall_seconds``. It waits for nobody."""
+        return self._line.state(stall_seconds)
+
     def close(self) -> None:
         """End all requests with RequestFailed, and the thread. Waits for the step under way."""
         self._line.stop()
@@ -89,8 +98,20 @@ class _Line:
         lock = threading.RLock()
         self._news, self._resting = threading.Condition(lock), threading.Condition(lock)
         self._thread: threading.Thread | None = None
-        self._busy = self._stopped = False
+        self._busy = self._stopped = self._died = False
         self._announced = 0
+        self._step_began: float | None = None
+        """Of the step under way, by time.monotonic."""
+
+    def state(self, stall_seconds: float) -> State:
+        thread, began = self._thread, self._step_began
+        if self._stopped:
+            return "closed"
+        if self._died or (thread is not None and not self._forked() and not thread.is_alive()):
+            return "died"
+        if self.refusing:
+            return "asleep"
+        return "stalled" if began is not None and time.monotonic() - began > stall_seconds else "ready"
 
     @property
     def num_waiting(self) -> int:
@@ -151,6 +172,8 @@ class _Line:
     def _refusal(self, announced: bool = False) -> MiradaError | None:
         if self._stopped:
             return RequestFailed("the engine is closed", "open the model again")
+        if self._died:
+            return RequestFailed("the engine's thread has died, and its log says of what", "open the model again")
         if self.refusing and not announced:
             return asleep()
         if self.num_waiting >= self.most:
@@ -193,6 +216,14 @@ class _Line:
             return self._resting.wait_for(lambda: not self._busy and not self._fresh and not self._announced, timeout)
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # outside of every step: those who wait would wait for ever
+            self._died = True
+            _log.critical("the thread of an engine died", exc_info=error)
+        self._end()
+
+    def _work(self) -> None:
         trimmed, worked = time.monotonic(), False
         with torch.inference_mode():
             while self._take(QUIET if worked else None):
@@ -202,14 +233,16 @@ class _Line:
                 if not worked or time.monotonic() - trimmed > TRIM:
                     memory.trim()
                     trimmed = time.monotonic()
-        self._end()
 
     def _step(self) -> None:
         assert self.engine is not None
+        self._step_began = time.monotonic()
         try:
             self.engine.step()
         except BaseException as error:  # there is nobody above to tell; the requests are told
             self.engine.fail(error)
+        finally:
+            self._step_began = None
 
     def _take(self, patience: float | None) -> bool:
         """Wait for something to do, for ``patience`` seconds at most, and move new requests into the engine's line; False when
@@ -222,15 +255,25 @@ class _Line:
                     return not self._stopped
             self._busy = True
             while self._fresh and self.engine is not None:
-                self.engine.scheduler.enter(self._fresh.popleft())
+                self.engine.scheduler.enter(self._fresh[0])
+                self._fresh.popleft()  # now it is known there: should that fail, it is not lost
             return not self._stopped
 
     def _end(self) -> None:
-        if self.engine is not None:
-            self.engine.close(RequestFailed("the engine was closed", "open the model again"))
-        with self._news:
-            self._busy = False
-            self._resting.notify_all()
+        how = "the thread of the engine died" if self._died else "the engine was closed"
+        error = RequestFailed(how, "open the model again")
+        try:
+            with self._news:  # whoever comes later is refused
+                left = [self._fresh.popleft() for _ in range(len(self._fresh))]
+            for sequence in left:
+                if not sequence.done:
+                    sequence.fail(error)
+            if self.engine is not None:
+                self.engine.close(error)
+        finally:
+            with self._news:
+                self._busy = False
+                self._resting.notify_all()
 
 
 _RUNNING: weakref.WeakSet[_Line] = weakref.WeakSet()

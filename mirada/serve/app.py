@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from starlette.responses import Response
 
 import mirada
 from mirada.errors import MiradaError, SettingsError
-from mirada.serve import chat, openai, responses, schema
+from mirada.serve import chat, log, openai, responses, schema
 from mirada.serve.errors import HttpError, error_reply, reply
 from mirada.serve.guard import Gate, Guard, aside, read_body
 from mirada.serve.live import mount_live
@@ -36,6 +37,7 @@ def create_app(models: Mapping[str, VLM], settings: ServeSettings | None = None)
     metrics.under_way.set_function(lambda: gate.num_requests)
     app = FastAPI(title="Mirada", version=mirada.__version__, docs_url=None, redoc_url=None)
     app.state.gate = gate
+    app.state.watch = _Watch(models, settings.stall_seconds)
     app.add_middleware(Guard, settings=settings, gate=gate, metrics=metrics)
     for kind in (HttpError, MiradaError):
         app.add_exception_handler(kind, _on_error)
@@ -62,6 +64,22 @@ def check_models(models: Mapping[str, VLM], settings: ServeSettings) -> None:
         modes = dict(vlm.parts.renderer.format.thinking_suffix)
         if settings.thinking is not None and settings.thinking not in modes:
             raise SettingsError(f"{name} has no thinking mode {settings.thinking!r}", f"use {' or '.join(modes)}")
+
+
+class _Watch:
+    """Logs when the engine of a model can no longer answer, and when it can again."""
+
+    def __init__(self, models: Mapping[str, VLM], stall_seconds: float) -> None:
+        self._models, self._seconds = models, stall_seconds
+        self._last = dict.fromkeys(models, "ready")
+
+    def look(self) -> None:
+        for name, vlm in self._models.items():
+            state = vlm.state(self._seconds)
+            if state != self._last[name]:
+                level = logging.ERROR if state in ("died", "stalled") else logging.INFO
+                log.event("engine", level, model=name, state=state)
+            self._last[name] = state
 
 
 def _add_answer_routes(app: FastAPI, desk: chat.Desk) -> None:
@@ -106,9 +124,13 @@ def _add_state_routes(app: FastAPI, desk: chat.Desk) -> None:
 
     @app.get("/ready", response_model=None)
     async def ready() -> Response:
-        """Whether requests are taken: 503 once the server was told to stop."""
-        draining = desk.gate.draining
-        return reply({"status": "draining" if draining else "ready"}, 503 if draining else 200)
+        """Whether requests that come now would be answered: 503 once the server was told to stop, while the engine of a model
+        hangs in a step or has died, and while all models sleep. It names none of them, for it needs no key."""
+        states = set(desk.states.values())
+        broken = next((state for state in ("died", "closed", "stalled") if state in states), None)
+        status = broken or ("asleep" if states == {"asleep"} else "ready")
+        status = "draining" if desk.gate.draining else status
+        return reply({"status": status}, 200 if status == "ready" else 503)
 
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:

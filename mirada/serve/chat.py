@@ -45,6 +45,11 @@ class Desk:
         """What requests may name as their model: the models, then their adapters."""
         return tuple(dict.fromkeys((*self.models, *(name for vlm in self.models.values() for name in vlm.adapters))))
 
+    @property
+    def states(self) -> dict[str, str]:
+        """Model -> whether its engine answers (``VLM.state``)."""
+        return {name: vlm.state(self.settings.stall_seconds) for name, vlm in self.models.items()}
+
     def find(self, name: str) -> tuple[str, str | None]:
         """The model behind one of ``names``, and the adapter if it is one. A model's name goes before an adapter's."""
         if name in self.models:

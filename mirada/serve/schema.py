@@ -430,10 +430,11 @@ def _reading(name: str, said: str, content: Schema, statuses: Sequence[int], gua
 
 
 def _ready() -> Schema:
-    states = {"200": "ready", "503": "draining"}
-    made = _reading("ready", "Whether requests are taken.", {}, (403,), [])
+    states = {"200": ("ready",), "503": ("draining", "asleep", "stalled", "died", "closed")}
+    made = _reading("ready", "Whether requests that come now would be answered.", {}, (403,), [])
     for status, state in states.items():
-        made["responses"][status] = {"description": state, "content": _json(told({"status": one_of(state)})), "headers": _ID}
+        told_so = _json(told({"status": one_of(*state)}))
+        made["responses"][status] = {"description": ", ".join(state), "content": told_so, "headers": _ID}
     return made
 
 

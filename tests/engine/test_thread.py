@@ -35,6 +35,13 @@ def another(tiny: VLM, **settings) -> VLM:
     return VLM.from_parts(tiny.parts.model, tiny.parts.renderer, tiny.parts.rule, engine=settings)
 
 
+def until(what, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.01)
+
+
 @pytest.fixture
 def held(monkeypatch):
     """Stops the steps of an engine until it is told to go on."""
@@ -55,6 +62,37 @@ def held(monkeypatch):
     yield hold
     for gate in gates:
         gate.set()
+
+
+def test_a_thread_that_dies_outside_of_a_step_tells_all_who_wait(tiny, held, caplog, monkeypatch):
+    vlm = another(tiny)
+    assert vlm.state() == "ready"  # before it has a thread too
+    gate, scheduler = held(vlm), vlm._engine.engine.scheduler
+    running = vlm.submit(HI, ENDLESS)
+    until(lambda: vlm._engine.line._step_began is not None)
+    monkeypatch.setattr(scheduler, "enter", lambda sequence: 1 / 0)
+    waiting = vlm.submit(HI, SHORT)
+    gate.set()
+    for handle in (running, waiting):
+        error = handle.result(20).error
+        assert isinstance(error, RequestFailed) and "died" in str(error)
+    until(lambda: vlm.state() == "died")
+    assert "died" in str(vlm.submit(HI, SHORT).result(20).error)
+    assert "ZeroDivisionError" in caplog.text
+    vlm.close()
+    assert vlm.state() == "closed"
+
+
+def test_a_step_that_hangs_is_seen(tiny, held):
+    vlm = another(tiny)
+    gate = held(vlm)
+    handle = vlm.submit(HI, SHORT)
+    until(lambda: vlm.state(0.05) == "stalled")
+    assert vlm.state(60) == "ready"
+    gate.set()
+    assert handle.result(20).error is None
+    until(lambda: vlm.state(0.05) == "ready")
+    vlm.close()
 
 
 def test_a_reply_that_takes_too_long_goes_on(tiny, held):

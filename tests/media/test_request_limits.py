@@ -75,7 +75,7 @@ def test_a_small_clip_that_becomes_large(rule, workers, blind):
     pool = Pool(workers)
     try:
         with pytest.raises(ContextOverflow, match="video"):
-            prepare_many([Video(CLIP, nframes=14, min_pixels=800_000)], rule, SERVING, pool=pool, most_tokens=8000)
+            prepare_many([Video(CLIP, nframes=14, min_pixels=800_000)], rule, SERVING, pool=pool, most_tokens=6000)
     finally:
         pool.close()
 

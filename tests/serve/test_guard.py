@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import threading
+import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -18,18 +20,22 @@ from mirada.engine.sequence import Sequence
 from mirada.errors import QueueFull, RequestFailed, SettingsError
 from mirada.media.fetch import FetchLimits
 from mirada.serve import ServeSettings, create_app
+from mirada.serve.errors import HttpError
 from mirada.serve.log import Lines
+from mirada.serve.openai import read_json
 from mirada.serve.settings import find_keys
 from mirada.types import Delta, Prompt, Sampling
 
 BODY = {"model": "mini", "messages": user("hi")}
 KEY = "0123456789abcdef"
+JSON = {"Content-Type": "application/json"}
 
 
 class Scripted:
     """mini's files around an engine that never runs: ``sequences`` are what was asked, for the test to move."""
 
     adapters = ()
+    asleep = 0
     recommended_sampling = None
     limits = FetchLimits.serving()
 
@@ -37,6 +43,7 @@ class Scripted:
         self.parts = parts
         self.sequences: list[Sequence] = []
         self.error = None
+        self.now = "ready"
         self.asked = threading.Event()
 
     def submit(self, chat, sampling, **more):
@@ -46,6 +53,9 @@ class Scripted:
             sequence.fail(self.error)
         self.asked.set()
         return EngineHandle(sequence)
+
+    def state(self, stall_seconds):
+        return self.now
 
     def guide(self, sampling, **more):
         return None
@@ -83,6 +93,83 @@ def asked(model, *calls, **settings) -> list[httpx.Response]:
             return [await client.request(method, path, **options) for method, path, options in calls]
 
     return asyncio.run(run())
+
+
+def test_who_is_ready_can_answer(model, parts):
+    other = Scripted(parts)
+    app = create_app({"mini": model, "other": other}, ServeSettings())
+
+    async def told():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            replies = [await client.get(path) for path in ("/ready", "/health")]
+            return [(reply.status_code, reply.json()["status"]) for reply in replies]
+
+    for mine, others, status, said in (
+        ("ready", "ready", 200, "ready"), ("asleep", "ready", 200, "ready"), ("asleep", "asleep", 503, "asleep"),
+        ("died", "ready", 503, "died"), ("asleep", "stalled", 503, "stalled"), ("closed", "ready", 503, "closed"),
+    ):  # fmt: skip
+        model.now, other.now = mine, others
+        assert asyncio.run(told()) == [(status, said), (200, "ok")]  # the process lives all the same
+    app.state.gate.draining = True
+    assert asyncio.run(told())[0] == (503, "draining")
+
+
+def test_the_log_says_when_an_engine_dies(model, caplog):
+    app = create_app({"mini": model}, ServeSettings())
+    with caplog.at_level("INFO", logger="mirada.serve"):
+        for model.now in ("ready", "died", "died"):
+            app.state.watch.look()
+    facts = [record for record in caplog.records if record.message == "engine"]
+    assert [(record.levelname, record.facts) for record in facts] == [("ERROR", {"model": "mini", "state": "died"})]
+
+
+def test_refusals_are_counted_under_the_path_that_they_are_of(model):
+    calls = [("POST", "/v1/chat/completions", {"json": BODY}), ("GET", "/v1/models/mini", {}), ("GET", "/v1/strange", {})]
+    bearer = {"Authorization": f"Bearer {KEY}"}
+    text = asked(model, *calls, ("GET", "/metrics", {"headers": bearer}), api_keys=(KEY,))[-1].text
+    for path in ("/v1/chat/completions", "/v1/models/{name:path}", "other"):
+        assert f'mirada_requests_total{{path="{path}",status="401"}} 1.0' in text, text
+
+
+def test_a_body_of_many_values_is_refused_as_it_comes(model):
+    """Whatever it would have been: it is not even JSON, and nobody reads it to its end."""
+    many = b"[[]," * 500
+    replies = asked(
+        model,
+        *(("POST", path, {"content": many, "headers": JSON}) for path in ("/v1/chat/completions", "/v1/responses")),
+        ("POST", "/v1/chat/completions", {"content": b'{"model":"' + b"a" * 5000 + b'"}', "headers": JSON}),
+        max_body_values=999,
+    )
+    assert [reply.status_code for reply in replies] == [400, 400, 404]
+    assert replies[0].json()["error"]["code"] == "body_too_complex" and "max_body_values" in replies[0].text
+
+
+def test_values_count_against_the_bytes_of_all_bodies(model):
+    body = json.dumps({**BODY, "metadata": {str(i): "" for i in range(100)}}).encode()
+    refused = asked(model, ("POST", "/v1/chat/completions", {"content": body, "headers": JSON}), max_bodies_bytes=20_000)[0]
+    assert len(body) < 2000 and refused.status_code == 429 and "max_bodies_bytes" in refused.text
+
+
+def test_one_key_given_twice_among_very_many_is_found_soon():
+    pairs = [*((str(i), 1) for i in range(60_000)), ("59999", 2)]
+    data = b"{" + b",".join(f'"{key}":{value}'.encode() for key, value in pairs) + b"}"
+    began = time.thread_time()
+    with pytest.raises(HttpError, match="'59999' is given twice"):
+        read_json(data)
+    assert time.thread_time() - began < 2  # by comparing each with each: minutes
+
+
+def test_a_large_body_is_read_beside_the_loop(model, monkeypatch):
+    where = []
+    for name, module in (("read_json", "openai"), ("read", "chat")):
+        home = importlib.import_module(f"mirada.serve.{module}")
+        known = getattr(home, name)
+        monkeypatch.setattr(home, name, lambda *given, known=known: where.append(threading.current_thread()) or known(*given))
+    large = {**BODY, "messages": user("x" * 300_000), "model": "absent"}
+    calls = [("POST", "/v1/chat/completions", {"json": body}) for body in (large, {**BODY, "model": "absent"})]
+    assert [reply.status_code for reply in asked(model, *calls)] == [404, 404]
+    main = threading.main_thread()
+    assert [thread is main for thread in where] == [False, False, True, True]
 
 
 def test_a_key_is_needed_where_one_is_set(model):
