@@ -137,6 +137,7 @@ class VLM:
         self, parts: Parts, limits: FetchLimits | None, settings: EngineSettings, read: Callable[[], Parts] | None = None
     ) -> None:
         """``read`` gives the parts anew, where they are in files."""
+        settings = memory.fitted(settings, next(parts.model.parameters()).device)
         self.parts, self._settings, self._read = _bounded(parts, settings.max_length), settings, read
         self.limits = limits or FetchLimits()
         self._pool = Pool(settings.workers)
@@ -150,6 +151,16 @@ class VLM:
         self._earlier: dict[str, int] = {}
         self._engine = EngineThread(self._make_engine())
         self._preparing = Preparing(self._engine.line, self._pool, settings.prepared_bytes)
+        self._keep_room()
+
+    def _keep_room(self) -> None:
+        """For what the caches do not hold yet."""
+        budget, settings = self._engine.engine.scheduler.budget, self._settings
+        assert self._requests.cache is not None and self._features is not None and self._prefix is not None
+        budget.bounded(self._requests.cache, settings.pixel_cache_bytes)
+        budget.bounded(self._preparing, settings.prepared_bytes)
+        budget.bounded(self._features.entries, settings.encoder_cache_bytes)
+        budget.bounded(self._prefix, settings.prefix_cache_bytes)
 
     def _make_engine(self) -> Engine:
         """An engine around the model, with caches that are empty."""
@@ -248,6 +259,7 @@ class VLM:
                 self._offloaded.back()
             engine = self._make_engine()
             self._engine.replace(engine)
+            self._keep_room()
             self._asleep, self._offloaded = 0, None
             self._engine.refuse(False)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
+import weakref
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,12 @@ from mirada.layers.paged import Pages
 
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
+SPARE = 0.1
+"""Share of a machine's free memory that keys and values never take: for other programs, and for what is only estimated."""
+CACHES = 0.25
+"""Share of it that what the caches may still come to hold is kept free for, and to which their bounds are lowered."""
+_BOUNDS = ("prefix_cache_bytes", "encoder_cache_bytes", "pixel_cache_bytes", "prepared_bytes")
+_log = logging.getLogger(__name__)
 
 
 def available(device: torch.device) -> int:
@@ -53,13 +62,50 @@ def require(needed: int, free: int, what: str, fix: str) -> None:
         )
 
 
+def fitted(settings: EngineSettings, device: torch.device) -> EngineSettings:
+    """``settings`` with the bounds of caches lowered, all by one factor, where together they are more than ``CACHES`` of what
+    ``device`` has free now (a CPU; on a GPU what is kept lies in the pool of pages). Said in the log."""
+    asked = sum(getattr(settings, name) for name in _BOUNDS)
+    most = int(max(available(device), 0) * CACHES) if device.type == "cpu" else asked
+    if asked <= most:
+        return settings
+    made = {name: int(getattr(settings, name) * (most / asked)) for name in _BOUNDS}
+    made["prepared_bytes"] = max(1, made["prepared_bytes"])
+    _log.info(
+        "caches may take %s together instead of %s, as %s is free: %s", say(most), say(asked), say(available(device)), made
+    )
+    return replace(settings, **made)
+
+
 class Budget:
-    """Bytes that the keys and values of all sequences may take, beside what a step needs in passing."""
+    """Bytes that the keys and values of all sequences may take, beside what a step needs in passing.
+
+    On a CPU weights that are mapped from files count as taken (the system says that their pages are free), ``SPARE`` stays
+    free, and so does what ``bounded`` caches do not hold yet, as far as ``CACHES``.
+    """
 
     def __init__(self, model: Any, cache: Cache, settings: EngineSettings) -> None:
         self.config, self.cache, self.settings = model.config, cache, settings
         weight = next(model.parameters())
         self._main, self._size = weight.device, weight.dtype.itemsize
+        self._mapped: int = getattr(model, "mapped_bytes", 0)
+        self._bounded: list[tuple[weakref.ref[Any], int]] = []
+
+    def bounded(self, cache: Any, most: int) -> None:
+        """Keep room for ``cache`` (something with ``bytes_held``), which may come to hold ``most`` bytes, while it lives."""
+        self._bounded.append((weakref.ref(cache), most))
+
+    def untouched(self) -> int:
+        """Bytes that caches may take beyond what they hold."""
+        found = ((kept(), most) for kept, most in self._bounded)
+        return sum(max(0, most - cache.bytes_held) for cache, most in found if cache is not None)
+
+    def _left(self, device: torch.device, passing: int) -> int:
+        left = available(device) - passing
+        if device.type != "cpu":
+            return left
+        left -= self._mapped
+        return left - int(left * SPARE) - min(self.untouched(), int(left * CACHES)) if left > 0 else left
 
     def total(self, sequences: Iterable[Sequence]) -> int:
         """Bytes of cache that ``sequences`` may hold together now. What they hold already lies on the devices of the layers,
@@ -74,7 +120,7 @@ class Budget:
         num_layers, held, passing = self.cache.num_layers, self.cache.bytes_held, self.passing(sequences)
         found = []
         for device, own in layers.items():
-            left = available(device) - (passing if device == self._main else 0)
+            left = self._left(device, passing if device == self._main else 0)
             if own and isinstance(self.cache, Pages) and self.cache.made:
                 found.append(min(left, 0) + (self.cache.budget or 0))
             elif own:

@@ -105,6 +105,7 @@ def _in_mode(
         load_weights(model, layout, stored, scheme)
         _keep_exact(model, layout, stored, scheme)
     else:
+        model.mapped_bytes = file.stat().st_size if file is not None else 0
         kept.install(model)
         model.tie_weights()
         model.rounding = kept.rounding
@@ -137,6 +138,7 @@ def _as_it_lies(
     model: Any = build(mapping, torch.float32, "cpu", where, change)
     filed.install(model)
     model.tie_weights()
+    model.mapped_bytes = filed.nbytes
     load_weights(model, layout, stored, scheme, there=filed.names)
     precision.finish(model)
     return model

@@ -68,6 +68,11 @@ class Filed:
         self._stored, self._views, self.names = stored, Views(), set[str]()
         self._rules = {rule.parameter: rule for rule in layout.rules}
 
+    @property
+    def nbytes(self) -> int:
+        """Of all views."""
+        return sum(math.prod(one.shape) * one.torch_dtype.itemsize for one in map(self._stored.__getitem__, self.names))
+
     def make(self, name: str, format: Format, rows: int, columns: int, group: int) -> Matrix:
         """See ``Make``."""
         view = self._view(self._parts(name, rows), (rows, columns)) if format == Format.BF16 else None

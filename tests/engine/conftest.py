@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from tiny import TINY, make_tiny
+from tiny_adapters import make_adapter
 
 from mirada import VLM
+from mirada.engine import memory
 
 MODEL_TYPES = tuple(TINY)
 VIDEO_TYPES = tuple(kind for kind in TINY if kind != "kimi_vl")
@@ -21,6 +23,22 @@ def tiny_directories(tmp_path_factory):
 @pytest.fixture(scope="session")
 def engines(tiny_directories):
     return {kind: VLM(directory, device="cpu") for kind, directory in tiny_directories.items()}
+
+
+@pytest.fixture(scope="session")
+def adapter_folders(engines, tmp_path_factory):
+    """Two adapters for every model type: "one" changes everything but the router, "two" leaves the tower as it is."""
+
+    def chosen(seed: int):
+        return lambda name: "mlp.gate.weight" not in name and (seed == 0 or "visual" not in name)
+
+    return {
+        kind: {
+            name: make_adapter(tmp_path_factory.mktemp(kind) / name, engine.parts.model, seed, chosen(seed))
+            for seed, name in enumerate(("one", "two"))
+        }
+        for kind, engine in engines.items()
+    }
 
 
 @pytest.fixture(params=MODEL_TYPES)
@@ -39,6 +57,13 @@ def nothing_is_left_behind(request):
             assert scheduler.cache.bytes_held == 0
             assert not scheduler.running and not scheduler.waiting
             assert sorted(scheduler.slots) == list(range(16))
+
+
+@pytest.fixture
+def all_of_it(monkeypatch):
+    """Keys and values may take all memory that is free: nothing is kept for caches and others."""
+    monkeypatch.setattr(memory, "SPARE", 0.0)
+    monkeypatch.setattr(memory, "CACHES", 0.0)
 
 
 @pytest.fixture(scope="session")

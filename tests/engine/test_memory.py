@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import make_tiny
 
 from mirada import VLM, Message, Sampling
 from mirada.engine import load, memory, thread
+from mirada.engine.settings import EngineSettings
 from mirada.errors import OutOfMemory
+from mirada.layers.kernels import library
+from mirada.models.load import load_model, save_model
 
 CPU = torch.device("cpu")
 
@@ -83,7 +87,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(tiny_directori
         assert word in str(error)
 
 
-def test_a_request_that_does_not_fit_is_refused_and_the_next_answers(vlm, monkeypatch):
+def test_a_request_that_does_not_fit_is_refused_and_the_next_answers(vlm, all_of_it, monkeypatch):
     cache = vlm._engine.engine.runner.cache
     long = Sampling(max_tokens=4000)
     per_token = cache.bytes_per_token
@@ -91,12 +95,72 @@ def test_a_request_that_does_not_fit_is_refused_and_the_next_answers(vlm, monkey
     bad, good = vlm.generate([[Message("user", "hi")]] * 2, [long, Sampling(max_tokens=3, ignore_eos=True)])
     assert isinstance(bad.error, OutOfMemory)
     assert bad.error.needed > bad.error.available == per_token * 1500
-    for word in ("4000", "max_tokens", "max_pixels", "quantised"):
+    for word in ("4000", "max_tokens", "max_pixels", "prefix_cache_bytes", "quantised"):
         assert word in str(bad.error)
     assert good.error is None and len(good.tokens) == 3
 
 
-def test_requests_wait_for_room_instead_of_failing(vlm, monkeypatch):
+class Holder:
+    bytes_held = 0
+
+
+def test_caches_mapped_weights_and_a_share_are_left_out(vlm, host, monkeypatch):
+    """What is free, minus the weights that lie in pages which the system counts as free, minus a tenth, minus what caches may
+    still take: all of it, as far as a quarter."""
+    engine = vlm._engine.engine
+    made = memory.Budget(engine.runner.model, engine.runner.cache, engine.settings)
+    free = 8000 * 1024
+    assert made.free(()) == free - int(free * 0.1)
+    cache, other = Holder(), Holder()
+    made.bounded(cache, 1_000_000)
+    made.bounded(other, 500_000)
+    assert made.free(()) == free - int(free * 0.1) - 1_500_000
+    cache.bytes_held = 700_000
+    assert made.untouched() == 800_000 and made.free(()) == free - int(free * 0.1) - 800_000
+    cache.bytes_held = 2_000_000  # one item may be larger than the bound
+    assert made.untouched() == 500_000
+    made.bounded(keep := Holder(), 1 << 40)
+    assert made.free(()) == free - int(free * 0.1) - int(free * 0.25)
+    del keep, other
+    assert made.untouched() == 0
+    monkeypatch.setattr(engine.runner.model, "mapped_bytes", 2_000_000, raising=False)
+    mapped = memory.Budget(engine.runner.model, engine.runner.cache, engine.settings)
+    assert mapped.free(()) == free - 2_000_000 - int((free - 2_000_000) * 0.1)
+    monkeypatch.setattr(engine.runner.model, "mapped_bytes", free + 5, raising=False)
+    assert memory.Budget(engine.runner.model, engine.runner.cache, engine.settings).free(()) == -5
+
+
+@pytest.mark.skipif(library.library() is None, reason="needs the compiled kernels")
+def test_what_is_mapped_is_known(tmp_path):
+    """Of a bfloat16 checkpoint all but the norms and what is joined."""
+    folder = make_tiny(tmp_path, "qwen2_vl")
+    save_model(load_model(folder, torch.bfloat16), folder)
+    whole = (folder / "model.safetensors").stat().st_size
+    with VLM(folder, device="cpu") as vlm:
+        assert vlm.precision == "exact" and whole / 2 < vlm._engine.engine.scheduler.budget._mapped < whole
+
+
+def test_the_caches_of_an_engine_fit_the_machine(tiny_directories, host, caplog):
+    host("proc/meminfo", "MemAvailable: 400000 kB\n")
+    with caplog.at_level("INFO"), VLM(tiny_directories["Keye"], device="cpu") as small:
+        bounds = [getattr(small._settings, name) for name in memory._BOUNDS]
+        assert 102_000_000 < sum(bounds) <= 102_400_000 and bounds[0] > bounds[1] > bounds[2] > 0
+        assert small._prefix.max_bytes == bounds[0] and "caches may take" in caplog.text
+        budget = small._engine.engine.scheduler.budget
+        assert budget.untouched() == sum(bounds)
+        assert budget.free(()) == pytest.approx(409_600_000 * 0.65, rel=1e-6)
+        small.sleep()
+        small.wake()
+        assert small._engine.engine.scheduler.budget.untouched() == sum(bounds)
+        host("proc/meminfo", "MemAvailable: 4000 kB\n")
+        output = small.generate([[Message("user", "hi")]], Sampling(max_tokens=4000))[0]
+        assert isinstance(output.error, OutOfMemory) and "prefix_cache_bytes" in str(output.error)
+    host("proc/meminfo", "MemAvailable: 40000000 kB\n")
+    with VLM(tiny_directories["Keye"], device="cpu") as large:
+        assert large._settings == EngineSettings()
+
+
+def test_requests_wait_for_room_instead_of_failing(vlm, all_of_it, monkeypatch):
     """Room for one at a time: all three are answered, never two at once."""
     engine = vlm._engine.engine
     cache, budget = engine.runner.cache, engine.scheduler.budget

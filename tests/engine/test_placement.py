@@ -143,7 +143,7 @@ def test_slabs_lie_with_their_layers():
         SlabCache(2, 1, 4).spread((CPU,))
 
 
-def test_admission_looks_at_every_device(engines, monkeypatch):
+def test_admission_looks_at_every_device(engines, all_of_it, monkeypatch):
     engine = next(iter(engines.values()))._engine.engine
     budget, cache = engine.scheduler.budget, engine.runner.cache
     free = {CPU: 1000, A: 300}
