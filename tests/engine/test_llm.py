@@ -15,6 +15,7 @@ from PIL import Image as pil
 
 import mirada
 from mirada import VLM, Delta, Image, Message, Sampling, Text, Video
+from mirada.engine.guide import allow
 from mirada.engine.sequence import fold
 from mirada.errors import (
     ContextOverflow,
@@ -186,6 +187,73 @@ def test_each_chat_may_have_its_own_settings(vlm):
     assert long.tokens[:2] == short.tokens
     with pytest.raises(MessageError, match="2 sampling settings for 1"):
         vlm.generate([HI], [Sampling(), Sampling()])
+
+
+class Only:
+    """A guide that says given tokens and ends."""
+
+    def __init__(self, *tokens: int) -> None:
+        self.left = list(tokens)
+
+    def mask(self, out) -> None:
+        allow(out, self.left[:1])
+
+    def accept(self, token: int) -> None:
+        assert token == self.left.pop(0)
+
+    @property
+    def finished(self) -> bool:
+        return not self.left
+
+    def forced(self) -> list[int]:
+        return self.left[:1]
+
+
+def test_every_way_of_asking_takes_the_same(vlm, chat):
+    """``guide``, ``salt``, prepared ``media`` and ``parallel_tool_calls``, as ``submit`` does."""
+    outputs = vlm.generate([HI, HI, HI], LONG, guide=[Only(5, 6), None, Only(7)])
+    assert [output.tokens for output in outputs[::2]] == [(5, 6), (7,)] and len(outputs[1].tokens) == 12
+    assert [delta.tokens for delta in vlm.stream(HI, LONG, guide=Only(8, 9))] == [(8,), (9,)]
+    assert vlm.ask("hi", guide=Only(65), salt="me") == vlm.parts.renderer.tokenizer.decode([65])
+    made = vlm._requests.make(chat, Sampling(), "auto")
+    plain = vlm.generate([chat, HI], LONG)
+    again = vlm.generate([made.prompt, HI], LONG, media=[made.media, ()])
+    assert [output.tokens for output in again] == [output.tokens for output in plain]
+    pieces = vlm.stream(made.prompt, LONG, media=made.media, salt="other")
+    assert tuple(token for delta in pieces for token in delta.tokens) == plain[0].tokens
+
+
+def test_a_salt_shares_nothing_with_another(vlm, picture):
+    chat = [Message("user", (Image(picture), Text("salted")))]
+    hits = []
+    for salt in (["one", "two"], "one", "one", "three"):
+        before = vlm.stats()["pixel_cache_hits"]
+        vlm.generate([chat] * len(salt) if isinstance(salt, list) else [chat], LONG, salt=salt)
+        hits.append(vlm.stats()["pixel_cache_hits"] - before)
+    assert hits == [0, 1, 1, 0]
+
+
+def test_parallel_tool_calls_reach_the_request(vlm, monkeypatch):
+    seen = []
+    monkeypatch.setattr(vlm._structures, "guide", lambda *given: seen.append(given[-1]))
+    vlm.generate([HI], LONG, parallel_tool_calls=False)
+    list(vlm.stream(HI, LONG, parallel_tool_calls=False))
+    vlm.generate([HI], LONG)
+    assert seen == [False, False, True]
+
+
+def test_lists_that_are_not_one_per_chat(vlm, chat):
+    for wrong, said in (
+        ({"sampling": [{}, {}]}, "2 sampling settings for 1 chats"), ({"salt": ["a", "b"]}, "2 salts for 1 chats"),
+        ({"adapter": []}, "0 adapters for 1 chats"), ({"guide": [None, None]}, "2 guides for 1 chats"),
+        ({"guide": Only(5)}, "guides are given as a Only"), ({"media": [(), ()]}, "2 lists of prepared media for 1 chats"),
+        ({"salt": 7}, "salts are given as a int"),
+    ):  # fmt: skip
+        with pytest.raises(MessageError, match=said):
+            vlm.generate([HI], **wrong)
+    made = vlm._requests.make(chat, Sampling(), "auto")
+    assert "a Patches" in str(vlm.generate([made.prompt], media=list(made.media))[0].error)
+    assert "beside messages" in str(vlm.generate([chat], media=[made.media])[0].error)
 
 
 def test_chats_as_other_programs_write_them(vlm, picture):
