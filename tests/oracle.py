@@ -4,7 +4,8 @@
 ``info`` says which version; without descriptions and examples), under OpenAI's MIT licence beside it.
 
 ``Recorder`` writes down each answer inside the server's process; ``problems`` says what is wrong with them. Beside the schemas
-as they are, the objects of chat completions are closed: a field that OpenAI does not know must be in ``EXTENSIONS``.
+as they are, the objects of chat completions and the items of responses are closed: a field that OpenAI does not know must be
+in ``EXTENSIONS``.
 """
 
 from __future__ import annotations
@@ -22,16 +23,23 @@ EXTENSIONS = {
     "CreateChatCompletionResponse": ("notes",),
     "CreateChatCompletionResponse.choices": ("stop_reason", "token_ids", "annotations"),
     "ChatCompletionResponseMessage": ("reasoning_content",),
-    "CompletionUsage": ("num_frames", "timestamps"),
+    "CompletionUsage": ("num_frames", "timestamps", "media"),
     "CompletionUsage.prompt_tokens_details": ("image_tokens", "video_tokens"),
+    "CreateChatCompletionStreamResponse": ("notes",),
     "CreateChatCompletionStreamResponse.choices": ("stop_reason", "token_ids", "annotations"),
     "ChatCompletionStreamResponseDelta": ("reasoning_content",),
+    "OutputMessage": ("annotations",),
+    "ResponseUsage": ("num_frames", "timestamps", "media"),
+    "ResponseUsage.input_tokens_details": ("image_tokens", "video_tokens"),
 }
 """Fields of ours in objects of theirs, as docs/serve.md lists them."""
 CLOSED = (
     "CreateChatCompletionResponse", "ChatCompletionResponseMessage", "CompletionUsage", "CreateChatCompletionStreamResponse",
     "ChatCompletionStreamResponseDelta", "ChatCompletionTokenLogprob", "ChatCompletionMessageToolCall",
-    "ChatCompletionMessageToolCallChunk", "ListModelsResponse", "ErrorResponse", "Error",
+    "ChatCompletionMessageToolCallChunk", "ListModelsResponse", "ErrorResponse", "Error", "OutputMessage", "ResponseUsage",
+    "FunctionToolCall", "ReasoningItem", "OutputTextContent", "ResponseTextDeltaEvent", "ResponseTextDoneEvent", "LogProb",
+    "TopLogProb", "ResponseLogProb", "ResponseOutputItemAddedEvent", "ResponseOutputItemDoneEvent",
+    "ResponseFunctionCallArgumentsDeltaEvent", "ResponseFunctionCallArgumentsDoneEvent",
 )  # fmt: skip
 judged: Counter[str] = Counter()
 """How many answers or events each schema has judged."""

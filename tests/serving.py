@@ -107,6 +107,13 @@ def data_uri(data: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
+def uncached(usage) -> dict:
+    """``usage`` without what depends on who asked before."""
+    made = usage.model_dump()
+    (made.get("prompt_tokens_details") or made["input_tokens_details"]).pop("cached_tokens")
+    return made
+
+
 def user(text, *parts):
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}]
 

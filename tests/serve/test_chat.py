@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 
 import openai
 import pytest
-from serving import KEY, data_uri, gif, image, png, user
+from PIL import Image
+from serving import KEY, data_uri, gif, image, png, uncached, user
 
 from mirada import VLM, Message, Sampling
 from mirada import Image as Picture
@@ -116,7 +118,7 @@ def test_a_conversation_with_a_tool_goes_on(client):
 def test_usage_comes_last_where_it_is_asked_for(client):
     chunks = list(create(client, "say:one two", stream=True, stream_options={"include_usage": True}))
     assert all(chunk.usage is None for chunk in chunks[:-1]) and chunks[-1].choices == []
-    assert chunks[-1].usage == create(client, "say:one two").usage
+    assert uncached(chunks[-1].usage) == uncached(create(client, "say:one two").usage)
     assert all(chunk.usage is None for chunk in create(client, "say:one two", stream=True))
 
 
@@ -198,3 +200,77 @@ def test_events_have_the_form_of_server_sent_events(post):
     events = reply.text.split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
     assert all(json.loads(event.removeprefix("data: ")) for event in events[:-2])
+
+
+def test_usage_in_every_chunk(client):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(create(client, "say:one two", stream=True, stream_options=options))
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts == sorted(counts) and counts[0] <= 1 < counts[-2] == counts[-1] == chunks[-1].usage.completion_tokens
+    prompts = {chunk.usage.prompt_tokens for chunk in chunks if chunk.usage.completion_tokens}
+    assert prompts == {chunks[-1].usage.prompt_tokens}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_reasoning_may_be_left_out(client, stream):
+    made = create(client, "say:<think>why</think>so", stream=stream, extra_body={"include_reasoning": False})
+    said = [chunk.choices[0].delta for chunk in made if chunk.choices] if stream else [made.choices[0].message]
+    assert "".join(one.content or "" for one in said) == "so"
+    assert not any(getattr(one, "reasoning_content", None) for one in said)
+
+
+def test_a_request_may_name_its_answer(client):
+    assert create(client, "say:x", extra_body={"request_id": "mine-1"}).id == "chatcmpl-mine-1"
+
+
+def test_what_ended_an_answer_is_told(client):
+    assert create(client, "say:a b c", stop=["b"]).choices[0].model_extra["stop_reason"] == "b"
+    *_, last = create(client, "say:a b c", stop=["b"], stream=True)
+    assert last.choices[0].model_extra["stop_reason"] == "b"
+    assert "stop_reason" not in create(client, "say:a b c").choices[0].model_extra
+    kept = create(client, "say:a b c", stop=["b"], extra_body={"include_stop_str_in_output": True})
+    assert kept.choices[0].message.content == "a b"
+    thought = create(client, "say:<think>b</think>a b c", stop=["b"]).choices[0].message
+    assert (thought.content.strip(), thought.reasoning_content) == ("a", "b")
+
+
+def turned() -> bytes:
+    """A picture as a phone has it that was held upright."""
+    out = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (90, 60), (10, 200, 10)).save(out, "JPEG", exif=exif)
+    return out.getvalue()
+
+
+def test_notes_come_with_a_stream_too(client):
+    shown = user("What?", image(data_uri(turned(), "image/jpeg")))
+    ask = {"model": "mini", "max_tokens": 2, "messages": shown}
+    notes = client.chat.completions.create(**ask, n=2).model_extra["notes"]
+    assert len(notes) == 1 and "turned" in notes[0]
+    chunks = list(client.chat.completions.create(**ask, stream=True))
+    assert [chunk.model_extra["notes"] for chunk in chunks if "notes" in chunk.model_extra] == [notes]
+    part = {"type": "input_image", "image_url": data_uri(turned(), "image/jpeg")}
+    asked = [{"role": "user", "content": [part, {"type": "input_text", "text": "What?"}]}]
+    made = client.responses.create(model="mini", input=asked, max_output_tokens=2)
+    assert made.model_extra["notes"] == notes
+    assert "notes" not in create(client, "say:x").model_extra
+
+
+def test_how_pictures_came_before_the_model_is_told(client):
+    """What a model says in pixels of what it sees can be taken back to the original with ``size`` and ``resized``."""
+    clip = {"type": "video_url", "video_url": {"url": data_uri(gif(), "image/gif")}}
+    shown = user("What?", image(data_uri(png((300, 90)))), clip)
+    made = client.chat.completions.create(model="mini", max_tokens=2, messages=shown).usage
+    picture, video = made.media
+    assert (picture["type"], picture["size"], video["type"], video["size"]) == ("image", [300, 90], "video", [90, 60])
+    for one in (picture, video):
+        t, rows, columns = one["grid"]
+        assert one["tokens"] == t * rows * columns // 4 and columns * 14 == one["resized"][0] and rows * 14 == one["resized"][1]
+    details = made.prompt_tokens_details
+    assert (picture["tokens"], video["tokens"]) == (details.image_tokens, details.video_tokens)
+    assert video["frames"] == made.num_frames and video["fps"] > 0
+    *_, last = client.chat.completions.create(
+        model="mini", max_tokens=2, messages=shown, stream=True, stream_options={"include_usage": True}
+    )
+    assert last.usage.media == made.media

@@ -8,12 +8,15 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serving import KEY, data_uri, gif, image, png, user
+from serving import KEY, data_uri, gif, image, png, uncached, user
+from tiny import make_tiny
 
 from mirada import VLM, Message, Sampling
 from mirada import Image as Picture
+from mirada.errors import ParameterError
 from mirada.media.fetch import FetchLimits
 from mirada.serve import ServeSettings, create_app
+from mirada.serve.chat import ask_of
 from mirada.types import Video
 
 FREE = {"model": "mini", "max_tokens": 12, "temperature": 1.2, "seed": 7}
@@ -48,6 +51,8 @@ CASES = [
     ({}, {"min_p": 0.3}, {"min_p": 0.3}),
     ({}, {"repetition_penalty": 3.0}, {"repetition_penalty": 3.0}),
     ({}, {"ignore_eos": True}, {"ignore_eos": True}),
+    ({}, {"min_tokens": 12}, {"min_tokens": 12}),
+    ({"temperature": 0}, {"stop_token_ids": [999]}, {"temperature": 0, "stop_token_ids": (999,)}),
 ]
 
 
@@ -92,9 +97,9 @@ def test_media_are_prepared_as_asked_and_usage_says_so(client, mini, extra, part
     if isinstance(part, Video):
         assert (usage.num_frames, usage.timestamps) == (output.usage.num_frames, [list(output.usage.timestamps[0])])
     is_small = isinstance(part, Video) and ("min_pixels" in extra or "max_pixels" in extra)  # as few tokens as there can be
-    assert is_small or usage != plain
+    assert is_small or uncached(usage) != uncached(plain)
     *_, last = client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True})
-    assert last.usage == usage
+    assert uncached(last.usage) == uncached(usage)
 
 
 def test_usage_of_several_media_and_of_responses(client):
@@ -194,3 +199,31 @@ def test_where_it_is_allowed_a_header_says_what_was_left_aside(mini, stream):
     assert "x-mirada-ignored" not in asyncio.run(ask("/v1/chat/completions", **chat)).headers
     wrong = asyncio.run(ask("/v1/chat/completions", **chat, temperature="hot", top_q=1))  # a known one is still checked
     assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "temperature"
+
+
+def test_a_mode_that_a_model_lacks_is_named_as_it_was_asked_for(tmp_path):
+    vlm = VLM(str(make_tiny(tmp_path / "tiny", "qwen2_vl")))
+    try:
+        for said, param in (
+            ({"reasoning_effort": "high"}, "reasoning_effort"), ({"thinking": "on"}, "thinking"),
+            ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs.enable_thinking"),
+        ):  # fmt: skip
+            with pytest.raises(ParameterError) as caught:
+                ask_of(vlm, "tiny", {"messages": user("x"), **said}, ServeSettings())
+            assert caught.value.param == param and param in str(caught.value)
+    finally:
+        vlm.close()
+
+
+def test_an_end_does_not_come_before_the_least_tokens(mini):
+    """The engine's own: an end is as unlikely as can be until then, and a token of the caller's choice ends it after."""
+    chat = [Message("user", "Tell me of the sea.")]
+    free = mini.submit(chat, Sampling(max_tokens=40)).result()
+    size = len(free.tokens)
+    assert free.finish == "stop" and size < 30
+    longer = mini.submit(chat, Sampling(max_tokens=40, min_tokens=size + 3)).result()
+    assert len(longer.tokens) >= size + 3 and longer.tokens[: size - 1] == free.tokens[:-1]
+    first = free.tokens[0]
+    cut = mini.submit(chat, Sampling(max_tokens=40, stop_token_ids=(first,))).result()
+    assert (cut.tokens, cut.finish, cut.stop_reason, cut.message.text) == ((first,), "stop", first, "")
+    assert mini.submit(chat, Sampling(stop_token_ids=(10**6,))).result().error is not None

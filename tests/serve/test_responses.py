@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import openai
 import pytest
-from serving import data_uri, image, png, user
+from serving import data_uri, image, png, uncached, user
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 TOOLS = [{"type": "function", "name": "weather", "parameters": {"type": "object"}}]
@@ -23,7 +23,7 @@ def test_whole_and_streamed_are_the_same(client, said):
         == "".join(event.delta for event in events if event.type == "response.output_text.delta")
     )
     assert [item.type for item in last.response.output] == [item.type for item in whole.output]
-    assert last.response.usage == whole.usage
+    assert uncached(last.response.usage) == uncached(whole.usage)
     done = [event.item for event in events if event.type == "response.output_item.done"]
     assert done == last.response.output
     if "Oslo" in said:
@@ -57,8 +57,118 @@ def test_what_was_asked_comes_back(client):
 def test_what_is_cut_is_incomplete(client):
     cut = client.responses.create(model="echo", input="say:one two three four", max_output_tokens=2)
     assert cut.status == "incomplete" and cut.incomplete_details.reason == "max_output_tokens"
+    assert [item.status for item in cut.output] == ["incomplete"]
+    said = f"<think>why</think>I look. {CALL}"
+    for most in range(1, 80):
+        cut = client.responses.create(model="echo", input=f"say:{said}", tools=TOOLS, max_output_tokens=most)
+        kinds = [item.type for item in cut.output]
+        if kinds[-1:] == ["function_call"]:
+            break
+    assert cut.status == "incomplete" and [item.status for item in cut.output] == ["completed", "completed", "incomplete"]
+    events = list(client.responses.create(model="echo", input=f"say:{said}", tools=TOOLS, max_output_tokens=most, stream=True))
+    done = [event.item for event in events if event.type == "response.output_item.done"]
+    assert events[-1].type == "response.incomplete" and done == events[-1].response.output
+    assert [item.status for item in done] == ["completed", "completed", "incomplete"]
 
 
+def test_an_answer_that_repeats_itself_says_why_it_ended(client):
+    words = "on and on " * 400
+    made = client.responses.create(model="echo", input=f"say:{words}", extra_body={"max_repeats": 2})
+    assert made.status == "incomplete" and made.model_extra["stop_reason"] == "repetition"
+    stopped = client.responses.create(model="echo", input="say:one two three", extra_body={"stop": ["two"]})
+    assert stopped.status == "completed" and stopped.model_extra["stop_reason"] == "two" and stopped.output_text == "one "
+
+
+def both(client, chat, **items):
+    """(usage of chat completions, usage of responses) of the same conversation."""
+    tools = [{"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}} for tool in TOOLS]
+    asked = {"model": "echo", "tools": tools}
+    one = client.chat.completions.create(messages=chat, **asked).usage
+    other = client.responses.create(model="echo", tools=TOOLS, **items).usage
+    return one, other
+
+
+def test_an_earlier_answer_is_read_as_one_turn(client, server):
+    """The whole of ``response.output`` goes back in, with two calls at once; the prompt is that of chat completions."""
+    said = f"<think>why</think>I look. {CALL}\n{CALL}"
+    first = client.responses.create(model="echo", input=f"say:{said}", tools=TOOLS)
+    assert [item.type for item in first.output] == ["reasoning", "message", "function_call", "function_call"]
+    calls = first.output[2:]
+    results = [{"type": "function_call_output", "call_id": call.call_id, "output": "rain"} for call in calls]
+    asked = [*user("weather?"), *first.output, *results, *user("say:It rains twice over all of the town.")]
+    told = [
+        {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in calls
+    ]
+    chat = [
+        *user("weather?"),
+        {"role": "assistant", "content": "I look. ", "reasoning_content": "why", "tool_calls": told},
+        *({"role": "tool", "tool_call_id": call.call_id, "content": "rain"} for call in calls),
+        *user("say:It rains twice over all of the town."),
+    ]  # fmt: skip
+    chat[1]["content"] = first.output[1].content[0].text
+    one, other = both(client, chat, input=asked)
+    assert one.prompt_tokens == other.input_tokens
+    # The tokens are the same ones: what the first left is found by the second.
+    size = other.input_tokens // 16 * 16
+    assert other.input_tokens_details.cached_tokens >= size - 16 > 0
+
+
+def test_what_a_tool_gives_back_may_be_a_picture(client):
+    picture = {"type": "input_image", "image_url": data_uri(png())}
+    call = {"type": "function_call", "call_id": "c", "name": "weather", "arguments": "{}"}
+    output = {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "Look"}, picture]}
+    made = client.responses.create(model="echo", input=[*user("x"), call, output, *user("say:seen")], tools=TOOLS)
+    assert made.output_text == "seen" and made.usage.input_tokens_details.image_tokens > 0
+    refused = {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
+    assert client.responses.create(model="echo", input=[*user("x"), refused, *user("say:fine")]).output_text == "fine"
+
+
+def test_only_some_tools_are_allowed(client):
+    other = {"type": "function", "name": "other", "parameters": {"type": "object"}}
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "weather"}]}
+    asked = {"model": "echo", "input": "go", "max_output_tokens": 60, "extra_body": {"thinking": "off"}}
+    made = client.responses.create(**asked, tools=[*TOOLS, other], tool_choice=allowed)
+    assert made.output[-1].name == "weather"
+
+
+LOGPROBS = ["message.output_text.logprobs"]
+
+
+def test_logprobs_are_those_of_the_text(client):
+    asked = {"model": "echo", "input": f"say:<think>why</think>I look. {CALL}", "tools": TOOLS}
+    made = client.responses.create(**asked, include=LOGPROBS, top_logprobs=2)
+    part = made.output[1].content[0]
+    assert "".join(one.token for one in part.logprobs).strip() == part.text.strip() == "I look."
+    assert all(len(one.top_logprobs) == 2 and one.bytes for one in part.logprobs)
+    events = list(client.responses.create(**asked, include=LOGPROBS, top_logprobs=2, stream=True))
+    told = [one.token for event in events if event.type == "response.output_text.delta" for one in event.logprobs]
+    done = next(event for event in events if event.type == "response.output_text.done")
+    assert told == [one.token for one in part.logprobs] == [one.token for one in done.logprobs]
+    plain = client.responses.create(model="echo", input="say:ab", include=LOGPROBS).output[0].content[0]
+    assert "".join(one.token for one in plain.logprobs) == "ab" and plain.logprobs[0].top_logprobs == []
+    assert client.responses.create(model="echo", input="say:ab").output[0].content[0].logprobs == []
+
+
+def test_what_an_earlier_request_computed_is_told(client):
+    words = "say:done " + " ".join(f"word{n}" for n in range(60))
+    first = client.responses.create(model="echo", input=words).usage
+    again = client.responses.create(model="echo", input=words).usage
+    chat = client.chat.completions.create(model="echo", messages=user(words)).usage
+    assert first.input_tokens_details.cached_tokens < 48 < again.input_tokens_details.cached_tokens
+    assert chat.prompt_tokens_details.cached_tokens == again.input_tokens_details.cached_tokens < again.input_tokens
+
+
+def test_the_clients_own_stream_puts_it_together(client):
+    said = f"<think>why</think>I look. {CALL}"
+    with client.responses.stream(model="echo", input=f"say:{said}", tools=TOOLS) as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_response()
+    assert kinds[0] == "response.created" and kinds[-1] == "response.completed"
+    assert [item.type for item in final.output] == ["reasoning", "message", "function_call"]
+    assert final.output[2].arguments == '{"city": "Oslo"}'
+
+
+TEXT = {"type": "input_text", "text": "x"}
 BAD = [
     ({"previous_response_id": "resp_1"}, "previous_response_id"),
     ({"input": None}, "input"),
@@ -70,13 +180,53 @@ BAD = [
     ({"truncation": "auto"}, "truncation"),
     ({"reasoning": 3}, "reasoning"),
     ({"metadata": {"a": 3}}, "metadata"),
+    ({"tools": 3}, "tools"),
+    ({"tools": False}, "tools"),
+    ({"input": [*user("x"), {"role": "robot", "content": "y"}]}, "input[1]"),
+    (
+        {"instructions": "Be brief.", "input": [{"type": "reasoning", "summary": []}, {"role": "robot", "content": "y"}]},
+        "input[1]",
+    ),
+    ({"input": [{"role": "user", "content": [TEXT, {"type": "input_text", "text": 3}]}]}, "input[0].content[1]"),
+    ({"input": [{"type": "function_call_output", "call_id": "c", "output": [TEXT, 3]}]}, "input[0].output[1]"),
+    ({"input": [{"type": "function_call_output", "call_id": "c", "output": [{"type": "input_file"}]}]}, "input[0].output[0]"),
+    ({"input": [{"type": "function_call", "name": 3}]}, "input[0]"),
+    ({"input": [{"role": "user", "content": "x", "contents": "y"}]}, "input[0].contents"),
+    ({"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]}, "input[0].content[0]"),
+    (
+        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x", "detail": "huge"}]}]},
+        "input[0].content[0]",
+    ),
+    ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:image/png;base64,AAAA"}]}]}, "input"),
+    ({"input": "x " * 200000}, "input"),
+    ({"input": [{"type": "reasoning", "summary": []}]}, "input"),
+    ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
+    ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+    ({"text": {"format": 3}}, "text.format"),
+    ({"text": {"frmat": {}}}, "text.frmat"),
+    ({"text": {"verbosity": "low"}}, "text.verbosity"),
+    ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
+    ({"reasoning": {"efort": "low"}}, "reasoning.efort"),
+    ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
+    ({"tools": [{"type": "function"}]}, "tools[0]"),
+    ({"tools": [{"type": "function", "name": "f", "parameters": 3}]}, "tools[0].parameters"),
+    ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "g"}]}}, "tool_choice"),
+    ({"include": ["reasoning.encrypted_content"]}, "include[0]"),
+    ({"include": 3}, "include"),
+    ({"top_logprobs": 101}, "top_logprobs"),
+    ({"store": True}, "store"),
+    ({"stream_options": {"include_usage": True}}, "stream_options.include_usage"),
+    ({"guided_regex": "("}, "guided_regex"),
+    ({"min_tokens": 9, "max_output_tokens": 3}, "min_tokens"),
 ]
 
 
 @pytest.mark.parametrize(("change", "param"), BAD, ids=str)
 def test_slips_are_named(post, change, param):
     reply = post({"model": "echo", "input": "say:x", **change}, path="/v1/responses")
-    assert reply.status_code == 400 and reply.json()["error"]["param"] == param, reply.text
+    error = reply.json()["error"]
+    assert reply.status_code == 400 and error["param"] == param, reply.text[:400]
+    assert "messages[" not in error["message"] and "of message " not in error["message"], error["message"]
 
 
 def test_a_stream_that_cannot_begin_is_a_plain_error(client):
