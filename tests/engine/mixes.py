@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from tiny import flat, frames_spelt, pack, random_prompt
 
 from mirada import VLM
 from mirada.engine.vision import encode
-from mirada.media.grid import Patches
+from mirada.media.grid import Patches, content_key
 from mirada.types import Prompt
 
 
@@ -33,6 +35,19 @@ def patched(random: np.random.Generator, prompt: Prompt, grids, frames: int = 1)
         pixels = random.integers(0, 256, (t * h * w, 3, *depth, 14, 14), dtype=np.uint8)
         media.append(Patches(kinds[index], pixels, ((t, h, w),), (h * 14, w * 14), bytes(32)))
     return prompt, media
+
+
+def with_keys(vlm: VLM, prompt: Prompt, media: Sequence[Patches]) -> Prompt:
+    """``prompt`` with the content keys that a renderer gives its spans."""
+    rule = vlm.parts.rule.grid
+    keys = [content_key(item.pixels, item.kind, item.grids, rule) for item in media]
+    several = {s.media_id for s in prompt.spans if s.frame}
+    spans = [
+        replace(s, hash=hashlib.blake2b(keys[s.media_id] + s.frame.to_bytes(4, "little"), digest_size=32).digest())
+        if s.media_id in several else replace(s, hash=keys[s.media_id])
+        for s in prompt.spans
+    ]  # fmt: skip
+    return Prompt(prompt.tokens, tuple(spans))
 
 
 def features(vlm: VLM, media: Sequence[Patches]) -> torch.Tensor | None:
