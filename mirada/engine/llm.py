@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +31,9 @@ from mirada.engine.settings import EngineSettings
 from mirada.engine.step import Engine
 from mirada.engine.structure import Structures, ToolChoice, check_choice, counted
 from mirada.engine.thread import EngineThread, State
+from mirada.engine.together import Together, follow
 from mirada.engine.vision import EncoderCache
-from mirada.errors import MessageError, MiradaError, NotAvailable, ReplyTimeout, SettingsError
+from mirada.errors import MessageError, MiradaError, NotAvailable, ReplyTimeout, RequestFailed, SettingsError
 from mirada.layers.cache import make_cache
 from mirada.layers.paged import Pages
 from mirada.media.cache import PixelCache
@@ -477,12 +480,14 @@ class VLM:
         guide: Guide | None = None,
         adapter: str | None = None,
         salt: str = "",
+        together: Together | None = None,
     ) -> EngineHandle:
         """Start a request; returns at once, media are prepared meanwhile. Bad input does not raise here: the handle carries
         the error. ``media`` belongs to a Prompt. ``tool_choice``: auto, none, required, or a mapping that names a function;
         without ``parallel_tool_calls`` a reply ends with its first call. ``guide`` says token by token what the reply may hold,
         from its first token on, instead of what settings and tools ask for; it serves this request alone. ``adapter`` names
-        one of ``adapters``. What caches hold is shared among requests of one ``salt`` alone."""
+        one of ``adapters``. What caches hold is shared among requests of one ``salt`` alone. Requests for several replies to
+        one chat are given the same ``together``: its media are fetched and prepared once."""
         try:
             if self._asleep:
                 raise sleeping.asleep()
@@ -491,7 +496,7 @@ class VLM:
             settings = _sampling(sampling)
             mode, _ = check_choice(tools, tool_choice)
             shown = tools if mode != "none" else None
-            sequence, wanted, finish = self._requests.begin(chat, settings, thinking, media, shown, salt)
+            sequence, wanted, finish = self._requests.begin(chat, settings, thinking, media, shown, salt, together)
             sequence.kinds = counted(self.parts.renderer.format, settings, thinking, mode)
             sequence.most_calls = None if parallel_tool_calls else 1
             sequence.guide = guide or self._structures.guide(settings, thinking, tools, tool_choice, parallel_tool_calls)
@@ -500,6 +505,13 @@ class VLM:
                     raise sleeping.asleep()
                 found = sequence.lora = adapters.find(adapter)
                 sequence.adapter, sequence.media_adapter = found.key, found.media_key
+            if together is not None and not isinstance(chat, Prompt):
+                if not together.lead():
+                    if self._engine.announce(sequence):
+                        together.then(partial(follow, sequence, self._engine.line, self._requests.fill))
+                    return EngineHandle(sequence, (self._engine, self._preparing))
+                # Either would be kept, with its pixels, for as long as somebody holds the reply.
+                sequence.listen(partial(_ended, weakref.ref(sequence), weakref.ref(together)))
             if not wanted:
                 finish(None)
                 self._engine.submit(sequence)
@@ -533,6 +545,13 @@ def _each(what: str, given: Any, count: int, *single: type) -> list[Any]:
     if len(given) != count:
         raise MessageError(f"{len(given)} {what} for {count} chats", fix)
     return list(given)
+
+
+def _ended(leader: weakref.ref[Sequence], together: weakref.ref[Together], done: bool) -> None:
+    """If a leader ends before it has made anything, those who wait for it end too."""
+    first, shared = leader(), together()
+    if done and first is not None and shared is not None:
+        shared.settle(first.error or RequestFailed("the request was cancelled while it was prepared", "send it again"))
 
 
 def _sampling(given: SamplingLike) -> Sampling:

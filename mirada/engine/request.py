@@ -13,7 +13,8 @@ from mirada.engine.given import check_media, check_prompt, check_tools
 from mirada.engine.load import Parts
 from mirada.engine.sequence import Reply, Sequence
 from mirada.engine.thinking import ThinkingBudget
-from mirada.errors import ContextOverflow, MessageError, SettingsError
+from mirada.engine.together import Outcome, Prepared, Together
+from mirada.errors import ContextOverflow, MessageError, MiradaError, RequestFailed, SettingsError
 from mirada.media.cache import PixelCache
 from mirada.media.coords import View
 from mirada.media.fetch import FetchLimits
@@ -53,9 +54,11 @@ class Requests:
         media: Seq[Patches] = (),
         tools: Tools | None = None,
         salt: str = "",
+        together: Together | None = None,
     ) -> tuple[Sequence, list[Image | Video], Finish]:
         """A sequence without a prompt yet, the media to prepare for it, and what makes it whole: to be called once, in any
-        thread. Raises MessageError or SettingsError for a chat of no known form; ``finish`` raises as ``make``."""
+        thread. Raises MessageError or SettingsError for a chat of no known form; ``finish`` raises as ``make``. What it makes,
+        or fails of, ``together`` is told."""
         sequence = Sequence(Prompt(()), sampling, None, salt=salt)
         check_tools(tools)
         if isinstance(chat, Prompt):
@@ -67,6 +70,7 @@ class Requests:
 
         def finish(cancel: Cancel | None) -> None:
             times = Times()
+            outcome: Outcome = _unmade()
             try:
                 patches = prepare_many(
                     wanted,
@@ -81,13 +85,24 @@ class Requests:
                 )
                 with times.stage("render"):
                     prompt = self.parts.renderer.render(messages, patches, thinking=thinking, tools=tools)
-                sequence.notes = (*notes(patches), *warnings(patches, self.parts.untrained))
-                self._fill(sequence, prompt, patches)
+                made = Prepared(prompt, patches, (*notes(patches), *warnings(patches, self.parts.untrained)))
+                self.fill(sequence, made)
+                outcome = made
+            except MiradaError as error:
+                outcome = error
+                raise
             finally:
                 for stage, seconds in times.items():
                     sequence.spent(stage, seconds)
+                if together is not None:
+                    together.settle(outcome)
 
         return sequence, wanted, finish
+
+    def fill(self, sequence: Sequence, made: Prepared) -> None:
+        """Make ``sequence`` whole with what was prepared for it, or for another one of the same chat. Raises as ``make``."""
+        sequence.notes = made.notes
+        self._fill(sequence, made.prompt, made.media)
 
     def _keyed(self, patches: Patches) -> Patches:
         """With the key of its pixels: what a caller hands over may say anything, and caches believe it."""
@@ -153,6 +168,10 @@ class Requests:
                 f"the prompt has spans for {expected} patches, and {given} patches of media are given",
                 "give the prepared media that the prompt was rendered with",
             )
+
+
+def _unmade() -> RequestFailed:
+    return RequestFailed("the chat could not be prepared", "send the request again")
 
 
 def check_chat(chat: Any, thinking: Any) -> list[Message]:

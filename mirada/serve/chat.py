@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from mirada.engine.together import Together
 from mirada.errors import MiradaError, ParameterError, nearest
 from mirada.records.answer import completion_to_openai
 from mirada.records.request import ChatRequest, RequestOptions, request_from_openai
@@ -145,11 +146,12 @@ def start(asked: Asked) -> list[EngineHandle]:
     """All choices of a request, each with a seed of its own. Raises MiradaError."""
     messages, sampling, options = asked.chat
     chosen = guides.asked(options)
+    shared = {"together": Together()} if options.n > 1 else {}
 
     def one(index: int) -> EngineHandle:
         own = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index)
         guide = guides.guide_for(asked.vlm, asked.chat)
-        return asked.vlm.submit(messages, own, guide=guide, adapter=options.adapter, salt=asked.tenant, **chosen)
+        return asked.vlm.submit(messages, own, guide=guide, adapter=options.adapter, salt=asked.tenant, **chosen, **shared)
 
     return [one(index) for index in range(options.n)]
 
