@@ -5,6 +5,7 @@
 #   make test-browser   the playground in Chromium (installed by .ci/run where it may)
 #   make check    formatting, lint, types, and who may import whom
 #   make test-distributed    the tests that start several processes, on loopback
+#   make test-slow    the tests that take minutes: long random traffic, whole contexts, hours of video (4 GB of memory and disk)
 #
 # PIP_ARGS is handed to pip, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for the small CPU torch.
 
@@ -17,7 +18,7 @@ DEMO_QUESTION ?= What does the sign say?
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-browser test-distributed check format clean
+.PHONY: demo test test-browser test-distributed test-slow check format clean
 
 demo: $(STAMP)
 	@echo "picture   $(DEMO_PICTURE)"
@@ -30,6 +31,9 @@ test: $(STAMP)
 
 test-distributed: $(STAMP)
 	$(BIN)/python -m pytest -m distributed --durations=5 $(PYTEST_ARGS)
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow --durations=15 $(PYTEST_ARGS)
 
 test-browser: $(STAMP)
 	$(BIN)/python -m pytest -m browser tests/serve/browser $(PYTEST_ARGS)

@@ -60,6 +60,14 @@ def test_a_comparison_runs(tmp_path, name, rows):
             assert row["kl"] == 0 and row["same"] == 1 and row["steps"] < 1e-4
 
 
+def test_speculation_runs(tmp_path):
+    said = run("speculate", "--threads", "1", "--folder", str(tmp_path), "--json", str(tmp_path / "rows.json"))
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    names = ["mini, reads again", "mini, goes round", "tiny fp32, 100% of drafts right", "tiny fp32, 0% of drafts right"]
+    assert [row["name"] for row in rows] == names and "a step of 1, 2, 4, 8 rows" in said
+    assert all(row["ratio"] > 0 and row["always"] > 0 for row in rows)
+
+
 def test_the_soak_runs(tmp_path):
     said = run("soak", "--csv", str(tmp_path / "soak.csv"))
     assert "LOST" not in said and "prefix cache" in said
