@@ -20,6 +20,7 @@ from mirada.serve.live import mount_live
 from mirada.serve.metrics import CONTENT_TYPE, Metrics
 from mirada.serve.page import mount_page
 from mirada.serve.settings import ServeSettings
+from mirada.serve.sleep import check_sleep, mount_sleep
 
 if TYPE_CHECKING:
     from mirada.engine.llm import VLM
@@ -33,6 +34,7 @@ def create_app(models: Mapping[str, VLM], settings: ServeSettings | None = None)
     """
     settings = settings or ServeSettings()
     check_models(models, settings)
+    check_sleep(settings)
     gate, metrics = Gate(), Metrics(models)
     metrics.under_way.set_function(lambda: gate.num_requests)
     app = FastAPI(title="Mirada", version=mirada.__version__, docs_url=None, redoc_url=None)
@@ -47,6 +49,7 @@ def create_app(models: Mapping[str, VLM], settings: ServeSettings | None = None)
     _add_state_routes(app, desk)
     _add_answer_routes(app, desk)
     mount_live(app, desk)
+    mount_sleep(app, desk)
     mount_page(app)
     app.openapi = lambda: schema.document(app.title, app.version, desk.names, bool(settings.api_keys))
     return app
