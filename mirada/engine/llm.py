@@ -20,7 +20,7 @@ from mirada.engine.counts import add, is_moment
 from mirada.engine.graphs import Graphs, pool_bytes
 from mirada.engine.guide import Guide
 from mirada.engine.handle import EngineHandle
-from mirada.engine.load import Parts, assemble, load
+from mirada.engine.load import Parts, area_of, assemble, load
 from mirada.engine.parallel import lead, serve
 from mirada.engine.prefix import PrefixCache, Weights
 from mirada.engine.prepare import Preparing, are_remote, most_bytes
@@ -65,7 +65,8 @@ class VLM:
     float32, bfloat16, float16 (``auto``: as stored; on a CPU activations are float32, and bfloat16 matrices stay as they are,
     see ``precision``). ``attn``: sdpa, flash (bfloat16 or float16 on a
     GPU only), eager (as it is written; slow), auto (sdpa).
-    ``min_pixels`` / ``max_pixels`` bound the resized area of every picture. ``widen``: matrices of a quantised checkpoint take
+    ``min_pixels`` / ``max_pixels`` bound the resized area of every picture, or ``max_image_tokens`` in the model's own measure
+    (see ``load.area_of``). ``widen``: matrices of a quantised checkpoint take
     ``dtype`` on load (faster, larger) instead of staying packed. ``quant`` says how matrices are kept on a CPU: ``exact`` (as
     stored, with float32 activations), ``int8``, ``int4`` or, with groups of 64, ``int4:64``; see docs/quantise.md.
     ``load_in_8bit`` and ``load_in_4bit`` are other names of int8 and int4. ``limits`` say what may be fetched, and from where.
@@ -86,6 +87,7 @@ class VLM:
         attn: str = "auto",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        max_image_tokens: int | None = None,
         widen: bool = False,
         quant: str | None = None,
         load_in_8bit: bool = False,
@@ -99,7 +101,7 @@ class VLM:
         settings = _engine_settings(engine)
         mode = parse_mode(quant, load_in_8bit, load_in_4bit)
         read = lambda: load(  # noqa: E731
-            model, device, dtype, min_pixels, max_pixels, widen, hub, device_map, attn, mode, tensor_parallel
+            model, device, dtype, min_pixels, max_pixels, widen, hub, device_map, attn, mode, tensor_parallel, max_image_tokens
         )
         self._set_up(read(), limits, settings, read)
         for name, path in (adapters or {}).items():
@@ -379,15 +381,17 @@ class VLM:
         guide: Guide | None = None,
         adapter: str | None = None,
         salt: str = "",
+        max_image_tokens: int | None = None,
         **options: Any,
     ) -> str:
         """The answer to a question about pictures and videos: ``ask("a.png", "b.mp4", "What happens?")``.
 
         Media are paths, URLs, bytes, PIL images, arrays ([H, W, 3] a picture, [T, H, W, 3] a video), lists of these, or
         Image and Video with settings of their own; the last input is the question. ``options`` are settings of Sampling
-        (``max_tokens=64``) and of Image and Video (``fps=1``, ``max_pixels=...``). ``guide``, ``adapter`` and ``salt`` as in
-        ``submit``. Raises MiradaError.
+        (``max_tokens=64``) and of Image and Video (``fps=1``, ``max_pixels=...``, or ``max_image_tokens`` of each picture or
+        frame instead). ``guide``, ``adapter`` and ``salt`` as in ``submit``. Raises MiradaError.
         """
+        options["max_pixels"] = area_of(max_image_tokens, self.parts.rule.grid, options.get("max_pixels"))
         sampling, media = inputs.split_options(options)
         turn = inputs.question(media_and_question, text, media, self.limits)
         chat = [*inputs.system_turn(system), turn]

@@ -20,6 +20,7 @@ from mirada.engine.place import Plan, Room, install, measure, plan, rooms
 from mirada.errors import CheckpointError, NotAvailable, SettingsError
 from mirada.layers.attention import check_kind, set_kind
 from mirada.layers.kernels import library
+from mirada.media.grid import GridRule
 from mirada.media.rule import MediaRule
 from mirada.models import precision, shards
 from mirada.models.family import family_of
@@ -77,6 +78,7 @@ def load(
     attn: str = "auto",
     quant: str | Mode | None = None,
     tensor_parallel: int | None = None,
+    max_image_tokens: int | None = None,
 ) -> Parts:
     """Read the checkpoint ``name``: a directory, a model inside the package (``mini``), or org/name on a hub.
 
@@ -120,10 +122,35 @@ def load(
         check_weights(directory, kind, place, widen, mode)
         model = load_model(directory, kind, place, widen=widen, mode=mode)
     set_kind(model, attention)
-    parts = _with_files(model, family, directory, name, min_pixels, max_pixels)
+    parts = _with_files(model, family, directory, name)
+    rule = parts.rule
+    max_pixels = area_of(max_image_tokens, rule.grid, max_pixels)
+    rule = rule.bounded(min_pixels, max_pixels) if min_pixels or max_pixels else rule
     kept = precision_of(mode, scheme, kind, widen)
     _log.info("model %s: matrices are kept as %s on %s", directory.name, kept, "several devices" if found else place)
-    return replace(parts, placement=made, group=group, precision=kept)
+    return replace(parts, rule=rule, placement=made, group=group, precision=kept)
+
+
+def area_of(tokens: int | None, grid: GridRule, pixels: int | None = None) -> int | None:
+    """``max_image_tokens`` as the ``max_pixels`` that a family understands: a token is a square of ``grid.factor`` pixels of a
+    picture or frame (28 a side in all families here). Marks around a picture are not counted, nor the border of up to a
+    token on each side that Kimi-VL adds.
+
+    ``pixels`` is what was given as ``max_pixels``, and the result without ``tokens``. SettingsError if both are given, or for
+    fewer tokens than ``min_pixels`` asks for."""
+    if tokens is None:
+        return pixels
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise SettingsError(f"max_image_tokens={tokens!r} is not a positive whole number", "give tokens of a picture, e.g. 256")
+    if pixels is not None:
+        raise SettingsError("max_image_tokens is given beside max_pixels", "give one of the two: they bound the same")
+    if tokens * grid.factor**2 < grid.min_pixels:
+        least = -(-grid.min_pixels // grid.factor**2)
+        raise SettingsError(
+            f"max_image_tokens={tokens} is less than the model's min_pixels of {grid.min_pixels}",
+            f"give at least {least}, or lower min_pixels of the model",
+        )
+    return tokens * grid.factor**2
 
 
 def unasked_mode(directory: Path, scheme: Any, device: torch.device) -> Mode | None:
@@ -145,9 +172,7 @@ def precision_of(mode: Mode | None, scheme: Any, dtype: torch.dtype, widen: bool
     return str(dtype).removeprefix("torch.")
 
 
-def _with_files(
-    model: Any, family: Any, directory: Path, name: str | Path, min_pixels: int | None, max_pixels: int | None
-) -> Parts:
+def _with_files(model: Any, family: Any, directory: Path, name: str | Path) -> Parts:
     """``model`` with what the other files of its checkpoint say: tokenizer, template, pixels, ends of a reply."""
     preprocessor = directory / "preprocessor_config.json"
     rule: MediaRule = family.media_rule(model.config, read_json(preprocessor) if preprocessor.exists() else None)
@@ -156,7 +181,7 @@ def _with_files(
     parts = assemble(
         model,
         Renderer.from_directory(directory, family.prompt_format(model.config)),
-        rule.bounded(min_pixels, max_pixels) if min_pixels or max_pixels else rule,
+        rule,
         eos=_eos(generation),
     )
     card = directory / "card.json"  # of models that this package trained

@@ -7,9 +7,10 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image as Pillow
 
-from mirada import VLM, Message, Sampling
-from mirada.engine.load import pick_device, pick_dtype
+from mirada import VLM, Image, Message, Sampling, Text
+from mirada.engine.load import area_of, pick_device, pick_dtype
 from mirada.errors import CheckpointError, ConfigError, NotAvailable, SettingsError, TensorError
 
 CPU = torch.device("cpu")
@@ -92,3 +93,39 @@ def test_broken_checkpoints_name_what_is_broken(copy):
     (copy / "tokenizer_config.json").unlink()
     with pytest.raises(CheckpointError, match="tokenizer"):
         VLM(copy, device="cpu")
+
+
+def test_pictures_are_bounded_in_tokens(tiny_directories):
+    """For a whole model and for one question; a family that adds borders may spend one more on each side."""
+    picture, most = Pillow.new("RGB", (400, 400)), 9
+    chat = [Message("user", [Image(picture), Text("?")])]
+    for directory in tiny_directories.values():
+        with VLM(directory, device="cpu", max_image_tokens=most) as small, VLM(directory, device="cpu") as plain:
+            spent = [vlm._requests.make(chat, Sampling(), "auto").prompt for vlm in (small, plain)]
+            least, more = (sum(span.num_tokens for span in prompt.spans) for prompt in spent)
+            border = small.parts.rule.grid.border == "pad"
+            assert most / 2 < least <= (most**0.5 + border) ** 2 < more
+            with pytest.MonkeyPatch.context() as patch:
+                seen = []
+                patch.setattr(plain, "submit", lambda chat, *_, seen=seen, **__: seen.append(chat) or pytest.fail("seen"))
+                with pytest.raises(pytest.fail.Exception):
+                    plain.ask(picture, "?", max_image_tokens=most)
+            asked = plain._requests.make(seen[0], Sampling(), "auto").prompt
+            assert sum(span.num_tokens for span in asked.spans) == least
+
+
+def test_tokens_of_a_picture_that_make_no_sense(tiny_directories):
+    with VLM(tiny_directories["qwen2_vl"], device="cpu") as vlm:
+        grid = vlm.parts.rule.grid
+        assert area_of(None, grid) is None and area_of(None, grid, 5) == 5 and area_of(64, grid) == 64 * 784
+        for options, said in (
+            ({"max_image_tokens": 0}, "positive"), ({"max_image_tokens": "9"}, "positive"),
+            ({"max_image_tokens": True}, "positive"),
+            ({"max_image_tokens": 64, "max_pixels": 9000}, "beside max_pixels"), ({"max_image_tokens": 1}, "at least"),
+        ):  # fmt: skip
+            with pytest.raises(SettingsError, match=said):
+                vlm.ask(Pillow.new("RGB", (60, 60)), "?", **options)
+            with pytest.raises(SettingsError, match=said):
+                VLM(tiny_directories["qwen2_vl"], device="cpu", **options)
+    with pytest.raises(SettingsError, match="max_pixels is for"):
+        VLM(tiny_directories["qwen2_vl"], device="cpu").ask("no picture", max_image_tokens=64)
