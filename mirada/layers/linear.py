@@ -67,15 +67,16 @@ def _compiled(weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _matrix_linear(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
-    """Integers: by their kernels for any number of rows. bfloat16: for few; more are widened tile by tile."""
+    """By the kernels. Floats in front of many rows need those for vectors; without them they are widened tile by tile."""
     if torch.is_grad_enabled() and x.requires_grad:
         return F.linear(x, matrix.widen().to(x.dtype), bias)
     wide = x.float()
     floats = matrix.format in (Format.F32, Format.BF16)
-    if floats and (wide.numel() > FEW * matrix.columns or compiled.library() is None):
+    many = floats and wide.numel() > FEW * matrix.columns
+    if floats and (compiled.library() is None or (many and compiled.status().name == "scalar")):
         return _by_tiles(wide, matrix, bias).to(x.dtype)
-    made = product(matrix, wide)
-    return (made if bias is None else made + bias).to(x.dtype)
+    made = product(matrix, wide, many)
+    return (made if bias is None else made.add_(bias)).to(x.dtype)
 
 
 def _by_tiles(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:

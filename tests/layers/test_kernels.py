@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mirada.errors import NotAvailable, SettingsError, TensorError
+from mirada.layers import linear as layer
 from mirada.layers.kernels import library as compiled
 from mirada.layers.kernels.matrix import BLOCK, Format, Matrix, kernels, product
 from mirada.layers.linear import MatrixLinear, MatrixStack, linear
@@ -75,6 +76,41 @@ def test_floats(isa, dtype, shape):
     for n in (1, 2, 3, 4, 7, 8, 9, 17):
         x = torch.randn(n, shape[1])
         assert close(product(matrix, x), x.double() @ weight.double().T + bias), n
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [*SHAPES[:6], (70, 1100), (33, 512)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_floats_in_front_of_many_rows(isa, dtype, shape):
+    """Another order of sums, the same for every row, batch and number of threads."""
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(shape).to(dtype), torch.randn(shape[0]), torch.randn(150, shape[1])
+    matrix = Matrix.of(weight, bias)
+    made = product(matrix, x, many=True)
+    assert close(made, x.double() @ weight.double().T + bias)
+    for n in (1, 6, 11, 13, 30):
+        assert torch.equal(product(matrix, x[:n], many=True), made[:n]), n
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4 - before % 2)
+        assert torch.equal(product(matrix, x, many=True), made)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_library
+@pytest.mark.parametrize("status", ["avx2", "scalar"])
+def test_tiles_are_widened_only_where_no_kernel_is_quicker(monkeypatch, status):
+    weight, bias = torch.randn(700, 1024).bfloat16(), torch.randn(700)
+    matrix, x = Matrix.of(weight), torch.randn(2, 10, 1024)
+    monkeypatch.setattr(compiled, "_loaded", lambda: (LIBRARY, compiled.Status(status, "a test")))
+    taken: list[bool] = []
+    true = layer._by_tiles
+    monkeypatch.setattr(layer, "_by_tiles", lambda *given: taken.append(True) or true(*given))
+    with torch.no_grad():
+        made = linear(x, matrix, bias)
+    assert close(made, x.double() @ weight.double().T + bias, 3e-6) and made.shape == (2, 10, 700)
+    assert taken == ([True] if status == "scalar" else [])
 
 
 @needs_library

@@ -41,7 +41,8 @@ void mr_prepare(int format, int group, const float *x, int n, int cols, void *pr
 void mr_rows(const mr_matrix *w, const void *prepared, int n, int begin, int end, float *y);
 /* Rows [begin, begin + count) of a matrix as float32 [count, cols]. */
 void mr_widen(const mr_matrix *w, int begin, int count, float *to);
-/* All of it, on all threads of the pool: y [n, R]. 0, or 1 if there is no memory for the prepared x. */
-int mr_linear(const mr_matrix *w, const float *x, int n, float *y);
+/* All of it, on all threads of the pool: y [n, R]. 0, or 1 if there is no memory for the prepared x. `many`: rows of a matrix of
+ * floats are turned first, if there are kernels for that, which many rows of x are worth; sums run in another order then. */
+int mr_linear(const mr_matrix *w, const float *x, int n, int many, float *y);
 
 #endif

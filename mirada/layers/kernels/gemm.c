@@ -10,7 +10,7 @@
 #define SERIAL_WORK 65536 /* multiplications below which a second thread costs more than it brings */
 
 /* Counts changes of packed forms, of what functions mean, or of structures. Python refuses another one. */
-int mr_version(void) { return 6; }
+int mr_version(void) { return 7; }
 
 /* -- which kernels ------------------------------------------------------------------------------------------------------ */
 
@@ -206,6 +206,7 @@ typedef struct {
     void *prepared;
     float *y;
     int n, step;
+    void (*many)(const mr_matrix *w, const float *x, int n, int begin, int end, float *y); /* or NULL */
     _Atomic int next;
 } product;
 
@@ -215,34 +216,41 @@ static void prepare_part(void *context, int part, int parts) {
                  (int)((int64_t)p->n * (part + 1) / parts));
 }
 
+static void some_rows(const product *p, int begin, int end) {
+    if (p->many)
+        p->many(p->w, p->x, p->n, begin, end, p->y);
+    else
+        mr_rows(p->w, p->prepared, p->n, begin, end, p->y);
+}
+
 /* Whoever is free takes the next rows: a thread that another process slows down takes fewer. */
 static void rows_part(void *context, int part, int parts) {
     product *p = context;
     (void)part, (void)parts;
     for (int begin; (begin = atomic_fetch_add(&p->next, p->step)) < p->w->rows;) {
         int end = begin + p->step < p->w->rows ? begin + p->step : p->w->rows;
-        mr_rows(p->w, p->prepared, p->n, begin, end, p->y);
+        some_rows(p, begin, end);
     }
 }
 
-int mr_linear(const mr_matrix *w, const float *x, int n, float *y) {
+int mr_linear(const mr_matrix *w, const float *x, int n, int many, float *y) {
     if (n < 1 || w->rows < 1) return 0;
     _Alignas(64) char small[8192];
     size_t bytes = mr_prepared_bytes(w->format, w->cols, w->group, n);
     void *memory = bytes <= sizeof small ? NULL : malloc(bytes + 63);
     if (bytes > sizeof small && !memory) return 1;
     void *prepared = memory ? (void *)(((uintptr_t)memory + 63) / 64 * 64) : small;
-    product p = {.w = w, .x = x, .prepared = prepared, .y = y, .n = n};
+    product p = {.w = w, .x = x, .prepared = prepared, .y = y, .n = n, .many = many && is_float(w->format) ? mr_kernel()->many : NULL};
     int threads = (double)n * w->rows * w->cols < SERIAL_WORK ? 1 : mr_threads();
     if (is_float(w->format) || threads < 2 || n <= 8)
         mr_prepare(w->format, w->group, x, n, w->cols, prepared);
     else
         mr_parallel(prepare_part, &p);
     if (threads < 2) {
-        mr_rows(w, prepared, n, 0, w->rows, y);
+        some_rows(&p, 0, w->rows);
     } else {
         int shares = (w->rows + threads * 8 - 1) / (threads * 8);
-        p.step = (int)ALIGN(shares < GROUP_ROWS && n > 1 ? GROUP_ROWS : shares, PANEL);
+        p.step = (int)ALIGN(shares < GROUP_ROWS && n > 1 ? GROUP_ROWS : shares, 2 * PANEL);
         mr_parallel(rows_part, &p);
     }
     free(memory);

@@ -170,14 +170,15 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def product(matrix: Matrix, x: Tensor) -> Tensor:
+def product(matrix: Matrix, x: Tensor, many: bool = False) -> Tensor:
     """float32 x [.., C] -> [.., R], without gradients. Each row of x has the same result whatever the other rows are.
 
-    Threads are torch's. OutOfMemory if x cannot be rounded."""
+    ``many``: the order of sums for many rows of x in front of floats, another one. Threads are torch's. OutOfMemory if x cannot
+    be rounded."""
     library = kernels()
     flat = x.reshape(-1, matrix.columns).contiguous()
     out = torch.empty(len(flat), matrix.rows)
-    if library.mr_linear(matrix.struct, flat.data_ptr(), len(flat), out.data_ptr()):
+    if library.mr_linear(matrix.struct, flat.data_ptr(), len(flat), many, out.data_ptr()):
         raise OutOfMemory(f"no memory to round {len(flat)} x {x.shape[-1]} activations", "send smaller batches")
     return out.view(*x.shape[:-1], matrix.rows)
 
