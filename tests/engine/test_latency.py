@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from engine.test_adapters import adapted, folders  # noqa: F401
+from engine.mixes import mix
+from engine.test_adapters import adapted, ask, close, folders  # noqa: F401
 from engine.test_stateful import Traffic
 from engine.test_step import ENDLESS, finish, line_up, line_up_tokens, pictures, small, step, tokens
 from hypothesis import HealthCheck, Phase, settings
@@ -94,6 +95,15 @@ def gaps(vlm: VLM, clock: Clock, watched, until, most: int = 3000) -> list[float
 def alone(vlm: VLM, chat, **sampling) -> tuple[int, ...]:
     chat = [Message("user", chat)] if isinstance(chat, str) else chat
     return vlm.generate([chat], Sampling(**{**ENDLESS, **sampling}))[0].tokens
+
+
+@pytest.mark.parametrize("vlm", ["KeyeVL1_5"], indirect=True)
+def test_an_engine_that_ends_lets_go_of_its_pass(vlm, timed):
+    engine, _ = timed(vlm, 1e-9)
+    made = begun(engine)
+    gone = weakref.ref(engine._engine.engine.encoder.flight)
+    engine._engine.engine.close(RequestFailed("the engine was closed", "open the model again"))
+    assert gone() is None and all(isinstance(one.error, RequestFailed) for one in made)
 
 
 def test_a_pass_in_slices_is_the_pass(vlm):
@@ -271,7 +281,7 @@ def test_one_of_a_pass_leaves_before_its_end(vlm, timed, end):
         first.fail(RequestFailed("gone", "try again"))
     else:
         first.cancelled = True
-        second.cancelled = end == "all"
+        second.cancelled = text.cancelled = end == "all"
     step(engine)
     if end == "all":
         assert encoder.flight is None and gone() is None
@@ -314,12 +324,15 @@ def test_a_pass_that_fails_in_the_middle_fails_those_whose_own_it_is(vlm, timed,
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "KeyeVL1_5"])
 def test_adapters_hold_during_every_slice(kind, adapted, monkeypatch):  # noqa: F811
-    """One picture by an adapter of the tower, another without, in one pass; between its slices text is decoded."""
+    """A picture by an adapter of the tower, another without, while text is decoded between the slices of their passes."""
     vlm = adapted[kind]
-    both = [(pictures(1), "c"), (other(), None)]
-    expected = [vlm.submit(chat, Sampling(max_tokens=3, **ENDLESS), adapter=name).result().tokens for chat, name in both]
+    asked, engine = [one for one in mix(vlm, 3, 6) if one[1]][:2], vlm._engine.engine
     vlm.forget()
-    engine = vlm._engine.engine
+    _, plain = ask(vlm, asked, [None, None])
+    vlm.forget()
+    tokens_before, expected = ask(vlm, asked, ["c", None])
+    assert not close(expected[0], plain[0]) and close(expected[1], plain[1])
+    vlm.forget()
     monkeypatch.setattr(engine.pace, "seconds", 1e-9)
     monkeypatch.setattr(engine.pace, "step", Estimate())
     monkeypatch.setattr(engine.pace.step, "note", lambda seconds: None)
@@ -327,8 +340,8 @@ def test_adapters_hold_during_every_slice(kind, adapted, monkeypatch):  # noqa: 
     advance = engine.encoder._advance
     monkeypatch.setattr(engine.encoder, "_advance", lambda *given: advanced.append(1) or advance(*given))
     text = vlm.submit([Message("user", "hello")], Sampling(max_tokens=60, **ENDLESS))
-    made = [vlm.submit(chat, Sampling(max_tokens=3, **ENDLESS), adapter=name) for chat, name in both]
-    assert [one.result().tokens for one in made] == expected and text.result().error is None
+    tokens_now, now = ask(vlm, asked, ["c", None])
+    assert tokens_now == tokens_before and all(map(close, expected, now)) and text.result().error is None
     assert len(advanced) >= 4
 
 
