@@ -15,12 +15,13 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 
+from mirada.cli.options import Who
 from mirada.errors import (
     MediaRefused,
     MiradaError,
@@ -32,13 +33,14 @@ from mirada.errors import (
     SettingsError,
 )
 from mirada.media.fetch import FetchLimits
-from mirada.records import completion_to_openai, error_to_openai, request_from_openai
+from mirada.records import completion_to_openai, error_to_openai
 from mirada.records.files import JsonLines
-from mirada.types import Handle, Output, Sampling
+from mirada.types import Delta, Handle, Message, Output, Sampling, Thinking, ToolCall
 
-ENDPOINT = "/v1/chat/completions"
-UNBOUNDED = 1 << 30
-"""Longest answer where neither line nor command say one: what the model's context leaves."""
+if TYPE_CHECKING:
+    from mirada.serve.settings import ServeSettings
+
+ENDPOINT, RESPONSES = "/v1/chat/completions", "/v1/responses"
 _FATAL = (RemoteRefused, RemoteUnreachable)
 """What would happen to every further line as well."""
 
@@ -57,6 +59,31 @@ class Batch:
     in_flight: int = 16
     media_root: Path | None = None
     retry_errors: bool = False
+    quant: str | None = None
+    kv: str | None = None
+    adapter: str | None = None
+    """NAME=FOLDER, or a server's name for it; lines that name none are answered with it."""
+    thinking: Thinking | None = None
+    fps: float | None = None
+    nframes: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    """Where a line says nothing of it."""
+
+    @property
+    def who(self) -> Who:
+        """Who answers. Raises SettingsError for options of a model in this process with those of a server."""
+        return Who(self.model, self.device, self.quant, self.kv, self.adapter, self.url, self.api_key)
+
+    @property
+    def settings(self) -> ServeSettings:
+        """What a server is told to take where a request says nothing. Raises SettingsError."""
+        from mirada.serve.settings import ServeSettings
+
+        return ServeSettings(
+            max_tokens=self.max_tokens, thinking=self.thinking, fps=self.fps, nframes=self.nframes,
+            min_pixels=self.min_pixels, max_pixels=self.max_pixels,
+        )  # fmt: skip
 
 
 class Line(NamedTuple):
@@ -66,14 +93,23 @@ class Line(NamedTuple):
     custom_id: str | None
     body: Mapping[str, Any]
     problem: MiradaError | None = None
+    url: str = ENDPOINT
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A line under way: its answers, and what makes a body of them (and of a name that no other line has)."""
+
+    handles: list[Handle]
+    body: Callable[[list[Output], str], dict[str, Any]]
+    naming: Callable[[], contextlib.AbstractContextManager[None]]
+    """Within it errors name the line's own parameters."""
 
 
 class Answerer(Protocol):
     """Who answers: the engine of this process, or a server."""
 
-    def start(self, body: Mapping[str, Any]) -> list[Handle]: ...
-
-    def body(self, body: Mapping[str, Any], outputs: list[Output], id: str) -> dict[str, Any]: ...
+    def start(self, line: Line) -> Started: ...
 
     def close(self) -> None: ...
 
@@ -109,6 +145,8 @@ def _check(batch: Batch) -> None:
         raise SettingsError(f"the folder {str(batch.media_root)!r} of --media-root is not there", "give an existing folder")
     if batch.max_tokens is not None:
         Sampling(max_tokens=batch.max_tokens)  # says what is wrong with it before anything is opened
+    batch.settings  # noqa: B018  (the same)
+    batch.who  # noqa: B018
 
 
 def read_lines(source: Path) -> Iterator[Line]:
@@ -148,11 +186,12 @@ def _parse(raw: bytes, number: int) -> Line:
         return wrong("custom_id", "give every line a text of its own, by which its answer is found")
     if value.get("method", "POST") != "POST":
         return wrong("method", "only POST is known")
-    if value.get("url", ENDPOINT) != ENDPOINT:
-        return wrong("url", f"only {ENDPOINT} is known")
+    url = value.get("url", ENDPOINT)
+    if url not in (ENDPOINT, RESPONSES):
+        return wrong("url", f"only {ENDPOINT} and {RESPONSES} are known")
     if not isinstance(value.get("body"), dict):
         return wrong("body", "give the request: an object with messages")
-    return Line(id, custom_id, value["body"])
+    return Line(id, custom_id, value["body"], url=url)
 
 
 class Results:
@@ -301,13 +340,14 @@ class Run:
             return
         request_id = f"req_{uuid.uuid4().hex}"
         try:
-            outputs = self._ask(line.body)
+            outputs, started = self._ask(line)
             failed = next((output.error for output in outputs if output.error is not None), None)
             if failed is not None:
-                raise failed
+                with started.naming():
+                    raise failed
             if self.stopping or any(output.finish == "cancelled" for output in outputs):
                 return  # it is asked by the next run
-            body = self.answerer.body(line.body, outputs, f"chatcmpl-{request_id[4:]}")
+            body = started.body(outputs, request_id[4:])
         except _FATAL:
             raise
         except MiradaError as error:
@@ -316,14 +356,15 @@ class Run:
             return
         self.results.add(line, {"status_code": 200, "request_id": request_id, "body": body}, None)
 
-    def _ask(self, body: Mapping[str, Any]) -> list[Output]:
-        handles = self.answerer.start(body)
+    def _ask(self, line: Line) -> tuple[list[Output], Started]:
+        started = self.answerer.start(line)
+        handles = started.handles
         self.handles.update(handles)
         try:
             if self.stopping:  # since before they were known
                 for handle in handles:
                     handle.cancel()
-            return [handle.result() for handle in handles]
+            return [handle.result() for handle in handles], started
         finally:
             self.handles.difference_update(handles)
 
@@ -338,83 +379,166 @@ class Run:
 
 
 class _Local:
-    """The engine of this process."""
+    """The engine of this process. A line is read as ``mirada serve`` reads a request, by the same defaults."""
 
     def __init__(self, batch: Batch) -> None:
-        import mirada
-
         limits = FetchLimits.serving(batch.media_root)
+        opened, self._adapter = batch.who.open(limits=limits)
+        self._vlm: Any = opened
         self._model = batch.model or "mini"
-        self._vlm = mirada.VLM(self._model, device=batch.device, limits=limits)
-        self._defaults = Sampling(max_tokens=batch.max_tokens or UNBOUNDED)
+        self._settings = batch.settings
         self._root = batch.media_root
 
-    def start(self, body: Mapping[str, Any]) -> list[Handle]:
-        from mirada.serve.guides import asked, guide_for
+    def start(self, line: Line) -> Started:
+        from mirada.serve.asked import ask_of, start, token_bytes
 
-        body = with_sources(body, lambda source, kind: _under(source, self._root))
-        request = request_from_openai(body, defaults=self._defaults)
-        messages, sampling, options = request
-        chosen = {**asked(options), "adapter": options.adapter}
-        return [
-            self._vlm.submit(messages, _numbered(sampling, index), guide=guide_for(self._vlm, request), **chosen)
-            for index in range(options.n)
-        ]
+        body, read = _as_chat(line, lambda source, kind: _under(source, self._root))
+        if self._adapter is not None and body.get("adapter") is None:
+            body = {**body, "adapter": self._adapter}
+        with read.naming():
+            asked = ask_of(self._vlm, self._model, body, self._settings)
+            handles = start(asked)
+        options = asked.chat.options
 
-    def body(self, body: Mapping[str, Any], outputs: list[Output], id: str) -> dict[str, Any]:
-        tokenizer = self._vlm.parts.renderer.tokenizer
-        return completion_to_openai(
-            outputs,
-            model=self._model,
-            id=id,
-            created=int(time.time()),
-            token_bytes=lambda token: tokenizer.decode_bytes((token,)),
-            return_token_ids=bool(body.get("return_token_ids")),
-        )
+        def made(outputs: list[Output], id: str) -> dict[str, Any]:
+            return read.answer(
+                outputs, id, self._model, asked.chat.sampling, token_bytes(self._vlm), self._vlm.parts.eos,
+                ids=options.return_token_ids, reasoning=options.include_reasoning, name=options.request_id,
+            )  # fmt: skip
+
+        return Started(list(handles), made, read.naming)
 
     def close(self) -> None:
         self._vlm.close()
 
 
 class _Remote:
-    """A server; what it is asked is the line's own body, with files of the media root inside."""
+    """A server; what it is asked is the line's own body (of responses: as chat completions), with files of the media root
+    inside."""
 
     def __init__(self, batch: Batch) -> None:
         from mirada.client import HttpClient
 
         assert batch.url is not None
         self._client = HttpClient(batch.url, batch.api_key, batch.model, max_in_flight=batch.in_flight)
-        self._named, self._root, self._max_tokens = batch.model, batch.media_root, batch.max_tokens
+        self._batch = batch
 
-    def start(self, body: Mapping[str, Any]) -> list[Handle]:
+    def start(self, line: Line) -> Started:
         from mirada.client.body import to_data_uri
 
-        limits = FetchLimits.serving(self._root)
-        sent = dict(with_sources(body, lambda source, kind: to_data_uri(_under(source, self._root), kind, limits)))
+        batch = self._batch
+        limits = FetchLimits.serving(batch.media_root)
+        body, read = _as_chat(line, lambda source, kind: to_data_uri(_under(source, batch.media_root), kind, limits))
+        sent = batch.settings.completed({name: value for name, value in body.items() if value is not None})
         n = sent.pop("n", None) or 1
         if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 128:
             raise ParameterError(f"n={n!r} does not do", "give a number from 1 to 128", param="n")
-        if self._named is not None:
-            sent["model"] = self._named
-        if self._max_tokens is not None and sent.get("max_completion_tokens") is None:
-            sent.setdefault("max_tokens", self._max_tokens)
+        if batch.model is not None:
+            sent["model"] = batch.model
+        if batch.adapter is not None:
+            sent.setdefault("adapter", batch.adapter)
+        if batch.max_tokens is not None and sent.get("max_completion_tokens") is None:
+            sent.setdefault("max_tokens", batch.max_tokens)
         seed = sent.get("seed")
         seeds = [{"seed": seed + index} if isinstance(seed, int) else {} for index in range(n)]
-        return [self._client.send({**sent, **one}) for one in seeds]
+        handles = [self._client.send({**sent, **one}) for one in seeds]
 
-    def body(self, body: Mapping[str, Any], outputs: list[Output], id: str) -> dict[str, Any]:
-        model = self._named or body.get("model") or self._client.model
-        return completion_to_openai(
-            outputs, model=str(model), id=id, created=int(time.time()), return_token_ids=bool(body.get("return_token_ids"))
-        )
+        def made(outputs: list[Output], id: str) -> dict[str, Any]:
+            model = str(batch.model or line.body.get("model") or self._client.model)
+            return read.answer(outputs, id, model, Sampling(), ids=bool(line.body.get("return_token_ids")))
+
+        return Started(list(handles), made, read.naming)
 
     def close(self) -> None:
         self._client.close()
 
 
-def _numbered(sampling: Sampling, index: int) -> Sampling:
-    """The settings of choice ``index``: with a seed, one of its own."""
-    return sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index)
+class _Chat:
+    """A line of chat completions."""
+
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        yield
+
+    def answer(
+        self,
+        outputs: list[Output],
+        id: str,
+        model: str,
+        sampling: Sampling,
+        token_bytes: Callable[[int], bytes] | None = None,
+        ends: Collection[int] = (),
+        *,
+        ids: bool = False,
+        reasoning: bool = True,
+        name: str | None = None,
+    ) -> dict[str, Any]:
+        """The body of its answer."""
+        outputs = [_with_ids(output, id, index) for index, output in enumerate(outputs)]
+        return completion_to_openai(
+            outputs, model=model, id=f"chatcmpl-{name or id}", created=int(time.time()), token_bytes=token_bytes,
+            return_token_ids=ids, reasoning=reasoning,
+        )  # fmt: skip
+
+
+class _Response(_Chat):
+    """A line of responses."""
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        from mirada.serve.responses import as_chat
+
+        self._body = body
+        self.form = as_chat(body)
+
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        from mirada.serve.responses import own_words
+
+        with own_words(self.form.places):
+            yield
+
+    def answer(
+        self,
+        outputs: list[Output],
+        id: str,
+        model: str,
+        sampling: Sampling,
+        token_bytes: Callable[[int], bytes] | None = None,
+        ends: Collection[int] = (),
+        *,
+        ids: bool = False,
+        reasoning: bool = True,
+        name: str | None = None,
+    ) -> dict[str, Any]:
+        from mirada.client.fake import ending, pieces
+        from mirada.serve.responses import Items
+
+        (output,) = outputs
+        items = Items(f"resp_{id}", model, sampling, self._body, ends, token_bytes, reasoning)
+        *before, last = pieces(output, 1 << 30) or [Delta()]
+        for delta in before:
+            items.feed(delta)
+        items.feed(replace(ending(output), text=last.text, reasoning=last.reasoning))
+        items.close()
+        return items.object(output)
+
+
+def _as_chat(line: Line, change: Callable[[str, str], str]) -> tuple[Mapping[str, Any], _Chat]:
+    """The body of a line as one of chat completions, its media as ``change`` has them, and what answers in the line's own
+    words. Raises ParameterError."""
+    read = _Response(line.body) if line.url == RESPONSES else _Chat()
+    body = read.form.body if isinstance(read, _Response) else line.body
+    return with_sources(body, change), read
+
+
+def _with_ids(output: Output, id: str, index: int) -> Output:
+    """``output`` whose tool calls have names that no other line's have."""
+    numbers = iter(range(len(output.message.tool_calls)))
+    parts = [
+        replace(part, id=f"call_{id}_{index}_{next(numbers)}") if isinstance(part, ToolCall) else part
+        for part in output.message.parts
+    ]
+    return replace(output, message=Message("assistant", parts, reasoning=output.message.reasoning))
 
 
 def with_sources(body: Mapping[str, Any], change: Callable[[str, str], str]) -> Mapping[str, Any]:

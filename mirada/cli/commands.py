@@ -92,13 +92,24 @@ def batch(
     ] = None,
     media_root: Annotated[Path | None, typer.Option("--media-root", help="Folder whose files the requests may name.")] = None,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Ask again what has only an error.")] = False,
+    thinking: options.Think = None,
+    fps: options.Fps = None,
+    nframes: options.Nframes = None,
+    min_pixels: options.MinPixels = None,
+    max_pixels: options.MaxPixels = None,
+    quant: options.Quant = None,
+    kv: options.Kv = None,
+    adapter: options.Adapter = None,
     device: options.Device = None,
     debug: Debug = False,
 ) -> None:
     """Answer a file of requests. Ended early, the same command goes on where it stopped."""
     from mirada.cli.batch import Batch, run
 
-    chosen = Batch(source, target, model, url, api_key, device, max_tokens, in_flight, media_root, retry_errors)
+    chosen = Batch(
+        source, target, model, url, api_key, device, max_tokens, in_flight, media_root, retry_errors, quant, kv, adapter,
+        options.mode(thinking), fps, nframes, min_pixels, max_pixels,
+    )  # fmt: skip
     raise typer.Exit(run(chosen))
 
 

@@ -83,9 +83,9 @@ class Who:
         if self.adapter is not None and "=" in self.adapter:
             raise SettingsError(f"--adapter {self.adapter!r} has a folder, and --url names a server", "give its name alone")
 
-    def open(self, workers: int | None = None) -> tuple[mirada.VLM | HttpClient, str | None]:
-        """Who answers, to be closed, and the adapter that requests name. ``workers``: see ``EngineSettings``. Raises
-        MiradaError."""
+    def open(self, workers: int | None = None, limits: FetchLimits | None = None) -> tuple[mirada.VLM | HttpClient, str | None]:
+        """Who answers, to be closed, and the adapter that requests name. ``workers``: see ``EngineSettings``. ``limits``: of
+        media, in this process. Raises MiradaError."""
         if self.url is not None:
             from mirada.client import HttpClient  # httpx takes a tenth of a second to load
 
@@ -95,7 +95,9 @@ class Who:
 
         adapters = {} if self.adapter is None else dict([named_adapter(self.adapter)])
         engine = EngineSettings(workers=workers, **given(kv=self.kv))
-        made = mirada.VLM(self.model or "mini", device=self.device, quant=self.quant, engine=engine, adapters=adapters)
+        made = mirada.VLM(
+            self.model or "mini", device=self.device, quant=self.quant, engine=engine, adapters=adapters, **given(limits=limits)
+        )
         return made, next(iter(adapters), None)
 
 

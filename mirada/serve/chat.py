@@ -7,26 +7,24 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mirada.engine.together import Together
-from mirada.errors import MiradaError, ParameterError, nearest
+from mirada.errors import MiradaError
 from mirada.records.answer import completion_to_openai
-from mirada.records.request import ChatRequest, RequestOptions, request_from_openai
-from mirada.serve import guides, openai
+from mirada.serve import openai
+from mirada.serve.asked import Asked, ask_of, start, token_bytes
 from mirada.serve.errors import as_json, http_error, reply
 from mirada.serve.guard import Gate, Ticket, aside
 from mirada.serve.metrics import Metrics
 from mirada.serve.settings import ServeSettings
 from mirada.serve.stream import BEAT, Choices, EventStream, Pace, beating, unless_gone
-from mirada.types import Output, Sampling
+from mirada.types import Output
 
 if TYPE_CHECKING:
-    from mirada.engine.handle import EngineHandle
     from mirada.engine.llm import VLM
 
 
@@ -58,23 +56,6 @@ class Desk:
         return next(model for model, vlm in self.models.items() if name in vlm.adapters), name
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A request that was read and checked: of whom, what, and how."""
-
-    name: str
-    vlm: VLM
-    chat: ChatRequest
-    tenant: str
-    """Whose request it is; caches are not shared among tenants."""
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """Parameters that were left aside, where the server allows that."""
-        ignored = ", ".join(name for name in self.chat.options.unknown if name.isascii() and name.isprintable())
-        return {"X-Mirada-Ignored": ignored[:1000]} if ignored else {}
-
-
 async def complete(request: Request, body: Mapping[str, Any], desk: Desk) -> Response | EventStream:
     """The answer to a body of ``/v1/chat/completions``. Raises MiradaError, HttpError or ClientGone."""
     asked = await aside(request, read, body, desk, request.scope["mirada.tenant"])
@@ -101,59 +82,10 @@ def read(body: Mapping[str, Any], desk: Desk, tenant: str) -> Asked:
     return ask_of(desk.models[model], name, body, desk.settings, adapter, tenant)
 
 
-def ask_of(
-    vlm: VLM, name: str, body: Mapping[str, Any], settings: ServeSettings, adapter: str | None = None, tenant: str = ""
-) -> Asked:
-    """What ``body`` asks of ``vlm``, called ``name``. ``adapter``: the one that the name stands for. Raises MiradaError."""
-    context = vlm.parts.context
-    defaults = replace(vlm.recommended_sampling or Sampling(), max_tokens=min(settings.max_tokens or context, context))
-    body = settings.completed(body)
-    chat = request_from_openai(body, defaults=defaults, allow_unknown=settings.unknown_parameters == "warn")
-    if adapter is not None:
-        chat = chat._replace(options=_adapted(chat.options, adapter))
-    options, parts = chat.options, vlm.parts
-    if options.tools and options.tool_choice != "none" and not parts.renderer.template.knows("tools"):
-        raise ParameterError(f"{name} takes no tools: its template has no place for them", "leave tools out", param="tools")
-    modes = dict(parts.renderer.format.thinking_suffix)
-    if options.thinking not in modes:
-        param = options.thinking_param or "thinking"
-        said = f"{param} asks for the thinking mode {options.thinking!r}, which {name} lacks"
-        raise ParameterError(said, nearest(options.thinking, modes), param=param)
-    if options.adapter is not None and options.adapter not in vlm.adapters:
-        raise ParameterError(
-            f"there is no adapter {options.adapter!r}", nearest(options.adapter, vlm.adapters), param="adapter"
-        )
-    return Asked(name, vlm, chat, tenant)
-
-
-def _adapted(options: RequestOptions, adapter: str) -> RequestOptions:
-    if options.adapter not in (None, adapter):
-        raise ParameterError(
-            f"the model is the adapter {adapter!r}, and adapter is {options.adapter!r}",
-            "leave one of them out",
-            param="adapter",
-        )
-    return replace(options, adapter=adapter)
-
-
 async def submit(asked: Asked) -> Choices:
     """Hand all choices to the engine. Rendering and counting tokens take long for long texts: that is done in a thread."""
     # A caller that goes while the thread works leaves handles that nobody holds, and those end by themselves.
     return Choices(await asyncio.to_thread(start, asked))
-
-
-def start(asked: Asked) -> list[EngineHandle]:
-    """All choices of a request, each with a seed of its own. Raises MiradaError."""
-    messages, sampling, options = asked.chat
-    chosen = guides.asked(options)
-    shared = {"together": Together()} if options.n > 1 else {}
-
-    def one(index: int) -> EngineHandle:
-        own = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index)
-        guide = guides.guide_for(asked.vlm, asked.chat)
-        return asked.vlm.submit(messages, own, guide=guide, adapter=options.adapter, salt=asked.tenant, **chosen, **shared)
-
-    return [one(index) for index in range(options.n)]
 
 
 async def whole(request: Request, choices: Choices, asked: Asked, desk: Desk) -> list[Output]:
@@ -242,8 +174,3 @@ async def _events(
             raise
         request.scope["mirada.ticket"].facts["error"] = str(error)[:200]
         yield event(http_error(error).body) + openai.DONE
-
-
-def token_bytes(vlm: VLM):
-    """The bytes behind a token id."""
-    return lambda token: vlm.parts.renderer.tokenizer.decode_bytes((token,))

@@ -6,10 +6,11 @@ by sending it whole.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from mirada.records.answer import (
 )
 from mirada.records.request import LABELS, Unknown
 from mirada.serve import chat
-from mirada.serve.errors import HttpError, http_error, reply
+from mirada.serve.errors import http_error, reply
 from mirada.serve.guard import Ticket, aside
 from mirada.serve.stream import BEAT, EventStream, Pace, beating, unless_gone
 from mirada.types import Delta, Logprob, Output, Sampling, ToolCall
@@ -88,11 +89,8 @@ class Form(NamedTuple):
 async def respond(request: Request, body: Mapping[str, Any], desk: chat.Desk) -> Response | EventStream:
     """The answer to a body of ``/v1/responses``. Raises MiradaError, HttpError or ClientGone."""
     form = await aside(request, as_chat, body, desk.settings.unknown_parameters == "warn")
-    try:
+    with own_words(form.places):
         return await _respond(request, body, form, desk)
-    except (InputError, ContextOverflow) as error:
-        request.scope["mirada.ticket"].facts["error"] = type(error).__name__
-        raise in_own_words(error, form.places) from error
 
 
 async def _respond(request: Request, body: Mapping[str, Any], form: Form, desk: chat.Desk) -> Response | EventStream:
@@ -139,17 +137,24 @@ def own_name(param: str, places: Sequence[Place]) -> str:
     return param
 
 
-def in_own_words(error: MiradaError, places: Sequence[Place]) -> HttpError:
-    """An error of a body of chat completions as one of this API's."""
-    found = http_error(error)
-    said = found.message
-    if found.param is not None:
-        said = re.sub(r"part (\d+) of message (\d+)", lambda m: own_name(f"messages[{m[2]}].content[{m[1]}]", places), said)
+@contextlib.contextmanager
+def own_words(places: Sequence[Place]) -> Iterator[None]:
+    """Errors of a body of chat completions speak of this API's: they name its parameters."""
+    try:
+        yield
+    except (InputError, ContextOverflow) as error:
+        param = http_error(error).param
+        said = re.sub(
+            r"part (\d+) of message (\d+)", lambda m: own_name(f"messages[{m[2]}].content[{m[1]}]", places), error.problem
+        )
         said = re.sub(r"\bmessage (\d+)", lambda m: own_name(f"messages[{m[1]}]", places), said)
-        param = own_name(found.param, places)
-        said = re.sub(rf"(?<![\w.]){re.escape(found.param)}(?![\w.])", lambda _: param, said)
-        found.param = param
-    return HttpError(found.status, said, kind=found.kind, param=found.param, code=found.code, headers=found.headers)
+        if param is not None:
+            name = own_name(param, places)
+            said = re.sub(rf"(?<![\w.]){re.escape(param)}(?![\w.])", lambda _: name, said)
+            setattr(error, "param", name)  # noqa: B010  (not all kinds declare it)
+        error.problem = said
+        error.args = (said, error.fix)
+        raise
 
 
 def as_chat(body: Mapping[str, Any], allow_unknown: bool = False) -> Form:

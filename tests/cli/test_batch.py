@@ -5,21 +5,25 @@ from __future__ import annotations
 import base64
 import fcntl
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from misbehaving import reply, serving, stream, words
+from oracle import wrong
 
+import mirada as package
 from mirada.cli.batch import Line, read_lines, with_sources
 from mirada.engine.llm import VLM
 
 
 def request(name, *parts, **body):
     content = [*parts, {"type": "text", "text": f"What is {name}?"}]
-    body = {"model": "any", "messages": [{"role": "user", "content": content}], "max_tokens": 4, **body}
+    body = {"model": "any", "messages": [{"role": "user", "content": content}], "max_tokens": 4, "temperature": 0, **body}
     return {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body}
 
 
@@ -235,3 +239,61 @@ def test_sources_of_every_form_are_found_and_addresses_left():
     with_sources(body, lambda source, kind: found.append((source, kind)) or source)
     assert found == [("a", "image"), ("b", "image"), ("c", "image"), ("d", "image"), ("e", "video")]
     assert with_sources({"messages": "x"}, lambda *_: "y") == {"messages": "x"}
+
+
+def test_a_line_is_read_as_the_server_reads_a_request(mirada, tiny, tmp_path):
+    """By the model's own sampling and the command's settings, where the line says nothing."""
+    plain = request("a")
+    del plain["body"]["temperature"]
+    short = request("b")
+    del short["body"]["max_tokens"]
+    source = write(tmp_path / "in.jsonl", plain, short, request("c", seed=1), request("d", colour="red"))
+    given = ("--max-tokens", "3", "--kv", "int8", "--thinking", "off")
+    done = mirada("batch", source, tmp_path / "out.jsonl", "-m", "mini", *given)
+    assert done.code == 1, done.err
+    made = by_name(tmp_path / "out.jsonl")
+    with VLM("mini", engine={"kv": "int8"}) as vlm:
+        assert text(made["a"]) == vlm.ask("What is a?", max_tokens=4, thinking="off")
+    assert made["b"]["response"]["body"]["usage"]["completion_tokens"] <= 3
+    assert made["d"]["response"]["body"]["error"]["param"] == "colour"
+    assert mirada("batch", source, tmp_path / "x.jsonl", "--url", "http://127.0.0.1:9", "--kv", "int8").code == 2
+    assert mirada("batch", source, tmp_path / "x.jsonl", "--fps", "0").code == 2
+
+
+def test_lines_of_responses(mirada, tmp_path):
+    body = {"model": "any", "input": "What is it?", "max_output_tokens": 3, "include": ["message.output_text.logprobs"]}
+    line = {"custom_id": "a", "url": "/v1/responses", "body": {**body, "thinking": "off", "temperature": 0}}
+    bad = {"custom_id": "b", "url": "/v1/responses", "body": {**body, "input": [{"role": "robot", "content": "x"}]}}
+    worse = {"custom_id": "c", "url": "/v1/responses", "body": {**body, "text": {"format": {"type": "xml"}}}}
+    file = {"type": "input_image", "image_url": "no.png"}
+    lost = {"custom_id": "d", "url": "/v1/responses", "body": {**body, "input": [{"role": "user", "content": [file]}]}}
+    chat = {
+        **request("e"),
+        "body": {"messages": [{"role": "user", "content": "What is it?"}], "max_tokens": 3, "temperature": 0},
+    }
+    source = write(tmp_path / "in.jsonl", line, bad, worse, lost, chat)
+    done = mirada("batch", source, tmp_path / "out.jsonl", "--media-root", tmp_path, "--thinking", "off")
+    assert done.code == 1, done.err
+    made = by_name(tmp_path / "out.jsonl")
+    whole = made["a"]["response"]["body"]
+    assert wrong("Response", whole) == [] and whole["id"].startswith("resp_")
+    part = whole["output"][0]["content"][0]
+    assert part["text"] == text(made["e"]) and "".join(one["token"] for one in part["logprobs"]) == part["text"]
+    params = [made[name]["response"]["body"]["error"]["param"] for name in "bcd"]
+    assert params == ["input[0]", "text.format.type", "input"]
+
+
+def test_calls_of_all_lines_have_names_of_their_own(mirada, tmp_path):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    asked = {"tools": [tool], "tool_choice": "required", "max_tokens": 40, "thinking": "off", "parallel_tool_calls": False}
+    folder = tmp_path / "echo"  # mini, with a template that has a place for tools
+    shutil.copytree(Path(package.__file__).parent / "assets" / "mini", folder)
+    template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
+    shown = "{%- for tool in tools or [] -%}{{- tool | tojson -}}{%- endfor -%}"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": shown + template}))
+    source = write(tmp_path / "in.jsonl", request("a", **asked), request("b", **asked, n=2))
+    assert mirada("batch", source, tmp_path / "out.jsonl", "-m", folder).code == 0
+    lines = by_name(tmp_path / "out.jsonl").values()
+    choices = [choice for line in lines for choice in line["response"]["body"]["choices"]]
+    calls = [call["id"] for choice in choices for call in choice["message"]["tool_calls"]]
+    assert len(calls) == len(set(calls)) == 3
