@@ -31,13 +31,17 @@ class Image:
 
     ``min_pixels`` / ``max_pixels`` bound the resized area (pixels); ``resized_height`` / ``resized_width`` ask for an
     exact size, snapped to the model's factor.
+
+    ``id``: what the caller calls it. One that was sent with its id before may come again by ``Image(id=...)`` alone, with the
+    same sizes, for as long as its pixels are kept; nobody else's picture is ever found by an id (``media.named``).
     """
 
-    source: Any
+    source: Any = None
     min_pixels: int | None = None
     max_pixels: int | None = None
     resized_height: int | None = None
     resized_width: int | None = None
+    id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,10 +94,14 @@ def _message(message: Message, limits: FetchLimits, inline: bool) -> dict[str, A
 def _part(part: Text | Image | Video, limits: FetchLimits, inline: bool) -> dict[str, Any]:
     if isinstance(part, Text):
         return {"type": "text", "text": part.text}
-    options = {f.name: value for f in fields(part) if f.name != "source" and (value := getattr(part, f.name)) is not None}
+    own = ("source", "id")
+    options = {f.name: value for f in fields(part) if f.name not in own and (value := getattr(part, f.name)) is not None}
     source = part.source
     if isinstance(part, Image):
-        return {"type": "image_url", "image_url": {"url": _address(source, "image", limits, inline), **options}}
+        named = {} if part.id is None else {"uuid": part.id}
+        if named and source is None:  # the server has it
+            return {"type": "image_url", "image_url": None, **options, **named}
+        return {"type": "image_url", "image_url": {"url": _address(source, "image", limits, inline), **options}, **named}
     if getattr(source, "ndim", None) == 4 or isinstance(source, list | tuple):
         # OpenAI has no form for frames; this one is that of qwen-vl-utils, which Mirada's server reads.
         return {"type": "video", "video": [_address(frame, "image", limits, inline) for frame in source], **options}

@@ -19,6 +19,7 @@ from mirada.media.cache import PixelCache
 from mirada.media.coords import View
 from mirada.media.fetch import FetchLimits
 from mirada.media.grid import Patches, content_key
+from mirada.media.named import prepare_named
 from mirada.media.pool import Cancel, Pool
 from mirada.media.prepare import prepare_many
 from mirada.media.times import Times
@@ -72,16 +73,22 @@ class Requests:
             times = Times()
             outcome: Outcome = _unmade()
             try:
-                patches = prepare_many(
+                patches = prepare_named(
                     wanted,
+                    lambda parts: prepare_many(
+                        parts,
+                        self.parts.rule,
+                        self.limits,
+                        cache=self.cache,
+                        pool=self.pool,
+                        cancel=cancel,
+                        times=times,
+                        salt=salt,
+                        most_tokens=self.parts.context - 1,
+                    ),
                     self.parts.rule,
-                    self.limits,
-                    cache=self.cache,
-                    pool=self.pool,
-                    cancel=cancel,
-                    times=times,
-                    salt=salt,
-                    most_tokens=self.parts.context - 1,
+                    self.cache,
+                    salt,
                 )
                 with times.stage("render"):
                     prompt = self.parts.renderer.render(messages, patches, thinking=thinking, tools=tools)

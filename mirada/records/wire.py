@@ -2,7 +2,8 @@
 
 One part of a content list may be ``{"type": "image", "image": ...}``, ``{"type": "image_url", "image_url": "..." | {"url":
 "..."}}``, the same with ``video``, ``{"type": "text", "text": "..."}``, or any of these without ``type``. Options of a
-picture or video stand beside it or, with ``{"url": ...}``, inside. ``message_to_json`` is the way back.
+picture or video stand beside it or, with ``{"url": ...}``, inside. A picture may have a ``uuid`` beside it (as in vLLM's API),
+and one that was sent before may be null beside its own (``types.Image``). ``message_to_json`` is the way back.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ _TYPES = ("text", "refusal", *_SOURCES)
 _MESSAGE_KEYS = (
     "role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "refusal", "annotations",
 )  # fmt: skip
+MOST_ID = 256
+"""Characters of a picture's ``uuid``."""
 _DETAILS = ("auto", "low", "high", "original")
 LOW_DETAIL = 512 * 512
 """Most pixels of a picture whose ``detail`` is low, as OpenAI sizes those."""
@@ -132,12 +135,13 @@ def _media(part: Mapping[str, Any], kind: str, where: str, left: Left | None) ->
     made = _SOURCES[kind]
     options = {key: value for key, value in part.items() if key not in ("type", kind, "cache_control")}
     source = part[kind]
+    id = _id(options.pop("uuid", None), where) if made is Image else None
     if isinstance(source, Mapping):
-        if "url" not in source:
+        if "url" not in source and (id is None or source):
             raise MessageError(f"the {kind} of {where} has no url", "give {'url': '...'} or the address itself")
         options |= {key: value for key, value in source.items() if key != "url"}
-        source = source["url"]
-    if source is None or (isinstance(source, str | bytes | list | tuple) and not source):
+        source = source.get("url")
+    if (source is None and id is None) or (isinstance(source, str | bytes | list | tuple) and not source):
         raise MessageError(f"the {kind} of {where} is empty", "give a path, a URL, a data: URI or a picture")
     detail = options.pop("detail", None) if made is Image else None
     _known(options, _OPTIONS[made], where, left)
@@ -149,7 +153,13 @@ def _media(part: Mapping[str, Any], kind: str, where: str, left: Left | None) ->
         checked["max_pixels"] = LOW_DETAIL
     if made is Video and "fps" in checked and "nframes" in checked:
         raise MessageError(f"{where} has both fps and nframes", "give one of them")
-    return made(source, **checked)
+    return made(source, **checked) if id is None else Image(source, id=id, **checked)
+
+
+def _id(given: Any, where: str) -> str | None:
+    if given is not None and (not isinstance(given, str) or not 0 < len(given) <= MOST_ID):
+        raise MessageError(f"uuid={repr(given)[:80]} of {where} is no name", f"give a string of 1 to {MOST_ID} characters")
+    return given
 
 
 def _number(key: str, value: Any, where: str) -> int | float:
@@ -198,7 +208,9 @@ def message_to_json(message: Message, store: Callable[[bytes], str] | None = Non
         else:
             kind = "image" if isinstance(part, Image) else "video"
             options = {name: getattr(part, name) for name in _OPTIONS[type(part)] if getattr(part, name) is not None}
-            content.append({"type": kind, kind: _source_to_json(part.source, store or _data_uri), **options})
+            named = {"uuid": part.id} if isinstance(part, Image) and part.id is not None else {}
+            source = None if named and part.source is None else _source_to_json(part.source, store or _data_uri)
+            content.append({"type": kind, kind: source, **options, **named})
     plain = len(content) == 1 and content[0]["type"] == "text"
     value: dict[str, Any] = {"role": message.role, "content": content[0]["text"] if plain else content}
     if calls:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mirada.records.request import HONOURED, LABELS, MOST_CHOICES
+from mirada.records.wire import MOST_ID
 from mirada.serve.responses import LOGPROBS
 
 Schema = dict[str, Any]
@@ -194,13 +195,15 @@ def responses_parameters(names: Sequence[str]) -> Schema:
     )  # fmt: skip
 
 
-def _source(kind: str, options: Mapping[str, Schema], frames: bool = False) -> Schema:
+def _source(
+    kind: str, options: Mapping[str, Schema], frames: bool = False, beside: Mapping[str, Schema] | None = None
+) -> Schema:
     """A part that holds a picture or a video: ``type`` may be left out, and so may the object around the address."""
     forms = [text(minLength=1), thing({"url": text(minLength=1)}, options)]
     if frames:
         forms.append(many({"anyOf": [text(minLength=1), thing({"url": text(minLength=1)})]}, minItems=1))
     kinds = one_of(kind, kind.removesuffix("_url"), f"{kind.removesuffix('_url')}_url")
-    return thing({kind: {"anyOf": forms}}, {"type": kinds, "cache_control": ANYTHING, **options})
+    return thing({kind: {"anyOf": forms}}, {"type": kinds, "cache_control": ANYTHING, **options, **(beside or {})})
 
 
 def _content() -> Schema:
@@ -208,7 +211,10 @@ def _content() -> Schema:
     words = thing({"text": text()}, {"type": one_of("text"), "cache_control": ANYTHING})
     refusal = thing({"refusal": text()}, {"type": one_of("refusal"), "cache_control": ANYTHING})
     shown = {**_SIZES, "detail": _DETAIL}
-    pictures = [_source(kind, shown) for kind in ("image", "image_url")]
+    name = text(minLength=1, maxLength=MOST_ID)
+    pictures = [_source(kind, shown, beside={"uuid": name}) for kind in ("image", "image_url")]
+    again = {"type": one_of("image", "image_url"), "cache_control": ANYTHING, **shown}
+    pictures += [thing({kind: {"type": "null"}, "uuid": name}, again) for kind in ("image", "image_url")]
     videos = [_source(kind, _CLIP, frames=True) for kind in ("video", "video_url")]
     return {"anyOf": [text(), many({"anyOf": [text(), words, refusal, *pictures, *videos]})]}
 

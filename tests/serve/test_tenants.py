@@ -138,3 +138,22 @@ def test_requests_that_run_together_do_not_wait_for_the_features_of_another(vlm)
     after = vlm.stats()
     assert after["encoder_cache_misses"] - before["encoder_cache_misses"] == 3
     assert after["pixel_cache_misses"] - before["pixel_cache_misses"] == 3
+
+
+def test_a_picture_that_was_sent_with_a_name_is_found_by_it_again_by_its_owner_alone(web):
+    def said(key, **part):
+        body = {"model": "mini", "messages": user(QUESTION, {"type": "image_url", **part}), "max_tokens": 4}
+        return web.post("/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {key}"})
+
+    whole = said(KEYS[0], image_url={"url": data_uri(png(color=(30, 60, 90)))}, uuid="sign-1").json()
+    again = said(KEYS[0], image_url=None, uuid="sign-1").json()
+    assert again["choices"] == whole["choices"]
+    assert again["usage"]["prompt_tokens"] == whole["usage"]["prompt_tokens"] > 40
+    for key, name in ((KEYS[1], "sign-1"), (KEYS[0], "sign-2")):
+        missed = said(key, image_url=None, uuid=name)
+        error = missed.json()["error"]
+        assert (
+            missed.status_code == 400 and error["code"] == "media_not_found" and "send the picture itself" in error["message"]
+        )
+    for part in ({"image_url": None}, {"image_url": None, "uuid": ""}, {"image_url": None, "uuid": 3}):
+        assert said(KEYS[0], **part).status_code == 400
