@@ -19,6 +19,7 @@ from typing import Protocol
 
 from mirada.engine.sequence import Sequence
 from mirada.errors import MiradaError, OutOfMemory, RequestFailed
+from mirada.media.fetch import is_remote
 from mirada.media.pool import Cancel, Pool
 from mirada.media.rule import MediaRule
 from mirada.types import Image, Video
@@ -261,7 +262,7 @@ def are_remote(wanted: Seq[Image | Video]) -> bool:
     sources = [
         source for part in wanted for source in (part.source if isinstance(part.source, list | tuple) else [part.source])
     ]
-    return any(isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")) for source in sources)
+    return any(map(is_remote, sources))
 
 
 def most_bytes(wanted: Seq[Image | Video], rule: MediaRule) -> int:
