@@ -2,15 +2,23 @@
 
 How families say them (``PromptFormat.markup``, ``PromptFormat.clicks``):
 
-- Qwen2-VL and Keye-VL: ``<|object_ref_start|>the cat<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>`` in thousandths
-  of the picture; four corners in ``<|quad_start|>``, and with Keye-VL points in ``<|point_start|>``, text that was read in
-  ``<|ocr_text_start|>`` (a label like an object's name) and seconds of a video in ``<|clip_time_start|>``.
-- Kimi-VL: calls such as ``pyautogui.click(x=0.25, y=0.5)``, in fractions of the picture; a number above 1 is none of these.
+- Qwen2-VL: ``<|object_ref_start|>the cat<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>`` in thousandths of the
+  picture (arXiv 2409.12191, 2.2.1), one pair of tags a box. Models tuned from it for screens write one pair of numbers in
+  these tags, ``click(start_box='<|box_start|>(x,y)<|box_end|>')``: a point (ms-swift, UI-TARS). What its tokens
+  ``<|quad_start|>`` hold is written nowhere; three or more corners are taken for an outline.
+- Keye-VL, in thousandths (Table 1 of arXiv 2507.01949 and of 2509.01563): ``<|box_start|>[[x1, y1, x2, y2], [x3, y3, x4,
+  y4]]<|box_end|>``, one box or several of one object, points in ``<|point_start|>[[x1, y1]]<|point_end|>``, and outlines in
+  ``<|polygon_start|>[[[x1, y1], [x2, y2], [x3, y3]]]<|polygon_end|>`` (plain text: its vocabulary has no such token); text
+  that was read, in ``<|ocr_text_start|>``, is a label like an object's name, and ``<|clip_time_start|>`` has seconds.
+- Kimi-VL: calls such as ``pyautogui.click(x=0.25, y=0.5)``, ``pyautogui.click(0.25, 0.5)`` or a bare ``(x=0.25, y=0.5)``, and
+  ``"bbox_2d": [x1, y1, x2, y2]`` or ``"point_2d": [x, y]`` in JSON, in fractions of the picture; a number above 1 is none of
+  these. Its makers write the unit nowhere: users and the harness ScreenSpot-Pro read it so.
 
 The rules:
 
 - A mark counts once its closing tag is there. Inside it stand two numbers for each corner, with any of ``( ) [ ] ,`` and white
-  space around them; what holds anything else, or any other count than the mark needs, is text like any other.
+  space around them; what holds anything else, or any other count than the mark needs, is text like any other. A box has two
+  corners; of several boxes in one mark each is one, with the mark's label.
 - A label belongs to the marks that follow it with nothing but white space and commas between, as many as there are.
 - Of several pictures and videos the one counts that the answer named last before the mark (``Picture 2``, ``Video 1``,
   counted from 1 over the whole chat, as the prompts of these families count), else the last that the chat shows.
@@ -32,14 +40,22 @@ MOST = 4096
 """Characters that a mark may have between its tags."""
 _BEFORE = 512
 """Characters before a mark in which a picture's name counts."""
-_KINDS = ("object_ref", "ocr_text", "box", "quad", "point", "clip_time")
+_KINDS = ("object_ref", "ocr_text", "box", "quad", "polygon", "point", "clip_time")
 _TAG = re.compile(rf"<\|({'|'.join(_KINDS)})_(start|end)\|>")
 _LONGEST = max(len(f"<|{kind}_start|>") for kind in _KINDS)
 _NUMBER = r"-?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9})"
 _ONLY_NUMBERS = re.compile(rf"[\s,()\[\]]*(?:{_NUMBER}[\s,()\[\]]+)*{_NUMBER}[\s,()\[\]]*")
+_SPACE = r"\s{0,4}"
+_X, _Y = rf"{_SPACE}x{_SPACE}={_SPACE}", rf"{_SPACE}y{_SPACE}={_SPACE}"
+_ACTIONS = "click|doubleClick|rightClick|middleClick|tripleClick|moveTo|dragTo"
+"""Calls of pyautogui whose first two numbers are a place."""
 _CLICK = re.compile(
-    rf"\b([A-Za-z]{{1,24}})\(\s{{0,4}}x\s{{0,4}}=\s{{0,4}}({_NUMBER})\s{{0,4}},\s{{0,4}}y\s{{0,4}}=\s{{0,4}}({_NUMBER})\s{{0,4}}[,)]"
+    rf"(?:\b([A-Za-z]{{1,24}}))?\({_X}({_NUMBER}){_SPACE},{_Y}({_NUMBER}){_SPACE}[,)]"
+    rf"|\bpyautogui\.({_ACTIONS})\({_SPACE}({_NUMBER}){_SPACE},{_SPACE}({_NUMBER}){_SPACE}[,)]"
+    rf'|"(bbox_2d|point_2d)"{_SPACE}:{_SPACE}\[((?:{_SPACE}{_NUMBER}{_SPACE},){{1,3}}{_SPACE}{_NUMBER}){_SPACE}\]'
 )
+_OUTLINES = re.compile(r"\]\s*\]\s*,\s*\[\s*\[")
+"""Between two outlines of one mark."""
 _NAMED = re.compile(r"\b(picture|image|photo|video)\s{0,2}#?(\d{1,4})(?!\d)|(图片?|视频)\s{0,2}(\d{1,4})(?!\d)", re.IGNORECASE)
 _VIDEO_WORDS = ("video", "视频")
 _GAP = re.compile(r"[\s,;，、]*")
@@ -125,6 +141,10 @@ class Grounder:
             said.label = ""
         if kind in ("object_ref", "ocr_text"):
             said.label = body.strip()
+        elif kind == "polygon" and len(bodies := _OUTLINES.split(body)) > 1:
+            outlines = [_numbers(one) for one in bodies]
+            for numbers in outlines if None not in outlines else ():
+                self._place(kind, start, numbers or [])
         elif (numbers := _numbers(body)) is None:
             said.label = ""
         elif kind == "clip_time":
@@ -143,23 +163,31 @@ class Grounder:
 
     def _place(self, kind: str, start: int, numbers: list[float]) -> None:
         points = list(zip(numbers[::2], numbers[1::2], strict=False))
-        whole = len(numbers) % 2 == 0 and {"box": len(points) == 2, "quad": len(points) >= 3, "point": True}[kind]
-        if not whole:
-            self._said.label = ""
-        elif kind == "point":
+        label = self._said.label
+        if len(numbers) % 2 == 0 and (kind == "point" or (kind == "box" and len(points) == 1)):
             for point in points:
-                self._add("point", (point,), start, self._said.label, "thousand")
+                self._add("point", (point,), start, label, "thousand")
+        elif kind == "box" and len(numbers) % 4 == 0:
+            for at in range(0, len(points), 2):
+                self._add("box", tuple(points[at : at + 2]), start, label, "thousand")
+        elif kind in ("quad", "polygon") and len(numbers) % 2 == 0 and len(points) >= 3:
+            self._add("polygon", tuple(points), start, label, "thousand")
         else:
-            self._add("box" if kind == "box" else "polygon", tuple(points), start, self._said.label, "thousand")
+            self._said.label = ""
 
     def _click(self, text: str, start: int) -> None:
         """Calls in ``text``, which begins at ``start``, that were not there before."""
         for match in _CLICK.finditer(text):
-            x, y = float(match[2]), float(match[3])
-            if start + match.end() > self._clicked and 0 <= x <= 1 and 0 <= y <= 1:
+            label = match[1] or match[4] or ""
+            said = match[8] or f"{match[2] or match[5]},{match[3] or match[6]}"
+            numbers = [float(one) for one in said.split(",")]
+            fits = all(0 <= one <= 1 for one in numbers) and len(numbers) == (4 if match[7] == "bbox_2d" else 2)
+            if start + match.end() > self._clicked and fits:
                 self._clicked = start + match.end()
                 self._name(text[max(0, match.start() - _BEFORE) : match.start()])
-                self._add("point", ((x, y),), start + match.start(), match[1], "unit", self._clicked)
+                points = tuple(zip(numbers[::2], numbers[1::2], strict=True))
+                kind = "box" if len(points) == 2 else "point"
+                self._add(kind, points, start + match.start(), label, "unit", self._clicked)
 
     def _add(
         self,

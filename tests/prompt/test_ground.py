@@ -62,6 +62,60 @@ def test_what_keye_has_beside_boxes(form):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("form", [KEYE_PREVIEW, KEYE_1_5], ids=["preview", "1.5"])
+def test_boxes_and_outlines_as_keye_writes_them(form):
+    one, two = "[100, 200, 300, 400]", "[0, 0, 10, 10]"
+    (made,) = found(f"{ref('sign')}<|box_start|>[{one}]<|box_end|>", form=form)
+    assert (made.kind, made.label, made.points) == ("box", "sign", ((200, 100), (600, 200)))
+    text = f"{ref('sign')}<|box_start|>[{one}, {two}]<|box_end|>"
+    made = found(text, form=form)
+    assert [(one.kind, one.label, one.points) for one in made] == [
+        ("box", "sign", ((200, 100), (600, 200))), ("box", "sign", ((0, 0), (20, 5))),
+    ]  # fmt: skip
+    assert {(one.start, one.end) for one in made} == {(text.index("<|box_start"), len(text))}
+    corners = "[[0, 0], [100, 0], [100, 100]]"
+    several = f"<|polygon_start|>[{corners}, [[1, 1], [2, 1], [2, 2]]]<|polygon_end|>"
+    text = f"{ref('roof')}<|polygon_start|>[{corners}]<|polygon_end|>{several}"
+    first = ((0, 0), (200, 0), (200, 50))
+    assert [(one.kind, one.label, one.points) for one in found(text, form=form)] == [
+        ("polygon", "roof", first), ("polygon", "roof", first), ("polygon", "roof", ((2, 0.5), (4, 0.5), (4, 1))),
+    ]  # fmt: skip
+    assert not found(f"<|polygon_start|>[{corners}, [[1, 1], [x]]]<|polygon_end|>", form=form)
+
+
+def test_one_pair_between_the_tags_of_a_box_is_a_point():
+    (made,) = found("Action: click(start_box='<|box_start|>(250,500)<|box_end|>')")
+    assert (made.kind, made.points) == ("point", ((500, 250),))
+
+
+KIMI_SAYS = [
+    ("pyautogui.click(0.25, 0.5)", "point", "click", ((500, 250),)),
+    ("pyautogui.dragTo(0.25, 0.5, duration=1)", "point", "dragTo", ((500, 250),)),
+    ("(x=0.25, y=0.5)", "point", "", ((500, 250),)),
+    ('{"bbox_2d": [0.5, 0.5, 0.25, 0.25], "label": "x"}', "box", "", ((500, 125), (1000, 250))),
+    ('{"point_2d": [0.25, 0.5]}', "point", "", ((500, 250),)),
+]
+
+
+@pytest.mark.parametrize(("text", "kind", "label", "points"), KIMI_SAYS, ids=range(5))
+def test_other_forms_of_kimi(text, kind, label, points):
+    (made,) = found(text, form=KIMI)
+    assert (made.kind, made.label, made.points) == (kind, label, points)
+    assert found(text, form=QWEN2_VL) == ()
+    stream = Grounder(KIMI, (PICTURE,))
+    assert tuple(one for character in text for one in stream.feed(character)) == (made,)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["pyautogui.scroll(0, 1)", "pyautogui.click(250, 500)", "click(0.25, 0.5)",
+     '"bbox_2d": [1, 2, 3, 4]', '"bbox_2d": [0.1, 0.2]',
+     '"point_2d": [0.1, 0.2, 0.3]', '"bbox": [0.1, 0.2, 0.3, 0.4]', "(0.25, 0.5)", "(x=2, y=0.5)"],
+)  # fmt: skip
+def test_what_kimi_does_not_say_so_is_text(text):
+    assert found(text, form=KIMI) == ()
+
+
 def test_clicks_of_kimi_are_fractions():
     text = "Action: click the button\npyautogui.click(x=0.25, y=0.5)\npyautogui.moveTo(x=.1,y=1.0, duration=2)"
     made = found(text, form=KIMI)
@@ -75,7 +129,7 @@ def test_clicks_of_kimi_are_fractions():
 @pytest.mark.parametrize(
     "text",
     [
-        "<|box_start|>(1,2),(3,4)", "<|box_start|>(1,2)<|box_end|>", "<|box_start|>(1,2),(3,4),(5,6)<|box_end|>",
+        "<|box_start|>(1,2),(3,4)", "<|box_start|>[[]]<|box_end|>", "<|box_start|>(1,2),(3,4),(5,6)<|box_end|>",
         "<|box_start|>(1,2),(a,4)<|box_end|>", "<|box_start|><|box_end|>", "(1,2),(3,4)<|box_end|>",
         "<|box_start|>(1,2),<|quad_start|>(3,4)<|box_end|>", "<|quad_start|>(1,2),(3,4)<|quad_end|>",
         "<|point_start|>(1)<|point_end|>", "<|box_start|>(1,2),(3,4)<|point_end|>", "<|box_start|>1 2 3 4e9<|box_end|>",
@@ -119,6 +173,8 @@ def test_without_media_there_is_nothing_to_point_at():
 
 
 PIECES = st.sampled_from([
+    "pyautogui.click(0.5, 0.25)", '"bbox_2d": [0.1, 0.2, 0.3, 0.4]', "(x=0.1, y=0.2)",
+    "<|polygon_start|>[[[1,2],[3,4],[5,6]]]<|polygon_end|>",
     ref("a b"), box(1, 2, 300, 400), "<|box_start|>", "<|box_end|>", "(1,2),(3,4)", "<|point_start|>(5,6)<|point_end|>",
     "<|point_end|>", "<|clip_time_start|>1<|clip_time_end|>", " , ", " and ", "Picture 1", "image 12", "2", "<|", "<", "|>",
     "click(x=0.1, y=0.2)", "x.click(x=0.3,", "<|object_ref_start|>", " " * 600,
@@ -135,7 +191,7 @@ def test_however_it_is_cut(pieces, cuts, form):
     cut = Grounder(form, views)
     edges = sorted({min(at, len(text)) for at in cuts} | {0, len(text)})
     assert tuple(one for a, b in pairwise(edges) for one in cut.feed(text[a:b])) == whole
-    assert all(text[one.start] in "<cx" and text[one.end - 1] in ">)," for one in whole)
+    assert all(text[one.start] in '<cxp("' and text[one.end - 1] in ">),]" for one in whole)
 
 
 @pytest.mark.parametrize("piece", ["<|box_start|>(1,2),", "<", "click(x=0.1", "1,2,3,4,", "a" * 30, "Picture 1 "])
