@@ -142,14 +142,14 @@ def exact_gelu_in_the_tower(patch) -> None:
 
 @caught_by(PREVIEW + "image.image_vision_out")
 def no_norm_after_the_tower(patch) -> None:
-    true = vit.KeyeVisionTower.forward
+    true = vit.KeyeVisionTower.slices
 
-    def forward(self, *args: Any) -> Tensor:
+    def slices(self, *args: Any) -> Any:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(self.norm, "forward", lambda x: x)
-            return true(self, *args)
+            return (yield from true(self, *args))
 
-    patch.setattr(vit.KeyeVisionTower, "forward", forward)
+    patch.setattr(vit.KeyeVisionTower, "slices", slices)
 
 
 @caught_by(PREVIEW + "image.image_vision_out")
