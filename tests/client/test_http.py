@@ -327,6 +327,19 @@ def test_a_stream_that_has_begun_is_not_asked_again_unless_that_is_wanted(ask):
         assert "begins otherwise" in str(ask(server, retries=again).error)
 
 
+def test_what_an_answer_points_at_comes_once_though_the_stream_broke_off():
+    boxes = [{"type": "point", "label": "", "point": [at, at], "image": 0, "size": [9, 9], "resized": [9, 9], "chosen": "only",
+              "start": at, "end": at + 1} for at in range(3)]  # fmt: skip
+    pieces = [chunk({"content": "abc"}), *(chunk({}, annotations=[box]) for box in boxes)]
+    ended = chunk({}, "stop", stop_reason="c").replace(b'"id"', b'"notes": ["turned upright"], "id"', 1)
+    again = Retry(2, first=0.001, after_tokens=True)
+    acts = stream(pieces[:3], then="drop"), stream([*pieces, ended, DONE])
+    with serving(*acts) as server, HttpClient(server.url, model="m", retries=again) as client:
+        output = client.submit(HI).result(10)
+    assert [one.start for one in output.annotations] == [0, 1, 2]
+    assert (output.notes, output.stop_reason) == (("turned upright",), "c")
+
+
 def test_the_clocks(ask):
     drip = [chunk({"content": "a"}), *[b": still here\n\n"] * 200]
     slow = {

@@ -6,10 +6,12 @@ import io
 
 import pytest
 from PIL import Image as pil
-from serving import data_uri, gif, image, png, user
+from serving import KEY, data_uri, gif, image, png, user
 
-from mirada import VLM, Message
+from mirada import VLM, Message, Sampling
 from mirada import Image as Picture
+from mirada.client import HttpClient
+from mirada.records.answer import annotation_to_openai, media_to_openai
 
 BOX = "<|object_ref_start|>the sign<|object_ref_end|><|box_start|>(100,250),(500,750)<|box_end|>"
 SAID = f"Look: {BOX}, there."
@@ -144,3 +146,25 @@ class Forced:
 
     def forced(self):
         return self.left[:1]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_client_of_this_package_has_all_that_the_server_says(client, server, stream):
+    told = chat(client, SAID, image(WIDE), stop=["there"])
+    with HttpClient(server.url, KEY, "echo", stream=stream) as asking:
+        chosen = Sampling(max_tokens=200, stop=("there",))
+        output = asking.submit([Message("user", (Picture(png((300, 200))), f"say:{SAID}"))], chosen).result(60)
+    assert output.error is None and output.annotations
+    assert [annotation_to_openai(one) for one in output.annotations] == told.choices[0].annotations
+    assert [media_to_openai(one) for one in output.usage.media] == told.usage.media
+    assert output.stop_reason == told.choices[0].stop_reason == "there"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_client_of_this_package_has_the_notes(server, stream):
+    out, exif = io.BytesIO(), pil.Exif()
+    exif[0x0112] = 6
+    pil.new("RGB", (90, 60)).save(out, "JPEG", exif=exif)
+    with HttpClient(server.url, KEY, "echo", stream=stream) as asking:
+        output = asking.submit([Message("user", (Picture(out.getvalue()), "say:x"))]).result(60)
+    assert len(output.notes) == 1 and "turned" in output.notes[0]
