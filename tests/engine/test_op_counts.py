@@ -8,12 +8,15 @@ from __future__ import annotations
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_adapters import make_adapter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mirada.engine.adapters import Adapters
 from mirada.engine.load import load
 from mirada.layers.batch import Batch
 from mirada.layers.cache import SlabCache, make_cache
@@ -31,6 +34,21 @@ PER_MATE = {"calls": 3, "tensors": 1}
 OBJECTS = 6000
 """Most bytes of Python objects that live at once because of one step in compiled code."""
 LAYERS = 4
+STEPS = {"one": (1,), "three": (1, 1, 1), "sixteen": (1,) * 16, "a draft of seven": (8,), "a chunk beside two": (1, 1, 30)}
+"""New tokens of each sequence in one step."""
+BY_MODULES = {  # calls and tensors of a whole step
+    "float keys": {"one": (65, 57), "three": (93, 69), "sixteen": (249, 121), "a draft of seven": (101, 101),
+                   "a chunk beside two": (129, 113)},
+    # 26 calls a layer for each further sequence: its new rows are made integers, and its old ones floats, by themselves
+    "int8 keys": {"one": (153, 105), "three": (357, 213), "sixteen": (1657, 889), "a draft of seven": (173, 141),
+                  "a chunk beside two": (377, 249)},
+    # four a layer: writing, and gathering what it attends
+    "pages": {"one": (77, 65), "three": (113, 93), "sixteen": (321, 249), "a draft of seven": (113, 109),
+              "a chunk beside two": (149, 137)},
+}  # fmt: skip
+ADAPTED = {"calls": 27, "tensors": 12.5}
+"""More in each layer, however many sequences have the adapter: its four fused matrices are seven of a checkpoint, each two
+products and what adds them where they belong."""
 LATENT = 18
 """Calls of a layer with latent attention and a dense block, for one sequence."""
 EXPERTS = 7
@@ -63,6 +81,32 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
 @pytest.fixture(scope="module")
 def mini() -> Any:
     return load("mini", device="cpu").model
+
+
+@pytest.fixture(scope="module", params=[None, "exact", "int8", "int4"])
+def precise(request: pytest.FixtureRequest) -> Any:
+    """The same model at each precision."""
+    model = load("mini", device="cpu", quant=request.param).model
+    yield model
+    model.decoder.steps.on = True
+
+
+def standing(model: Any, lengths: tuple[int, ...], kv: str = "auto", layout: str = "slab") -> tuple[Any, Batch]:
+    """A cache in which sequences have a past, and a step that adds ``lengths`` tokens to them; plans and tables are made."""
+    spec = {"num_layers": LAYERS, "num_kv_heads": 2, "head_dim": 64}
+    cache: Any = make_cache(spec, torch.float32, "cpu", kv=kv, layout=layout, budget=1 << 26)  # pyright: ignore
+    count, total = len(lengths), sum(lengths)
+    for slot in range(count):
+        cache.allocate(slot)
+        cache.grow(slot, 3 * PAST)
+    with torch.inference_mode():
+        for past, step in ((0, (PAST,) * count), (PAST, lengths)):
+            places = torch.cat([torch.arange(past, past + length) for length in step]).expand(3, -1)
+            batch = Batch(torch.full((sum(step),), 5), places, step, (past,) * count, tuple(range(count)))
+            for _ in range(2):
+                model.next_logits(batch, None, cache)
+    assert len(batch.tokens) == total
+    return cache, batch
 
 
 @pytest.fixture(params=[1, 3])
@@ -121,6 +165,58 @@ def test_a_step_by_the_modules(mini: Any, ready: tuple[SlabCache, Batch, int]) -
     for name, found in (("calls", sum(calls.calls.values())), ("tensors", calls.tensors)):
         mates = PER_MATE[name] * (count - 1) + (count > 1)
         assert found <= LAYERS * (PER_LAYER[name] + mates) + BESIDE[name], (name, calls.calls)
+
+
+@pytest.mark.skipif(library() is None, reason="the CPU kernels are not compiled")
+@pytest.mark.parametrize("kv", ["auto", "int8"])
+@pytest.mark.parametrize("step", STEPS)
+def test_every_step_of_a_small_model_is_one_call(precise: Any, step: str, kv: str) -> None:
+    """At every precision, with any keys, and also where a draft is checked or a prompt computed beside."""
+    precise.decoder.steps.on = True
+    calls = counted(precise, *standing(precise, STEPS[step], kv))
+    assert (sum(calls.calls.values()), calls.tensors) == (COMPILED["calls"], COMPILED["tensors"]), calls.calls
+
+
+@pytest.mark.skipif(library() is None, reason="the CPU kernels are not compiled")
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("kept", BY_MODULES)
+def test_other_steps_by_the_modules(mini: Any, kept: str, step: str) -> None:
+    try:
+        by_the_modules(mini, kept, step)
+    finally:
+        mini.decoder.steps.on = True
+
+
+@pytest.mark.skipif(library() is None, reason="the CPU kernels are not compiled")
+@pytest.mark.parametrize("kept", BY_MODULES)
+def test_a_product_is_one_call_at_every_precision(precise: Any, kept: str) -> None:
+    by_the_modules(precise, kept, "three")
+
+
+def by_the_modules(model: Any, kept: str, step: str) -> None:
+    model.decoder.steps.on = kept == "pages"  # which are never for compiled code
+    kv, layout = ("int8" if kept == "int8 keys" else "auto"), ("paged" if kept == "pages" else "slab")
+    calls = counted(model, *standing(model, STEPS[step], kv, layout))
+    most, tensors = BY_MODULES[kept][step]
+    assert sum(calls.calls.values()) <= most, calls.calls
+    assert calls.tensors <= tensors, calls.calls
+
+
+@pytest.mark.skipif(library() is None, reason="the CPU kernels are not compiled")
+@pytest.mark.parametrize("owners", [(True,), (True, False, False), (True, True, True)])
+def test_an_adapter_in_the_batch(mini: Any, owners: tuple[bool, ...], tmp_path: Path) -> None:
+    """Its step goes by the modules, and costs the same for one request as for all; the next step is one call again."""
+    adapters = Adapters(mini)
+    adapters.load("one", make_adapter(tmp_path / "one", mini))
+    found = adapters.find("one")
+    cache, step = standing(mini, (1,) * len(owners))
+    with adapters.tokens([(found if owner else None, 1, 1) for owner in owners]):
+        counted(mini, cache, step)  # makes tables
+        calls = counted(mini, cache, step)
+    plain = BY_MODULES["float keys"]["one" if len(owners) == 1 else "three"]
+    assert sum(calls.calls.values()) <= plain[0] + LAYERS * ADAPTED["calls"], calls.calls
+    assert calls.tensors <= plain[1] + LAYERS * ADAPTED["tensors"], calls.calls
+    assert sum(counted(mini, cache, step).calls.values()) == COMPILED["calls"]
 
 
 @pytest.mark.skipif(library() is None, reason="the CPU kernels are not compiled")
