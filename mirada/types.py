@@ -324,7 +324,10 @@ LARGEST = 10**12
 
 def is_number(value: Any) -> bool:
     """Whether ``value`` is a number that can be calculated with: no truth value, not infinite, at most ``LARGEST``."""
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) <= LARGEST)  # False for NaN
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    size: Any = abs(value)
+    return bool(size <= LARGEST)  # False for NaN
 
 
 def _is_bias(given: Mapping[int, float] | None) -> bool:

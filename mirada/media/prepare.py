@@ -342,10 +342,12 @@ class _Task:
             self.load()
         if self.means.cancel is not None:
             self.means.cancel.check()
-        if isinstance(self.item, Video):
-            self._start_video(self.item)
+        item = self.item
+        assert item is not None
+        if isinstance(item, Video):
+            self._start_video(item)
         else:
-            self._start_image(self.item)
+            self._start_image(item)
 
     def finish(self) -> Patches:
         while self._other is not None:  # what somebody else prepares, or, should that fail, this one after all
