@@ -27,7 +27,7 @@ class Counting(Protocol):
 class Metrics:
     """Counts requests and times; what the engines know of themselves is read when somebody asks."""
 
-    def __init__(self, models: Mapping[str, Counting]) -> None:
+    def __init__(self, models: Mapping[str, Counting], clock: Callable[[], float] = time.monotonic) -> None:
         self.registry = registry = CollectorRegistry(auto_describe=False)
         self.requests = Counter("mirada_requests", "Replies by route and status.", ["path", "status"], registry=registry)
         self.under_way = Gauge("mirada_requests_under_way", "Requests that were let in.", registry=registry)
@@ -58,7 +58,7 @@ class Metrics:
             "mirada_live_questions", "Answers to live questions by status; 499: stopped, or the client had gone.", ["status"],
             registry=registry,
         )  # fmt: skip
-        self._engines = _Engines(models)
+        self._engines = _Engines(models, clock)
         registry.register(self._engines)
 
     def note(self, model: str, output: Output) -> None:
@@ -89,7 +89,7 @@ class _Engines:
     """Reads ``stats()`` of every model when it is scraped. Tokens per second are what was generated since a look at least
     ``RATE_SECONDS`` ago; one is taken with each answer that ends and each scrape, so a server that idles says 0."""
 
-    def __init__(self, models: Mapping[str, Counting], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, models: Mapping[str, Counting], clock: Callable[[], float]) -> None:
         self._models, self._clock = models, clock
         self._looks: deque[tuple[float, dict[str, int]]] = deque(maxlen=64)
         self.look()
