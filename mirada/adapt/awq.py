@@ -20,12 +20,11 @@ from mirada.adapt.method import (
     group_size,
     halves,
     in_blocks,
-    join_halves,
     module_of,
     named,
     skipped,
 )
-from mirada.adapt.packed import Packed
+from mirada.adapt.packed import Packed, join_halves
 from mirada.errors import ConfigError
 from mirada.keys import Keys
 

@@ -79,13 +79,6 @@ def halves(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
 
 
-def join_halves(values: Tensor) -> Tensor:
-    """uint8 [R, C] below 16 -> uint8 [R, ceil(C/2)], the inverse of ``halves``."""
-    if values.shape[1] % 2:
-        values = torch.nn.functional.pad(values, (0, 1))
-    return values[:, 0::2] | values[:, 1::2] << 4
-
-
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 

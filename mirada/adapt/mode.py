@@ -18,8 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mirada.adapt.method import join_halves
-from mirada.adapt.packed import Packed
+from mirada.adapt.packed import Packed, join_halves
 from mirada.errors import SettingsError, TensorError, nearest
 from mirada.layers.kernels.matrix import Format
 

@@ -99,9 +99,32 @@ def _widen_e4m3(values: Tensor) -> Tensor:
     return bits.view(torch.float16).to(torch.float32).mul_(256)
 
 
+def join_halves(values: Tensor) -> Tensor:
+    """uint8 [R, C] below 16 -> uint8 [R, ceil(C/2)], the inverse of ``halves``."""
+    if values.shape[1] % 2:
+        values = torch.nn.functional.pad(values, (0, 1))
+    return values[:, 0::2] | values[:, 1::2] << 4
+
+
+def sort_columns(packed: Packed) -> tuple[Packed, Tensor | None]:
+    """The matrix with the columns of each group side by side, and which column each was (int64 [C]), so that it times
+    ``x[.., order]`` is what the given one times x is. As it is, and None, if that gives no plain groups of ``group_size``."""
+    if packed.groups is None or packed.values.is_floating_point() or not packed.group_size:
+        return packed, None
+    sorted_groups, order = packed.groups.sort(stable=True)
+    if not torch.equal(sorted_groups.long(), torch.arange(packed.columns) // packed.group_size):
+        return packed, None
+    values = packed.values
+    if packed.bits == 4:
+        whole = torch.stack((values & 15, values >> 4), -1).flatten(1)
+        return replace(packed, values=join_halves(whole[:, order]), groups=None), order
+    return replace(packed, values=values[:, order], groups=None), order
+
+
 def to_matrix(packed: Packed) -> Matrix | None:
     """The form of the compiled kernels with the same integers, scales and zeros; None without kernels, or where they have no
-    such form: reordered columns, scales of blocks of rows, float8, groups that are no multiple of 32, 8 bits with zeros."""
+    such form: reordered columns (see ``sort_columns``), scales of blocks of rows, float8, groups that are no multiple of 32, 8
+    bits with zeros."""
     p, floats = packed, packed.values.is_floating_point()
     zeros = p.zeros is not None
     if floats or p.groups is not None or p.row_block != 1 or p.group_size % BLOCK or (p.bits == 8 and zeros):
@@ -125,6 +148,8 @@ class PackedRows(nn.Module):
         self.rows, self.columns, self.compiled = rows, columns, compiled
         self.matrix: Matrix | None = None
         """The form of the compiled kernels, in place of the canonical one: with ``compiled``, where the integers allow it."""
+        self.order: Tensor | None = None
+        """Which columns of x the compiled form takes, one after another (int64 [C]); None: as they come."""
         self._form: Packed | None = None
         for name in self._TENSORS:
             self.register_buffer(name, None)
@@ -132,8 +157,10 @@ class PackedRows(nn.Module):
     def fill(self, packed: Packed, device: torch.device | str) -> None:
         """Takes the integers, on ``device``."""
         if self.compiled and torch.device(device).type == "cpu":
-            self.matrix = to_matrix(packed)
+            plain, order = sort_columns(packed)
+            self.matrix = to_matrix(plain)
             if self.matrix is not None:
+                self.order = order
                 return
         self._form = packed = packed.to(device)
         for name in self._TENSORS:
@@ -149,12 +176,13 @@ class PackedRows(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The whole matrix widened, float32 [R, C], made anew at each use."""
-        return self.packed.widen() if self.matrix is None else self.matrix.widen()
+        made = self.packed.widen() if self.matrix is None else self.matrix.widen()
+        return made if self.order is None else torch.empty_like(made).index_copy_(1, self.order, made)
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., C] -> [.., R] in x's type."""
         if self.matrix is not None:
-            return linear(x, self.matrix)
+            return linear(x if self.order is None else x.index_select(-1, self.order), self.matrix)
         packed = self.packed
         made = fused.packed(x, packed)
         if made is not None:
@@ -224,7 +252,7 @@ class PackedStack(nn.Module):
 
     def product(self, index: int, x: Tensor) -> Tensor:
         """x [.., C] times matrix ``index`` transposed -> [.., R]."""
-        if self.compiled_matrices(index) is None:
+        if any(getattr(part, "matrix", None) is None for part in self._of(index)):
             return linear(x, self[index])
         return torch.cat([part(x) for part in self._of(index)], -1)
 
@@ -241,5 +269,5 @@ class PackedStack(nn.Module):
 
 
 def _compiled(parts: Iterable[nn.Module]) -> list[Matrix] | None:
-    made = [part.matrix if isinstance(part, PackedRows) else None for part in parts]
+    made = [part.matrix if isinstance(part, PackedRows) and part.order is None else None for part in parts]
     return None if any(matrix is None for matrix in made) else made  # pyright: ignore[reportReturnType]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from mirada.adapt import fbgemm
 from mirada.adapt.fbgemm import Int8Linear
 from mirada.adapt.mode import Mode, parse, quantise
-from mirada.adapt.packed import Packed, PackedRows, to_matrix
+from mirada.adapt.packed import Packed, PackedRows, PackedStack, sort_columns, to_matrix
 from mirada.errors import NotAvailable, SettingsError, TensorError
 from mirada.layers.kernels import library as compiled
 from mirada.layers.kernels.matrix import Format, Matrix
@@ -159,11 +161,39 @@ def test_packed_checkpoints_take_the_compiled_form_with_the_same_numbers(bits, g
 
 
 @needs_library
+@needs_library
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("columns", [256, 224])
+def test_columns_in_another_order_are_sorted_once_and_x_with_them(bits, columns):
+    """act-order: the same numbers as the widened reference, and the product but for the rounding of activations."""
+    plain = packed(bits, 40, columns, 64, bits == 4, torch.float16)
+    groups = (torch.arange(columns) // 64)[torch.randperm(columns)].int()
+    given = replace(plain, groups=groups)
+    rows, reference = PackedRows(40, columns, compiled=True), PackedRows(40, columns)
+    rows.fill(given, "cpu")
+    reference.fill(given, "cpu")
+    assert rows.matrix is not None and rows.order is not None and reference.matrix is None
+    torch.testing.assert_close(rows.weight, given.widen(), rtol=1e-6, atol=0)
+    x = torch.randn(3, 5, columns)
+    expected = reference(x)
+    with torch.no_grad():
+        assert float((rows(x) - expected).norm() / expected.norm()) < 0.01
+        assert torch.equal(rows(x[:, :1]), rows(x)[:, :1])
+    stack = PackedStack([rows], (1, 40, columns), torch.float32)
+    assert stack.compiled_matrices(0) is None  # they would be multiplied by x as it comes
+    with torch.no_grad():
+        assert torch.equal(stack.product(0, x), rows(x))
+    x.requires_grad_()
+    torch.testing.assert_close(rows(x), expected, rtol=1e-3, atol=1e-2)
+    (made,) = torch.autograd.grad(rows(x).sum(), x)
+    torch.testing.assert_close(made, given.widen().sum(0).expand_as(x), rtol=1e-3, atol=1e-2)
+
+
 def test_forms_that_have_no_compiled_one():
     whole = packed(4, 16, 128, 64, False, torch.float16)
     assert to_matrix(whole) is not None
     reordered = Packed(whole.values, whole.scales, 128, 4, 64, groups=torch.randint(0, 2, (128,), dtype=torch.int32))
-    assert to_matrix(reordered) is None
+    assert to_matrix(reordered) is None and sort_columns(reordered) == (reordered, None)  # groups of many sizes
     assert to_matrix(packed(4, 16, 96, 48, False, torch.float16)) is None
     assert to_matrix(packed(8, 16, 128, 64, True, torch.float16)) is None
     assert to_matrix(Packed(torch.zeros(16, 128).to(torch.float8_e4m3fn), torch.ones(1, 1), 128, row_block=128)) is None
