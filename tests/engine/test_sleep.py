@@ -45,8 +45,8 @@ def resident() -> int:
 @linux
 @pytest.mark.parametrize("level", [1, 2])
 def test_memory_comes_back_and_answers_are_the_same(tmp_path, level):
-    """A model of 100 MB, mostly vocabulary, and 60 MB in caches."""
-    with VLM(make_tiny(tmp_path, "KeyeVL1_5", vocab_size=200_000), device="cpu") as vlm:
+    """A model of 50 MB, mostly vocabulary, and 60 MB in caches."""
+    with VLM(make_tiny(tmp_path, "KeyeVL1_5", vocab_size=100_000), device="cpu") as vlm:
         before = [output.tokens for output in vlm.generate([SEEN, HI], SHORT)]
         held = vlm.submit(HI, SHORT)  # whoever keeps a handle keeps no weights
         held.result(20)
@@ -55,7 +55,7 @@ def test_memory_comes_back_and_answers_are_the_same(tmp_path, level):
             key = i.to_bytes(32, "little")
             vlm._requests.cache.put(key, replace(patches, pixels=np.ones((MB // 588, 588), np.uint8)))
         weights = sum(p.nbytes for p in vlm.parts.model.parameters())
-        assert weights > 95 * MB and vlm.stats()["pixel_cache_bytes"] > 58 * MB
+        assert weights > 45 * MB and vlm.stats()["pixel_cache_bytes"] > 58 * MB
         full = resident()
         vlm.sleep(level)
         freed = full - resident()
