@@ -43,9 +43,10 @@ async function refusal(reply) {
   return new ApiError((message || `The server answered ${reply.status} ${reply.statusText}`.trim() + ".") + later, { status: reply.status, param: said.param, code: said.code });
 }
 
+/** What may be asked, models and adapters: [{id, parent}], where an adapter's parent is its model. */
 export async function listModels() {
   const reply = await send("v1/models", {});
-  return (await reply.json()).data.map((model) => model.id);
+  return (await reply.json()).data.map(({ id, parent }) => ({ id, parent: parent || null }));
 }
 
 /** Events of a streamed reply, each parsed; ends at [DONE]. */

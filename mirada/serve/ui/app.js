@@ -16,6 +16,7 @@ let underWay = null; // AbortController of the answer that is being streamed
 const question = byId("question");
 const scroller = byId("scroll");
 const live = new Live(byId("live"), () => byId("model").value, () => {
+  if (!live.shown) question.focus();
   byId("go-live").classList.toggle("on", live.shown);
   byId("go-live").setAttribute("aria-expanded", String(live.shown));
   question.placeholder = live.active ? "Ask about what is shown" : "Ask about a picture or a video";
@@ -116,10 +117,25 @@ function watchCamera() {
 function settings() {
   const chosen = {};
   for (const field of document.querySelectorAll("[data-setting]")) {
-    const value = field.value.trim();
-    if (value) chosen[field.dataset.setting] = field.type === "number" ? Number(value) : value;
+    const value = field.dataset.list ? field.value : field.value.trim();
+    if (!value) continue;
+    if (field.dataset.list) chosen[field.dataset.setting] = value.split("\n").filter((line) => line !== "").map(unescaped);
+    else chosen[field.dataset.setting] = field.type === "number" ? Number(value) : value;
   }
   return chosen;
+}
+
+/** A line as it was typed, where \\n and \\t stand for what they stand for everywhere. */
+const unescaped = (line) => line.replace(/\\([nt\\])/g, (_, one) => ({ n: "\n", t: "\t", "\\": "\\" })[one]);
+
+/** Says on the button how many settings are not the server's. */
+function countSettings() {
+  const number = Object.keys(settings()).length;
+  const button = byId("show-settings");
+  button.classList.toggle("changed", number > 0);
+  button.setAttribute("aria-label", number ? `Settings, ${number} changed` : "Settings");
+  button.title = button.getAttribute("aria-label");
+  byId("clear-settings").disabled = !number;
 }
 
 /** Asks what is written, with what is attached. */
@@ -127,6 +143,8 @@ async function ask() {
   if (underWay) return;
   const text = question.value.trim();
   if (!text && !pending.length) return question.focus();
+  if (live.active && pending.length) return notice("While live is on, questions are about what it shows: remove what is attached, or end live.");
+  if (live.active && !text) return question.focus();
   notice("");
   const turn = { role: "user", text, attachments: pending, tag: live.active ? `Live, the last ${live.seconds.value} s` : "" };
   pending = [];
@@ -141,6 +159,13 @@ async function ask() {
 }
 
 const isAtEnd = () => scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 120;
+
+/** What is at the end of the conversation stays in sight when the composer below it grows. */
+function watchEnd() {
+  let atEnd = true;
+  scroller.addEventListener("scroll", () => { atEnd = isAtEnd(); }, { passive: true });
+  new ResizeObserver(() => { if (atEnd && turns.length) scroller.scrollTop = scroller.scrollHeight; }).observe(scroller);
+}
 
 async function answer() {
   let follow = true;
@@ -166,7 +191,8 @@ async function receive(reply, signal) {
   const asked = turns[turns.length - 1];
   const body = { ...requestBody(turns, byId("model").value, settings()), stream: true, stream_options: { include_usage: true } };
   try {
-    const events = live.active && asked.tag ? live.ask(asked.text, settings(), signal) : streamChat(body, signal);
+    if (asked.tag && !live.active) throw new ApiError("Live has ended, and its frames are gone: start it again to ask this.");
+    const events = asked.tag ? live.ask(asked.text, turns.slice(0, -1), settings(), signal) : streamChat(body, signal);
     for await (const event of events) reply.take(event);
     return {};
   } catch (error) {
@@ -250,11 +276,11 @@ function notice(said) {
 async function loadModels() {
   const picker = byId("model");
   try {
-    const names = await listModels();
+    const models = await listModels();
     const before = picker.value;
-    picker.replaceChildren(...names.map((name) => el("option", { value: name, text: name })));
-    if (names.includes(before)) picker.value = before;
-    picker.disabled = names.length === 0;
+    picker.replaceChildren(...choices(models));
+    if (models.some((model) => model.id === before)) picker.value = before;
+    picker.disabled = models.length === 0;
     notice("");
   } catch (error) {
     picker.replaceChildren(el("option", { value: "", text: "No model" }));
@@ -262,6 +288,14 @@ async function loadModels() {
     notice(error);
     if (error.status === 401) askForKey();
   }
+}
+
+/** Models, and below them each model's adapters as a group. */
+function choices(models) {
+  const option = ({ id }) => el("option", { value: id, text: id });
+  const parents = new Set(models.map((model) => model.parent).filter(Boolean));
+  const groups = [...parents].map((parent) => el("optgroup", { label: `Adapters of ${parent}` }, ...models.filter((model) => model.parent === parent).map(option)));
+  return [...models.filter((model) => !model.parent).map(option), ...groups];
 }
 
 function askForKey() {
@@ -277,6 +311,14 @@ function watchSettings() {
     loadModels();
   });
   byId("show-settings").addEventListener("click", () => byId("settings").showModal());
+  byId("settings").addEventListener("input", countSettings);
+  byId("clear-settings").addEventListener("click", () => {
+    for (const field of document.querySelectorAll("[data-setting]")) field.value = "";
+    countSettings();
+    announce("All settings are the server’s again");
+    byId("s-system").focus();
+  });
+  countSettings(); // a browser may have kept what was written before
   byId("limit-note").textContent = `Pictures of more than ${MAX_SIDE.toLocaleString("en")} pixels a side, or ${MAX_PIXELS / 1e6} million in all, are made smaller before they are sent.`;
   for (const dialog of document.querySelectorAll("dialog")) {
     dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
@@ -314,7 +356,8 @@ function watchCode() {
     byId("snippet").setAttribute("aria-labelledby", tabs[name].id);
     byId("snippet").replaceChildren(codeFigure(made, name === "curl" ? "shell" : "python"));
     const unsaved = draft.flatMap((turn) => turn.attachments || []).filter((one) => !one.saved);
-    byId("snippet-files").replaceChildren(...(unsaved.length ? ["It reads these from the current folder: "] : []), ...unsaved.map((one) => el("a", { href: one.preview, download: plainName(one.name), text: `save ${one.name}` })));
+    const frames = draft.some((turn) => turn.tag) ? ["Questions asked live are shown without the frames they were about. "] : [];
+    byId("snippet-files").replaceChildren(...frames, ...(unsaved.length ? ["It reads these from the current folder: "] : []), ...unsaved.map((one) => el("a", { href: one.preview, download: plainName(one.name), text: `save ${one.name}` })));
   };
   for (const [name, tab] of Object.entries(tabs)) {
     tab.addEventListener("click", () => show(name));
@@ -349,6 +392,7 @@ function showSamples() {
 watchFiles();
 watchCamera();
 watchComposer();
+watchEnd();
 watchSettings();
 watchTheme();
 watchCode();

@@ -3,6 +3,7 @@
 import { el, svg } from "./dom.js";
 
 const SMALL = 336;
+const COLOURS = 6; // that the style sheet has
 
 /** Annotations that can be drawn, in pixels of the picture: a box [x1, y1, x2, y2], a point [x, y], or a polygon's points [[x, y], ...]. */
 export function usable(annotations) {
@@ -62,7 +63,7 @@ function place(mark, index, layer, list, width, height) {
   const points = mark.type === "box" ? [mark.box.slice(0, 2), mark.box.slice(2)] : mark.type === "point" ? [mark.point] : mark.points;
   const [xs, ys] = [0, 1].map((axis) => points.map((point) => point[axis]));
   const [left, top, right, bottom] = [Math.min(...xs), Math.min(...ys), Math.max(...xs), Math.max(...ys)];
-  const shape = el("div", { class: mark.type }, el("span", { text: name }));
+  const shape = el("div", { class: `${mark.type} c${index % COLOURS}` }, el("span", { text: name }));
   shape.style.left = percent(left, width);
   shape.style.top = percent(top, height);
   if (mark.type !== "point") {
@@ -73,7 +74,7 @@ function place(mark, index, layer, list, width, height) {
   if (mark.type === "polygon") shape.append(outline(points, left, top, right, bottom));
   if (left > 0.5 * width) shape.classList.add("leftward");
   layer.append(shape);
-  const item = el("li", {}, el("strong", { text: name }), ` ${points.flat().map(Math.round).join(", ")}`);
+  const item = el("li", { class: `c${index % COLOURS}` }, el("strong", { text: name }), ` ${points.flat().map(Math.round).join(", ")}`);
   item.addEventListener("pointerenter", () => shape.classList.add("lit"));
   item.addEventListener("pointerleave", () => shape.classList.remove("lit"));
   list.append(item);

@@ -2,17 +2,29 @@
 // seconds while frames keep coming. Frame = 8 bytes (milliseconds, big endian), then a JPEG.
 
 import { ApiError, apiKey } from "./api.js";
-import { el } from "./dom.js";
+import { announce, el } from "./dom.js";
 import { closeStream, draw, openStream } from "./media.js";
 
 const FRAMES_PER_SECOND = 2;
 const LONGEST_SIDE = 640;
+const MOST_TURNS = 64;
 const HELD_BACK = 1_000_000; // bytes that may wait in the socket: beyond that a frame is skipped, not queued
 
 /** A browser cannot send headers with a WebSocket: the key travels as a subprotocol, which the server never names back. */
 function protocols() {
   const key = btoa(apiKey()).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
   return ["mirada.live", ...(key ? [`mirada.key.${key}`] : [])];
+}
+
+/** Questions that were answered, and their answers, as text. */
+function conversation(turns) {
+  const said = [];
+  turns.forEach((turn, index) => {
+    const answer = turns[index + 1];
+    if (turn.role !== "user" || answer?.role !== "assistant" || !turn.text || !answer.text) return;
+    said.push({ role: "user", content: turn.text }, { role: "assistant", content: answer.text });
+  });
+  return said.slice(-2 * MOST_TURNS);
 }
 
 export class Live {
@@ -87,9 +99,12 @@ export class Live {
 
   hear(message) {
     if (message.type === "state") {
-      if (!this.timer) this.timer = setInterval(() => this.sendFrame(), 1000 / FRAMES_PER_SECOND);
+      if (!this.timer) {
+        this.timer = setInterval(() => this.sendFrame(), 1000 / FRAMES_PER_SECOND);
+        announce("Live is on");
+      }
       this.state.classList.add("live-on");
-      this.state.textContent = message.frames ? `Live · ${message.frames} frames of ${message.seconds.toFixed(0)} s held` : "Live";
+      this.state.textContent = message.frames ? `Live · ${message.frames} ${message.frames === 1 ? "frame" : "frames"} of ${message.seconds.toFixed(0)} s held` : "Live";
       return;
     }
     const wanted = this.asked.get(message.id);
@@ -113,8 +128,11 @@ export class Live {
     }
   }
 
-  /** Asks about the last seconds; yields the same events as a streamed chat. */
-  async *ask(text, settings, signal) {
+  /**
+   * Asks about the last seconds; yields the same events as a streamed chat. `turns` are those before: the server is told
+   * model, system message and conversation with every question, so that it answers to what the page shows.
+   */
+  async *ask(text, turns, settings, signal) {
     const id = String(this.nextId++);
     const queue = [];
     let wake = () => {};
@@ -122,6 +140,7 @@ export class Live {
     const stop = () => { this.say({ type: "stop", id }); queue.push({ type: "stopped" }); wake(); };
     signal.addEventListener("abort", stop);
     const { system, fps, nframes, ...sampling } = settings;
+    this.say({ type: "start", model: this.model(), ...(system ? { system } : {}), messages: conversation(turns) });
     this.say({ type: "question", id, text, seconds: Number(this.seconds.value) || 10, ...sampling });
     try {
       for (;;) {

@@ -131,7 +131,7 @@ export class Reply {
     if (found.prompt_tokens) parts.push(`${number(found.prompt_tokens)} tokens in`);
     if (found.image_tokens) parts.push(`${number(found.image_tokens)} of pictures`);
     if (found.video_tokens) parts.push(`${number(found.video_tokens)} of video`);
-    if (found.frames) parts.push(`${number(found.frames)} frames`);
+    if (found.frames) parts.push(found.frames === 1 ? "1 frame" : `${number(found.frames)} frames`);
     if (found.completion_tokens) parts.push(`${number(found.completion_tokens)} out`);
     const rate = this.rate(found.completion_tokens);
     if (rate) parts.push(`${rate} tokens/s`);

@@ -48,7 +48,7 @@ export function curl(turns, model, settings, address) {
   ].join("\n");
 }
 
-const OPENAI = new Set(["model", "messages", "temperature", "top_p", "max_tokens", "seed"]);
+const OPENAI = new Set(["model", "messages", "temperature", "top_p", "max_tokens", "seed", "stop"]);
 
 export function python(turns, model, settings, address) {
   const { body, files } = standIns(turns, model, settings, (index, head) => `\u0001${head}\u0002${index}\u0003`);

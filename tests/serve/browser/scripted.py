@@ -99,7 +99,9 @@ class Scripted:
         return None
 
     async def _models(self, request: Request) -> Response:
-        return self._refused(request) or JSONResponse({"object": "list", "data": [{"id": "mini"}, {"id": "large"}]})
+        return self._refused(request) or JSONResponse(
+            {"object": "list", "data": [{"id": "mini"}, {"id": "large"}, {"id": "receipts", "parent": "large"}]}
+        )
 
     async def _chat(self, request: Request) -> Response:
         if refused := self._refused(request):

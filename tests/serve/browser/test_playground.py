@@ -346,6 +346,35 @@ def test_settings_are_sent_only_where_they_are_set(server, open_page):
     assert sent["messages"][0] == {"role": "system", "content": "Be brief."}
 
 
+def test_more_of_sampling_and_that_it_is_set_is_seen(server, open_page):
+    page = open_page(server.url)
+    assert page.get_by_role("button", name="Settings", exact=True).count() == 1
+    page.click("#show-settings")
+    for name, value in {"top-k": "20", "min-p": "0.05", "repetition-penalty": "1.1", "min-pixels": "3136"}.items():
+        page.fill(f"#s-{name}", value)
+    page.fill("#s-stop", " END\n\\n\\nUser:\n")
+    page.keyboard.press("Escape")
+    assert page.get_by_role("button", name="Settings, 5 changed").count() == 1
+    ask(page, "one")
+    chosen = {"top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1, "min_pixels": 3136, "stop": [" END", "\n\nUser:"]}
+    assert {name: server.seen[0][name] for name in chosen} == chosen
+    page.click("#show-settings")
+    page.click("#clear-settings")
+    page.keyboard.press("Escape")
+    ask(page, "two", wait=".reply:not(.busy) .stats >> nth=1")
+    assert set(server.seen[1]) == {"model", "messages", "stream", "stream_options"}
+    assert page.get_by_role("button", name="Settings", exact=True).count() == 1
+
+
+def test_adapters_stand_below_their_model(server, open_page):
+    page = open_page(server.url)
+    assert page.locator("#model > option").all_inner_texts() == ["mini", "large"]
+    assert page.locator("#model > optgroup[label='Adapters of large'] > option").all_inner_texts() == ["receipts"]
+    page.select_option("#model", "receipts")
+    ask(page, "one")
+    assert server.seen[0]["model"] == "receipts"
+
+
 def test_the_code_for_curl_and_python_sends_the_same_request(server, open_page, tmp_path):
     named = picture(tmp_path / "it's $(touch hurt) `x`.png", (40, 40))
     page = open_page(server.url)
