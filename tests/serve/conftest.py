@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import openai
 import pytest
+from oracle import judged
 from serving import KEY, Running, png, start
 
 
@@ -16,6 +17,9 @@ from serving import KEY, Running, png, start
 def server(tmp_path_factory):
     with start(tmp_path_factory.mktemp("serve"), KEY) as running:
         yield running
+        running.judge()
+        asked = (running.folder / "answers.jsonl").stat().st_size
+        assert not asked or judged, "answers were given, and none was judged"
 
 
 @pytest.fixture(autouse=True)

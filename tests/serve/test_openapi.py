@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import jsonschema
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
+from oracle import EXTENSIONS
 from oracle import document as openais
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks
 from serving import KEY, data_uri, gif, image, png, user
 
-from mirada.records.request import KNOWN
+from mirada.records.answer import media_to_openai
+from mirada.records.request import HONOURED, KNOWN, LABELS
 from mirada.serve import responses
+from mirada.types import MediaUsage
 
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
 
@@ -139,3 +144,37 @@ def _short(path, body):
     """Answers are kept short and few, for it is not the model that is tested."""
     few = {"n": min(body["n"], 2)} if isinstance(body.get("n"), int) and body["n"] else {}
     return {"max_completion_tokens" if path == CHAT else "max_output_tokens": 2, **few}
+
+
+def _told(title):
+    """The first cells of the tables of a section of docs/serve.md, and of its text what stands in backticks."""
+    text = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+    part = text.partition(f"### {title}\n")[2].partition("\n#")[0]
+    rows = [line.split(" | ")[0] for line in part.splitlines() if line.startswith("| `")]
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}, set(re.findall(r"`([^`]+)`", part))
+
+
+def test_the_docs_name_every_parameter_that_is_not_openais():
+    """And each that is kept to with some values alone, and each without effect; none that is not there."""
+    rows, named = _told("Parameters")
+    theirs: dict = {}
+    for one in openais()["components"]["schemas"]["CreateChatCompletionRequest"]["allOf"]:
+        theirs |= one.get("properties", {})
+    ours = {name for name in KNOWN if name not in theirs and name not in ("top_p", "temperature", "user", "metadata")}
+    assert ours - named == set() and {*HONOURED, *LABELS} <= rows
+    assert rows - KNOWN == {"detail"}
+    for name, values in HONOURED.items():
+        assert all(str(value).lower() in text_of(name) for value in values if value != "in-memory"), name
+    assert set(theirs) - KNOWN <= named  # those that are not taken
+
+
+def text_of(name):
+    text = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+    return next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+
+
+def test_the_docs_name_every_field_of_an_answer_that_is_not_openais():
+    _, named = _told("Answers")
+    assert {field for fields in EXTENSIONS.values() for field in fields} <= named
+    one = MediaUsage("video", (1, 1), (1, 1), ((1, 2, 2), (1, 4, 4)), 1, 2, 1.0)
+    assert set(media_to_openai(one)) <= named

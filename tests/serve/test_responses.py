@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import openai
 import pytest
+from oracle import judged
 from serving import data_uri, image, png, uncached, user
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
@@ -236,3 +237,23 @@ def test_a_stream_that_cannot_begin_is_a_plain_error(client):
             input=[{"role": "user", "content": [{"type": "input_image", "image_url": "data:image/png;base64,AAAA"}]}],
             stream=True,
         )
+
+
+def test_openais_document_judges_all_that_is_said_here(client, server):
+    """Each kind of answer and event is among those that were judged: a record that stays empty would pass otherwise."""
+    test_the_clients_own_stream_puts_it_together(client)
+    client.chat.completions.create(model="echo", messages=user("say:x"))
+    list(client.chat.completions.create(model="echo", messages=user("say:x"), stream=True))
+    client.responses.create(model="echo", input="say:x")
+    client.models.list()
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model="echo", messages=[])
+    before = dict(judged)
+    server.judge()
+    new = {name for name, count in judged.items() if count > before.get(name, 0)}
+    assert new >= {
+        "CreateChatCompletionResponse", "CreateChatCompletionStreamResponse", "Response", "ListModelsResponse", "ErrorResponse",
+        "ResponseCreatedEvent", "ResponseCompletedEvent", "ResponseOutputItemAddedEvent", "ResponseOutputItemDoneEvent",
+        "ResponseTextDeltaEvent", "ResponseTextDoneEvent", "ResponseReasoningTextDeltaEvent",
+        "ResponseFunctionCallArgumentsDeltaEvent", "ResponseFunctionCallArgumentsDoneEvent",
+    }  # fmt: skip
