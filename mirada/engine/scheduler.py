@@ -26,8 +26,8 @@ from mirada.layers.cache import Cache
 ROOM_TO_GROW = 64
 """Tokens beyond its prompt that a request must have room for when it is admitted, so that it is not preempted at once."""
 KNOBS = (
-    "shorten the prompt, lower max_tokens or max_pixels (or fps for a video), raise the engine's cache_bytes if it is set, lower"
-    " what its caches may take (prefix_cache_bytes, prepared_bytes ...), or load the model in a quantised mode"
+    "shorten the prompt, lower max_tokens or max_pixels (or fps for a video), raise the engine's cache_bytes if it is set,"
+    " lower what its caches may take (prefix_cache_bytes, prepared_bytes ...), or load the model in a quantised mode"
 )
 
 _log = logging.getLogger(__name__)
