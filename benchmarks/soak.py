@@ -43,8 +43,8 @@ RISE = 0.03
 LEAST_RISE = 8.0
 """Of what is held, and in megabytes: the rise over the second half that counts as flat."""
 OBJECTS = 5.0
-"""Objects of Python that a request may leave behind, by the slope over the second half: caches that are not full yet and letters
-that are drawn for the first time make about one, a request that is never let go some forty."""
+"""Objects of Python that a request may leave behind, by the slope over the second half: caches that are not full yet, and
+letters that are drawn for the first time, make about one; a request that is never let go some forty."""
 MB = 1 << 20
 ENGINE = {
     "cache_bytes": 12 * MB, "prefix_cache_bytes": 16 * MB, "encoder_cache_bytes": 8 * MB, "pixel_cache_bytes": 8 * MB,
