@@ -9,12 +9,14 @@ import json
 import openai
 import pytest
 from PIL import Image
+from pydantic import BaseModel, create_model
 from serving import KEY, data_uri, gif, image, png, uncached, user
 
 from mirada import VLM, Message, Sampling
 from mirada import Image as Picture
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+STRICT = [openai.pydantic_function_tool(create_model("weather", city=(str, ...)), name="weather")]
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 
 
@@ -274,3 +276,36 @@ def test_how_pictures_came_before_the_model_is_told(client):
         model="mini", max_tokens=2, messages=shown, stream=True, stream_options={"include_usage": True}
     )
     assert last.usage.media == made.media
+
+
+def test_the_clients_own_stream_puts_calls_together(client):
+    with client.chat.completions.stream(model="echo", messages=user(f"say:I look. {CALL}"), tools=STRICT) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_completion()
+    assert "tool_calls.function.arguments.done" in kinds and "content.done" in kinds
+    (call,) = final.choices[0].message.tool_calls
+    assert (call.function.name, call.function.parsed_arguments.city) == ("weather", "Oslo")
+
+
+class City(BaseModel):
+    city: str
+
+
+def test_the_asynchronous_client_parses_and_calls(server):
+    said = user('say:{"city": "Oslo"}')
+
+    async def ask():
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60) as there:
+            return await asyncio.gather(
+                there.chat.completions.parse(model="echo", messages=said, response_format=City, n=2),
+                there.chat.completions.parse(model="echo", messages=user(f"say:{CALL}"), tools=STRICT),
+                there.responses.parse(model="echo", input='say:{"city": "Oslo"}', text_format=City),
+                there.chat.completions.create(model="echo", messages=user(f"say:{CALL}"), tools=TOOLS),
+            )
+
+    parsed, called, response, plain = asyncio.run(ask())
+    # What a form was asked for is mini's own, as the form has it.
+    assert [type(choice.message.parsed) for choice in parsed.choices] == [City, City]
+    assert called.choices[0].message.tool_calls[0].function.parsed_arguments.city == "Oslo"
+    assert isinstance(response.output_parsed, City)
+    assert plain.choices[0].message.tool_calls[0].function.name == "weather"
