@@ -103,8 +103,7 @@ def load(
     kind = pick_dtype(dtype, place, mapping)
     scheme = adapt.read(mapping, str(directory / "config.json"))
     mode = check_mode(parse_mode(quant), scheme, place, kind, bool(found), widen)
-    alone = group is None and not found and not widen
-    if mode is None and alone and dtype in (None, "auto"):
+    if mode is None and dtype in (None, "auto") and not (group or found or widen):
         mode = unasked_mode(directory, scheme, place)
     family = family_of(mapping, str(directory / "config.json"))
     attention = check_kind(attn, place, kind)
@@ -123,12 +122,15 @@ def load(
         model = load_model(directory, kind, place, widen=widen, mode=mode)
     set_kind(model, attention)
     parts = _with_files(model, family, directory, name)
-    rule = parts.rule
-    max_pixels = area_of(max_image_tokens, rule.grid, max_pixels)
-    rule = rule.bounded(min_pixels, max_pixels) if min_pixels or max_pixels else rule
+    rule = _bounded(parts.rule, min_pixels, max_pixels, max_image_tokens)
     kept = precision_of(mode, scheme, kind, widen)
     _log.info("model %s: matrices are kept as %s on %s", directory.name, kept, "several devices" if found else place)
     return replace(parts, rule=rule, placement=made, group=group, precision=kept)
+
+
+def _bounded(rule: MediaRule, min_pixels: int | None, max_pixels: int | None, tokens: int | None) -> MediaRule:
+    max_pixels = area_of(tokens, rule.grid, max_pixels)
+    return rule.bounded(min_pixels, max_pixels) if min_pixels or max_pixels else rule
 
 
 def area_of(tokens: int | None, grid: GridRule, pixels: int | None = None) -> int | None:
