@@ -14,6 +14,7 @@ from starlette.responses import Response
 import mirada
 from mirada.errors import MiradaError, SettingsError
 from mirada.serve import chat, log, openai, responses, schema
+from mirada.serve.adapters import check_adapters, mount_adapters
 from mirada.serve.errors import HttpError, error_reply, reply
 from mirada.serve.guard import Gate, Guard, aside, read_body
 from mirada.serve.live import mount_live
@@ -35,6 +36,7 @@ def create_app(models: Mapping[str, VLM], settings: ServeSettings | None = None)
     settings = settings or ServeSettings()
     check_models(models, settings)
     check_sleep(settings)
+    check_adapters(settings)
     gate, metrics = Gate(), Metrics(models)
     metrics.under_way.set_function(lambda: gate.num_requests)
     app = FastAPI(title="Mirada", version=mirada.__version__, docs_url=None, redoc_url=None)
@@ -50,6 +52,7 @@ def create_app(models: Mapping[str, VLM], settings: ServeSettings | None = None)
     _add_answer_routes(app, desk)
     mount_live(app, desk)
     mount_sleep(app, desk)
+    mount_adapters(app, desk)
     mount_page(app)
     app.openapi = lambda: schema.document(app.title, app.version, desk.names, bool(settings.api_keys))
     return app

@@ -61,6 +61,8 @@ class ServeSettings:
     """After which a step of an engine that does not end counts as hanging, and ``/ready`` says no."""
     sleep: bool = False
     """Whether ``/sleep`` and ``/wake_up`` are there; they need an API key."""
+    adapter_root: Path | None = None
+    """Folder below which ``/v1/load_lora_adapter`` finds adapters; it needs an API key. None: no such route."""
     drain_seconds: float = 120.0
     """How long requests under way may take to end once the server was told to stop."""
     live: LiveLimits = field(default_factory=LiveLimits)
