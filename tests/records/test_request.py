@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 
@@ -257,7 +258,7 @@ def test_only_tools_that_are_allowed_are_told():
 def test_what_nobody_knows_is_told_wherever_it_stands():
     picture = {"type": "image_url", "image_url": {"url": "a.png", "zoom": 2}, "sharp": True}
     call = {"id": "c", "function": {"name": "f", "arguments": "{}", "strict": True}}
-    body = {
+    body: Any = {
         "messages": [{"role": "user", "content": [picture], "mood": "good"}, {"role": "assistant", "tool_calls": [call]}],
         "temprature": 1, "stream": True, "stream_options": {"usage": True}, "chat_template_kwargs": {"enable_think": True},
         "mm_processor_kwargs": {"size": 3}, "structured_outputs": {"xml": 1}, "media_io_kwargs": {"audio": {}},

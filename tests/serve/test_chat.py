@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+from typing import Any
 
 import openai
 import pytest
@@ -16,7 +17,7 @@ from mirada import VLM, Message, Sampling
 from mirada import Image as Picture
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
-STRICT = [openai.pydantic_function_tool(create_model("weather", city=(str, ...)), name="weather")]
+STRICT: Any = [openai.pydantic_function_tool(create_model("weather", city=(str, ...)), name="weather")]
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 
 
@@ -247,7 +248,7 @@ def turned() -> bytes:
 
 def test_notes_come_with_a_stream_too(client):
     shown = user("What?", image(data_uri(turned(), "image/jpeg")))
-    ask = {"model": "mini", "max_tokens": 2, "messages": shown}
+    ask: Any = {"model": "mini", "max_tokens": 2, "messages": shown}
     notes = client.chat.completions.create(**ask, n=2).model_extra["notes"]
     assert len(notes) == 1 and "turned" in notes[0]
     chunks = list(client.chat.completions.create(**ask, stream=True))
@@ -281,7 +282,7 @@ def test_how_pictures_came_before_the_model_is_told(client):
 def test_the_clients_own_stream_puts_calls_together(client):
     with client.chat.completions.stream(model="echo", messages=user(f"say:I look. {CALL}"), tools=STRICT) as stream:
         kinds = {event.type for event in stream}
-        final = stream.get_final_completion()
+        final: Any = stream.get_final_completion()
     assert "tool_calls.function.arguments.done" in kinds and "content.done" in kinds
     (call,) = final.choices[0].message.tool_calls
     assert (call.function.name, call.function.parsed_arguments.city) == ("weather", "Oslo")
@@ -292,20 +293,23 @@ class City(BaseModel):
 
 
 def test_the_asynchronous_client_parses_and_calls(server):
-    said = user('say:{"city": "Oslo"}')
+    said: Any = user('say:{"city": "Oslo"}')
+    called: Any = user(f"say:{CALL}")
+    tools: Any = TOOLS
 
     async def ask():
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60) as there:
             return await asyncio.gather(
                 there.chat.completions.parse(model="echo", messages=said, response_format=City, n=2),
-                there.chat.completions.parse(model="echo", messages=user(f"say:{CALL}"), tools=STRICT),
+                there.chat.completions.parse(model="echo", messages=called, tools=STRICT),
                 there.responses.parse(model="echo", input='say:{"city": "Oslo"}', text_format=City),
-                there.chat.completions.create(model="echo", messages=user(f"say:{CALL}"), tools=TOOLS),
+                there.chat.completions.create(model="echo", messages=called, tools=tools),
             )
 
-    parsed, called, response, plain = asyncio.run(ask())
+    answers: Any = asyncio.run(ask())
+    parsed, made, response, plain = answers
     # What a form was asked for is mini's own, as the form has it.
     assert [type(choice.message.parsed) for choice in parsed.choices] == [City, City]
-    assert called.choices[0].message.tool_calls[0].function.parsed_arguments.city == "Oslo"
+    assert made.choices[0].message.tool_calls[0].function.parsed_arguments.city == "Oslo"
     assert isinstance(response.output_parsed, City)
     assert plain.choices[0].message.tool_calls[0].function.name == "weather"
