@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -137,3 +138,15 @@ def _suffix(source: Any) -> str:
     if isinstance(source, str | os.PathLike):
         return os.path.splitext(os.fsdecode(source)[-200:])[1].lower()
     return ""
+
+
+def each(what: str, given: Any, count: int, *single: type) -> list[Any]:
+    """What each of ``count`` chats has of ``given``: all the same where it is None or one of ``single``. MessageError."""
+    if given is None or (single and isinstance(given, single)):
+        return [given] * count
+    fix = "give one for all, or one per chat" if single else "give a list, one per chat"
+    if not isinstance(given, Seq):
+        raise MessageError(f"{what} are given as a {type(given).__name__}", fix)
+    if len(given) != count:
+        raise MessageError(f"{len(given)} {what} for {count} chats", fix)
+    return list(given)

@@ -28,12 +28,13 @@ from mirada.engine.request import Requests
 from mirada.engine.runner import Runner
 from mirada.engine.sequence import Sequence
 from mirada.engine.settings import EngineSettings
+from mirada.engine.sleeper import Sleeper
 from mirada.engine.step import Engine
 from mirada.engine.structure import Structures, ToolChoice, check_choice, counted
-from mirada.engine.thread import EngineThread, State
+from mirada.engine.thread import EngineThread
 from mirada.engine.together import Together, follow
 from mirada.engine.vision import EncoderCache
-from mirada.errors import MessageError, MiradaError, NotAvailable, ReplyTimeout, RequestFailed, SettingsError
+from mirada.errors import MessageError, MiradaError, NotAvailable, RequestFailed, SettingsError
 from mirada.layers.cache import make_cache
 from mirada.layers.paged import Pages
 from mirada.media.cache import PixelCache
@@ -56,7 +57,7 @@ EngineSettingsLike = EngineSettings | Mapping[str, Any] | None
 """Bounds of the engine; a mapping is checked key by key."""
 
 
-class VLM:
+class VLM(Sleeper):
     """A vision-language model, ready to answer. Implements ``types.Client``; safe to use from several threads.
 
     ``model`` is the directory of a checkpoint, ``"mini"``, the model inside the package, or ``"org/name"`` on a hub, fetched
@@ -195,86 +196,6 @@ class VLM:
         if isinstance(cache, Pages) and whole and weight.device.type == "cuda" and settings.cuda_graphs:
             runner.graphs = Graphs(parts.model, cache, parts.context)
         return Engine(runner, parts.rule.grid, settings, prefix, features)
-
-    @property
-    def asleep(self) -> int:
-        """0: awake. Else the level at which it was put to sleep."""
-        return self._asleep
-
-    def state(self, stall_seconds: float = 300.0) -> State:
-        """``ready``, or why requests that come now would have no answer: ``asleep``, ``stalled`` (a step has taken longer than
-        ``stall_seconds``), ``died`` (the engine's thread) or ``closed``. Any thread may ask, and nobody is waited for."""
-        return self._engine.state(stall_seconds)
-
-    def sleep(self, level: int = 1, timeout: float | None = None) -> None:
-        """Give back memory until ``wake``: at level 1 keys and values, all caches and media workers, and what a GPU holds of
-        the weights, which wait in the host's memory; at level 2 the weights too. Requests that were taken before are answered
-        first; those that come from now on fail with EngineAsleep. Nothing happens at a level that it sleeps at already.
-
-        Raises ReplyTimeout if what was taken is not answered within ``timeout`` seconds: it is awake then as before.
-        SettingsError for another level, NotAvailable at level 2 for a model that was made in memory, and where several
-        processes share the model; OutOfMemory if the host has no room for the weights of a GPU.
-        """
-        sleeping.check_level(level)
-        if self.parts.group is not None:
-            raise NotAvailable("a model that several processes share cannot sleep", "close it, or leave tensor_parallel out")
-        if level == 2 and self._read is None:
-            raise NotAvailable("a model that was made in memory cannot be read again", "let it sleep at level 1")
-        with self._bed:
-            if not self._asleep:
-                self._engine.refuse(True)
-                try:
-                    self._lie_down(level, timeout)
-                except BaseException:
-                    self._engine.refuse(False)
-                    raise
-            if level == 2 and self._asleep != 2:
-                self._drop_weights()
-            self._asleep = max(level, self._asleep)
-            sleeping.give_back()
-
-    def _lie_down(self, level: int, timeout: float | None) -> None:
-        """Wait until nothing is under way, then let go of all but the weights."""
-        if not self._engine.wait_idle(timeout):
-            raise ReplyTimeout(f"requests are still under way after {timeout} s", "wait longer, or cancel them")
-        self._offloaded = sleeping.Offloaded(self.parts.model) if level == 1 else None
-        self._earlier = self._engine_counts()
-        self._engine.replace(None)
-        self._weights = self._features = self._prefix = None
-        assert self._requests.cache is not None
-        self._requests.cache.clear()
-        self._pool.rest()
-
-    def _drop_weights(self) -> None:
-        away = sleeping.Away(self.parts.model.config)
-        self.parts = self._requests.parts = replace(self.parts, model=away)
-        self._adapters = None
-        self._offloaded = None
-
-    def wake(self) -> None:
-        """Take requests again, as before ``sleep``; at level 2 the checkpoint is read again, and adapters from their
-        directories. Nothing happens to one that is awake. Raises what opening a model does (it goes on sleeping then)."""
-        with self._bed:
-            if not self._asleep:
-                return
-            if self._asleep == 2:
-                assert self._read is not None
-                self._take_up(self._read())
-            elif self._offloaded is not None:
-                self._offloaded.back()
-            engine = self._make_engine()
-            self._engine.replace(engine)
-            self._keep_room()
-            self._asleep, self._offloaded = 0, None
-            self._engine.refuse(False)
-
-    def _take_up(self, fresh: Parts) -> None:
-        """Weights that were read again, in the place of those that went; what else belongs to the model was kept."""
-        adapters = Adapters(fresh.model)
-        for name, path in self._adapter_paths.items():
-            adapters.load(name, path)
-        self._adapters = adapters
-        self.parts = self._requests.parts = replace(self.parts, model=fresh.model, placement=fresh.placement)
 
     def close(self) -> None:
         """End the engine's thread and all requests, which fail with RequestFailed. Nothing can be asked any more."""
@@ -448,11 +369,11 @@ class VLM:
         count = len(chats)
         each = zip(
             chats,
-            _each("sampling settings", sampling, count, Sampling, Mapping),
-            _each("lists of prepared media", media, count),
-            _each("guides", guide, count),
-            _each("adapters", adapter, count, str),
-            _each("salts", salt, count, str),
+            inputs.each("sampling settings", sampling, count, Sampling, Mapping),
+            inputs.each("lists of prepared media", media, count),
+            inputs.each("guides", guide, count),
+            inputs.each("adapters", adapter, count, str),
+            inputs.each("salts", salt, count, str),
             strict=True,
         )
         handles: list[EngineHandle] = []
@@ -537,18 +458,6 @@ class VLM:
         """A guide for one reply, as ``submit`` makes it of the same settings: to learn early whether they can be kept to. None
         where the reply may be anything. Raises SettingsError, and NotAvailable without llguidance."""
         return self._structures.guide(_sampling(sampling), thinking, tools, tool_choice, parallel_tool_calls)
-
-
-def _each(what: str, given: Any, count: int, *single: type) -> list[Any]:
-    """What each of ``count`` chats has of ``given``: all the same where it is None or one of ``single``. MessageError."""
-    if given is None or (single and isinstance(given, single)):
-        return [given] * count
-    fix = "give one for all, or one per chat" if single else "give a list, one per chat"
-    if not isinstance(given, Seq):
-        raise MessageError(f"{what} are given as a {type(given).__name__}", fix)
-    if len(given) != count:
-        raise MessageError(f"{len(given)} {what} for {count} chats", fix)
-    return list(given)
 
 
 def _ended(leader: weakref.ref[Sequence], together: weakref.ref[Together], done: bool) -> None:

@@ -89,6 +89,8 @@ def test_what_is_refused(asleep):
 
 def test_the_routes_are_not_there_unasked(server):
     headers = {"Authorization": f"Bearer {KEY}"}
+    body = {"model": "mini", "messages": user("hi"), "max_tokens": 1}
+    assert httpx.post(f"{server.url}/v1/chat/completions", headers=headers, json=body).status_code == 200
     assert httpx.post(f"{server.url}/sleep", headers=headers).status_code == 404
     assert httpx.get(f"{server.url}/is_sleeping", headers=headers).status_code == 404
 
