@@ -11,6 +11,7 @@ import pytest
 
 from mirada import VLM, Image, Message, Sampling
 from mirada.engine import request as request_module
+from mirada.engine.prepare import THREADS
 from mirada.engine.together import Together
 from mirada.errors import ContextOverflow, MediaNotFound, RequestFailed
 from mirada.types import Text
@@ -93,6 +94,17 @@ def test_who_is_cancelled_meanwhile_ends_alone_unless_it_leads(vlm, prepared):
     assert ends[0].finish == "cancelled"
     assert all(end.finish == "length" or isinstance(end.error, RequestFailed) for end in ends[1:])
     assert vlm._engine.wait_idle(20) and vlm.stats()["waiting"] == 0
+
+
+def test_a_leader_that_is_cancelled_in_line_ends_those_who_wait_for_it(vlm, prepared):
+    prepared.gate.clear()
+    others = [vlm.submit(asking(np.full((60, 90, 3), i, np.uint8)), SHORT) for i in range(THREADS)]
+    handles = several(vlm, asking(), 3)
+    handles[0].cancel()
+    ends = [handle.result(20) for handle in handles]  # while nothing is prepared
+    assert ends[0].finish == "cancelled" and all(isinstance(end.error, RequestFailed) for end in ends[1:])
+    prepared.gate.set()
+    assert all(other.result(30).error is None for other in others)
 
 
 def test_nothing_is_kept_of_it_by_handles(vlm):
