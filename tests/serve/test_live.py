@@ -496,7 +496,7 @@ def test_who_keeps_silent_is_closed_but_not_while_it_waits_for_an_answer(bounded
     with open_socket(bounded[1]) as socket:
         say(socket, type="start", model="mini")
         socket.send(frame(1))
-        say(socket, type="question", id="long", text="Go on.", max_tokens=1500, ignore_eos=True)
+        say(socket, type="question", id="long", text="Go on.", max_tokens=3900, ignore_eos=True)
         began = time.monotonic()
         hear(socket, "done")
         waited = time.monotonic() - began

@@ -51,6 +51,7 @@ function figure(picture, marks) {
     layer.replaceChildren();
     list.replaceChildren();
     marks.forEach((mark, index) => place(mark, index, layer, list, width, height));
+    requestAnimationFrame(() => keepApart(layer)); // once it is laid out
   };
   if (image.complete) lay();
   image.addEventListener("load", lay);
@@ -72,12 +73,32 @@ function place(mark, index, layer, list, width, height) {
     if (top < 0.08 * height) shape.classList.add("below");
   }
   if (mark.type === "polygon") shape.append(outline(points, left, top, right, bottom));
-  if (left > 0.5 * width) shape.classList.add("leftward");
   layer.append(shape);
   const item = el("li", { class: `c${index % COLOURS}` }, el("strong", { text: name }), ` ${points.flat().map(Math.round).join(", ")}`);
   item.addEventListener("pointerenter", () => shape.classList.add("lit"));
   item.addEventListener("pointerleave", () => shape.classList.remove("lit"));
   list.append(item);
+}
+
+/** Names that would leave the picture begin further left; one that would lie on another goes under its mark, or into it. */
+function keepApart(layer) {
+  const { right: edge, bottom } = layer.getBoundingClientRect();
+  const placed = [];
+  const covers = (one, other) => one.left < other.right && other.left < one.right && one.top < other.bottom && other.top < one.bottom;
+  for (const shape of layer.children) {
+    const name = shape.querySelector("span");
+    if (name.getBoundingClientRect().right > edge) shape.classList.add("leftward");
+    const fits = () => {
+      const own = name.getBoundingClientRect();
+      return own.bottom <= bottom && !placed.some((other) => covers(own, other));
+    };
+    for (const where of ["under", "below"]) {
+      if (fits()) break;
+      shape.classList.remove("under");
+      shape.classList.add(where);
+    }
+    placed.push(name.getBoundingClientRect());
+  }
 }
 
 /** The sides of a polygon, stretched over the box around it. */

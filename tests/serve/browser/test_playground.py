@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import os
 import stat
@@ -219,6 +220,10 @@ def test_boxes_lie_where_the_server_says_and_can_be_hidden(server, open_page):
     tip, point = page.locator(".polygon svg").bounding_box(), page.locator(".point").bounding_box()
     assert ((tip["x"] - image["x"]) / scale, (tip["y"] - image["y"]) / scale) == pytest.approx((110, 40), abs=2)
     assert (point["x"] + point["width"] / 2 - image["x"]) / scale == pytest.approx(84, abs=2)
+    names = [name.bounding_box() for name in page.locator(".marks span").all()]
+    for one, other in itertools.combinations(names, 2):  # none lies on another
+        apart = one["x"] + one["width"] <= other["x"] or other["x"] + other["width"] <= one["x"]
+        assert apart or one["y"] + one["height"] <= other["y"] or other["y"] + other["height"] <= one["y"]
     assert page.locator(".text").inner_text() == "Yes, to the right of the blue square."
     page.get_by_role("button", name="Marks").click()
     assert page.locator(".box:visible").count() == 0
