@@ -18,8 +18,8 @@ def server(tmp_path_factory):
     with start(tmp_path_factory.mktemp("serve"), KEY) as running:
         yield running
         running.judge()
-        asked = (running.folder / "answers.jsonl").stat().st_size
-        assert not asked or judged, "answers were given, and none was judged"
+        record = running.folder / "answers.jsonl"  # tests of live video alone leave none
+        assert not record.exists() or judged, "answers were given, and none was judged"
 
 
 @pytest.fixture(autouse=True)
