@@ -13,7 +13,7 @@ from typing import Any
 
 from mirada.errors import MiradaError
 from mirada.media import wire
-from mirada.media.prepare import prepare_here
+from mirada.media.task import prepare_here
 from mirada.media.times import Times
 
 

@@ -21,7 +21,7 @@ from mirada.engine.prepare import most_bytes
 from mirada.engine.scheduler import Scheduler
 from mirada.engine.sequence import Sequence
 from mirada.errors import MediaDecodeError, MediaNotFound, QueueFull, RequestFailed
-from mirada.media import prepare as media_prepare
+from mirada.media import task as media_task
 from mirada.media.rule import KEYE_15, QWEN2_VL
 from mirada.types import Prompt
 
@@ -251,7 +251,7 @@ def test_stages_and_notes_reach_the_caller(opened):
 
 def test_workers_in_the_engine(opened, monkeypatch):
     """Forty requests of all kinds, a bad file among them and a worker killed: the bad one fails, and nothing else."""
-    monkeypatch.setattr(media_prepare, "LARGE_PIXELS", 70 * 90)
+    monkeypatch.setattr(media_task, "LARGE_PIXELS", 70 * 90)
     plain, vlm = opened(), opened(workers=1)
     kinds = [
         lambda i: ask(text=f"number {i}"),
@@ -285,7 +285,7 @@ def test_workers_in_the_engine(opened, monkeypatch):
 
 
 def test_a_picture_that_kills_two_workers_fails_its_request_by_name(opened, monkeypatch):
-    monkeypatch.setattr(media_prepare, "LARGE_PIXELS", 70 * 90)
+    monkeypatch.setattr(media_task, "LARGE_PIXELS", 70 * 90)
     vlm = opened(workers=1)
     killing = killer(vlm._pool, 2)
     handle = vlm.submit(ask(Image(png(1)), Image(png(2, 80, 100))), SHORT)
@@ -297,7 +297,7 @@ def test_a_picture_that_kills_two_workers_fails_its_request_by_name(opened, monk
 
 
 def test_cancelling_ends_the_worker_that_is_at_it(opened, monkeypatch):
-    monkeypatch.setattr(media_prepare, "LARGE_PIXELS", 0)
+    monkeypatch.setattr(media_task, "LARGE_PIXELS", 0)
     vlm = opened(workers=1)
     vlm.submit(ask(Image(png(1))), SHORT).result(60)
     (pid,) = vlm._pool.pids

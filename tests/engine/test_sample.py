@@ -13,20 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mirada.engine import guide as guides
-from mirada.engine.sample import (
-    BINS,
-    FINE,
-    Board,
-    Choice,
-    Chooser,
-    Tally,
-    draw,
-    edit,
-    logprobs,
-    nucleus_by_bins,
-    nucleus_by_sort,
-    pick,
-)
+from mirada.engine.board import Board
+from mirada.engine.draw import BINS, FINE, Choice, draw, nucleus_by_bins, nucleus_by_sort
+from mirada.engine.sample import Chooser, Tally, edit, logprobs, pick
 from mirada.errors import RequestFailed
 from mirada.types import Sampling
 

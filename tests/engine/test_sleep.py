@@ -20,7 +20,8 @@ from mirada import VLM, Image, Message, Sampling, Text
 from mirada.engine import sleep as sleeping
 from mirada.engine.counts import is_moment
 from mirada.errors import CheckpointError, EngineAsleep, NotAvailable, ReplyTimeout, SettingsError
-from mirada.media import prepare as media_prepare
+from mirada.media import task as media_task
+from mirada.media.prepare import prepare
 
 MB = 1 << 20
 SHORT = Sampling(max_tokens=6, ignore_eos=True)
@@ -50,7 +51,7 @@ def test_memory_comes_back_and_answers_are_the_same(tmp_path, level):
         before = [output.tokens for output in vlm.generate([SEEN, HI], SHORT)]
         held = vlm.submit(HI, SHORT)  # whoever keeps a handle keeps no weights
         held.result(20)
-        patches = media_prepare.prepare(Image(png(2)), vlm.parts.rule)
+        patches = prepare(Image(png(2)), vlm.parts.rule)
         for i in range(60):
             key = i.to_bytes(32, "little")
             vlm._requests.cache.put(key, replace(patches, pixels=np.ones((MB // 588, 588), np.uint8)))
@@ -133,7 +134,7 @@ def test_what_takes_too_long_leaves_it_awake(vlm):
 
 @linux
 def test_media_workers_end(tiny_directories, monkeypatch):
-    monkeypatch.setattr(media_prepare, "LARGE_PIXELS", 0)
+    monkeypatch.setattr(media_task, "LARGE_PIXELS", 0)
     with VLM(tiny_directories["qwen2_vl"], device="cpu", engine={"workers": 1}) as vlm:
         tokens = vlm.generate([SEEN], SHORT)[0].tokens
         pids = vlm._pool.pids

@@ -21,7 +21,7 @@ from PIL import Image as pil
 
 from mirada.errors import MediaDecodeError, MediaError, MediaTimeout, RequestFailed, SettingsError
 from mirada.media import pool as pool_module
-from mirada.media import prepare as prepare_module
+from mirada.media import task as task_module
 from mirada.media import wire
 from mirada.media.cache import PixelCache
 from mirada.media.fetch import FetchLimits
@@ -46,7 +46,7 @@ def png(seed: int, high: int = 60, wide: int = 90) -> bytes:
 
 @pytest.fixture(autouse=True)
 def everything_is_large(monkeypatch):
-    monkeypatch.setattr(prepare_module, "LARGE_PIXELS", 0)
+    monkeypatch.setattr(task_module, "LARGE_PIXELS", 0)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_what_has_no_form_as_text_is_prepared_here(fresh):
 
 
 def test_nothing_starts_for_small_pictures(fresh, monkeypatch):
-    monkeypatch.setattr(prepare_module, "LARGE_PIXELS", 1 << 21)
+    monkeypatch.setattr(task_module, "LARGE_PIXELS", 1 << 21)
     prepare_many([Image(png(1)), Image(png(2))], KEYE_PREVIEW, pool=fresh)
     assert fresh.pids == () and not fresh._state.lanes
     prepare_many([Image(png(3, 1450, 1450))], KEYE_PREVIEW, pool=fresh)
@@ -301,10 +301,10 @@ def test_workers_end_with_a_killed_parent(at_work, tmp_path):
     program.write_text(
         "import os, signal, sys, threading, time\n"
         "from mirada.media.pool import Pool\n"
-        "from mirada.media import prepare\n"
+        "from mirada.media import prepare, task\n"
         "from mirada.types import Image\n"
         "from mirada.media.rule import KEYE_PREVIEW\n"
-        "prepare.LARGE_PIXELS = 0\n"
+        "task.LARGE_PIXELS = 0\n"
         "pool, data = Pool(1), open(sys.argv[1], 'rb').read()\n"
         "prepare.prepare_many([Image(data)], KEYE_PREVIEW, pool=pool)\n"
         f"if {at_work}:\n"
@@ -387,14 +387,14 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch)
     path, cache = tmp_path / "clip.mp4", PixelCache(1 << 24)
     first, second = clips.encode(8, rate=4), clips.encode([255 - clips.numbered(i) for i in range(8)], rate=4)
     path.write_bytes(first)
-    original = prepare_module._film
+    original = task_module._film
 
     def film(part, *rest):
         path.write_bytes(second)
         return original(part, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "_film", film)
+        patch.setattr(task_module, "_film", film)
         changed = prepare(Video(path), QWEN2_VL, cache=cache)
     path.write_bytes(first)
     assert not same(prepare(Video(path), QWEN2_VL, cache=cache), changed)

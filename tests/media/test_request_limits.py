@@ -14,6 +14,7 @@ from PIL import Image as pil
 
 from mirada.errors import ContextOverflow, MediaTimeout, MediaTooLarge, RequestFailed, SettingsError
 from mirada.media import prepare as prepare_module
+from mirada.media import task as task_module
 from mirada.media import video as video_module
 from mirada.media.fetch import FetchLimits
 from mirada.media.pool import Cancel, Pool
@@ -49,7 +50,7 @@ def blind(monkeypatch):
     def never(*given, **more):
         raise AssertionError("a pixel was decoded")
 
-    monkeypatch.setattr(prepare_module, "decode", never)
+    monkeypatch.setattr(task_module, "decode", never)
     seen = {name: getattr(np, name) for name in ("stack", "asarray", "ndarray", "uint8")}
     monkeypatch.setattr(video_module, "np", SimpleNamespace(empty=never, **seen))
 

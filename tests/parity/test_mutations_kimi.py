@@ -13,7 +13,7 @@ from parity.planting import Mistakes
 from torch import Tensor
 
 from mirada.layers import embed, fused, mla, moe, rope
-from mirada.media import grid, prepare
+from mirada.media import grid, task
 from mirada.models import deepseek, kimi_vl, projector, vit, vlm
 from mirada.prompt import tiktoken_files
 from mirada.prompt.format import PromptFormat
@@ -226,8 +226,8 @@ def stretched_instead_of_filled_up(patch) -> None:
 
 @caught_by(TABLES + "image 3")
 def resized_bilinearly(patch) -> None:
-    true = prepare.resize
-    patch.setattr(prepare, "resize", lambda image, h, w, rule: true(image, h, w, replace(rule, resample="bilinear")))
+    true = task.resize
+    patch.setattr(task, "resize", lambda image, h, w, rule: true(image, h, w, replace(rule, resample="bilinear")))
 
 
 @caught_by(TABLES + "grid of 897x897 at 4096")
