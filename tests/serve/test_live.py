@@ -349,7 +349,7 @@ def test_a_defect_ends_its_question_alone_and_is_logged_under_the_connections_id
     found = hear(socket, "error")
     assert (found["id"], found["error"]["code"]) == ("q", "internal_error") and "now" not in found["error"]["message"]
     answer(socket, "after", "Still there? say:Yes.")
-    lines = [line for line in server.logged() if line.get("id") == "of-this-defect"]
+    lines = lines_of(server, "of-this-defect", 3)
     assert [(line["event"], line.get("status")) for line in lines] == [
         ("defect", None), ("live_question", 500), ("live_question", 200),
     ]  # fmt: skip
@@ -371,6 +371,8 @@ def test_connections_are_logged_and_counted(live, server):
     socket.send(frame(1))
     hear(socket, "error")
     answer(socket, "a", "What is it? say:Red.")
+    asked = 'mirada_live_questions_total{status="200"}'  # counted once its done is sent
+    wait_for(lambda: figures().get(asked, 0) > before.get(asked, 0))
     after = figures()
     rise = {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name, 0)}
     assert rise == {
@@ -379,11 +381,20 @@ def test_connections_are_logged_and_counted(live, server):
         'mirada_live_frames_total{outcome="refused"}': 1, 'mirada_live_questions_total{status="200"}': 1,
     }  # fmt: skip
     socket.close()
-    wait_for(lambda: any(line.get("id") == "of-this-count" and line["event"] == "request" for line in server.logged()))
-    (line,) = (line for line in server.logged() if line.get("id") == "of-this-count" and line["event"] == "request")
+    line = lines_of(server, "of-this-count", 2)[-1]
     assert (line["path"], line["status"], line["questions"], line["left_out"]) == ("/v1/live", 101, 1, 2)
     name = 'mirada_requests_total{path="/v1/live",status="101"}'
     assert figures()[name] == before.get(name, 0) + 1
+
+
+def lines_of(server, id: str, count: int) -> list[dict]:
+    """What the log says under ``id``, once it is so many lines."""
+
+    def found() -> list[dict]:
+        return [line for line in server.logged() if line.get("id") == id]
+
+    wait_for(lambda: len(found()) >= count)
+    return found()
 
 
 def wait_for(holds, seconds: float = 20) -> None:
@@ -408,7 +419,7 @@ def test_a_wrong_key_does_not_come_in_and_is_logged(live, server):
     reply = refused.value.response
     assert reply.status_code == 401 and json.loads(reply.body)["error"]["code"] == "invalid_api_key"
     assert reply.headers["x-request-id"] == "of-the-wrong-key"
-    (line,) = (line for line in server.logged() if line.get("id") == "of-the-wrong-key")
+    (line,) = lines_of(server, "of-the-wrong-key", 1)
     assert (line["path"], line["status"]) == ("/v1/live", 401)
 
 
