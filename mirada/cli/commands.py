@@ -104,7 +104,8 @@ def batch(
     debug: Debug = False,
 ) -> None:
     """Answer a file of requests. Ended early, the same command goes on where it stopped."""
-    from mirada.cli.batch import Batch, run
+    from mirada.cli.batch import run
+    from mirada.cli.batch_answer import Batch
 
     chosen = Batch(
         source, target, model, url, api_key, device, max_tokens, in_flight, media_root, retry_errors, quant, kv, adapter,

@@ -17,7 +17,8 @@ from misbehaving import reply, serving, stream, words
 from oracle import wrong
 
 import mirada as package
-from mirada.cli.batch import Line, read_lines, with_sources
+from mirada.cli.batch_answer import with_sources
+from mirada.cli.batch_file import Line, read_lines
 from mirada.engine.llm import VLM
 
 

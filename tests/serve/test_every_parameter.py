@@ -11,7 +11,7 @@ import pytest
 from serving import user
 
 from mirada.records.request import KNOWN, LABELS
-from mirada.serve import responses
+from mirada.serve import responses_body
 
 DEEP = 300
 MOST_TAKEN = 3
@@ -64,7 +64,7 @@ TAKES = {
 NEEDED = {"model", "messages", "input"}
 ALSO = {("responses", "metadata"): OBJECTS, ("responses", "top_logprobs"): COUNT}
 """Where one API takes something else."""
-APIS = {"chat/completions": KNOWN, "responses": frozenset(responses.KNOWN)}
+APIS = {"chat/completions": KNOWN, "responses": frozenset(responses_body.KNOWN)}
 
 
 def body_of(path, **more):
@@ -102,7 +102,7 @@ def wrongs(post, path, name, takes, make):
 
 
 def test_every_parameter_is_in_the_table():
-    assert set(TAKES) == KNOWN | set(responses.KNOWN)
+    assert set(TAKES) == KNOWN | set(responses_body.KNOWN)
 
 
 @pytest.mark.parametrize(("path", "name"), [(path, name) for path, known in APIS.items() for name in sorted(known)])

@@ -19,7 +19,7 @@ from serving import KEY, data_uri, gif, image, png, user
 
 from mirada.records.answer import media_to_openai
 from mirada.records.request import HONOURED, KNOWN, LABELS
-from mirada.serve import responses
+from mirada.serve import responses_body
 from mirada.types import MediaUsage
 
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
@@ -54,7 +54,7 @@ def test_it_is_an_openapi_document_of_every_path(told, server):
 def test_every_parameter_is_in_it(told):
     schemas = told["components"]["schemas"]
     assert set(schemas["ChatRequest"]["properties"]) == KNOWN
-    assert set(schemas["ResponseRequest"]["properties"]) == set(responses.KNOWN)
+    assert set(schemas["ResponseRequest"]["properties"]) == set(responses_body.KNOWN)
 
 
 def test_openais_own_parameters_are_known_or_refused_by_name(post):
