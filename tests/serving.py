@@ -11,6 +11,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -18,6 +19,8 @@ from oracle import problems
 from PIL import Image
 
 KEY = "sk-of-the-tests"
+PLANTED = "a defect of the tests:"
+"""How what ``server.py`` raises on purpose begins."""
 
 
 @dataclass
@@ -114,7 +117,7 @@ def uncached(usage) -> dict:
     return made
 
 
-def user(text, *parts):
+def user(text, *parts) -> list[Any]:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}]
 
 

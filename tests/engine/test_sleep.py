@@ -71,6 +71,7 @@ def test_memory_comes_back_and_answers_are_the_same(tmp_path, level):
 @pytest.mark.parametrize("level", [1, 2])
 def test_requests_meanwhile_are_refused_and_counts_go_on(vlm, level):
     vlm.generate([SEEN, SEEN], SHORT)
+    assert vlm._engine.wait_idle(20)  # the step that tells the last token counts it afterwards
     before = vlm.stats()
     assert before["asleep"] == vlm.asleep == 0 and before["steps"] and before["encoded_patches"]
     vlm.sleep(level)
@@ -88,6 +89,7 @@ def test_requests_meanwhile_are_refused_and_counts_go_on(vlm, level):
     vlm.wake()
     vlm.wake()
     vlm.generate([HI], SHORT)
+    assert vlm._engine.wait_idle(20)
     after = vlm.stats()
     assert (
         after["asleep"] == 0

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from oracle import Recorder
+from serving import PLANTED
 from tiny_adapters import make_adapter
 
 import mirada
@@ -51,7 +52,7 @@ class Echo(mirada.VLM):
     def submit(self, chat, sampling=None, *, guide=None, **more):
         last = next((message.text for message in reversed(chat) if message.role == "user"), "")
         if "defect:" in last:
-            raise RuntimeError(f"a defect of the tests: {last}")
+            raise RuntimeError(f"{PLANTED} {last}")
         if guide is None and "say:" in last:
             guide = Script(self.parts.renderer.tokenizer.encode_control(last.partition("say:")[2]))
         return super().submit(chat, sampling, guide=guide, **more)
