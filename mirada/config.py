@@ -146,7 +146,10 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
             return None
     elif hint is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:  # a whole number may be longer than any fraction
+                raise SettingsError(f"{where} is too large a number", "give one of at most 308 digits") from None
     elif hint is Path:
         if isinstance(value, str | Path):
             return Path(value)

@@ -258,7 +258,11 @@ class Sampling:
             ("repetition_penalty", 0 < self.repetition_penalty <= 10, "in (0, 10]; 1 is off"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2; 0 is off"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2; 0 is off"),
-            ("logit_bias", _is_bias(self.logit_bias), "a mapping of token ids to finite numbers, or None for off"),
+            (
+                "logit_bias",
+                _is_bias(self.logit_bias),
+                f"a mapping of token ids to numbers of at most {LARGEST:g}, or None for off",
+            ),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 100, "between 0 and 100, or None for off"),
             ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"),
             ("stop_token_ids", _are_ids(self.stop_token_ids), "token ids: whole numbers of at least 0"),

@@ -159,5 +159,5 @@ def test_wrong_bodies_must_be_refused_as_they_should(load):
 def test_growth_and_its_slope(load):
     recorder = load.Recorder(None, load.Tally())
     recorder.rows = [{"seconds": float(i), "rss_mb": 100.0 + i, "children_mb": 0.0} for i in range(100)]
-    start, end, slope = recorder.memory()
-    assert (start, end) == (124.5, 194.5) and slope == pytest.approx(60)
+    memory = recorder.memory
+    assert (memory.start, memory.end) == (124.5, 194.5) and memory.slope == pytest.approx(60) and memory.faults

@@ -101,12 +101,12 @@ def load(
     place = found[0].device if found else pick_device(device)
     mapping = read_json(directory / "config.json")
     kind = pick_dtype(dtype, place, mapping)
+    attention = check_kind(attn, place, kind)
     scheme = adapt.read(mapping, str(directory / "config.json"))
     mode = check_mode(parse_mode(quant), scheme, place, kind, bool(found), widen)
     if mode is None and dtype in (None, "auto") and not (group or found or widen):
         mode = unasked_mode(directory, scheme, place)
     family = family_of(mapping, str(directory / "config.json"))
-    attention = check_kind(attn, place, kind)
     if group is not None:
         made = None
         model = load_shared(directory, kind, place, group)

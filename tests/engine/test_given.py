@@ -121,16 +121,24 @@ def test_numbers_beyond_a_machine_word(qwen, name, value):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(
     "given",
-    [{"logit_bias": {7: 1e308}}, {"logit_bias": {7: 1e38}, "presence_penalty": -2}, {"repetition_penalty": 1e-40}],
+    [{"logit_bias": {7: 1e12}}, {"logit_bias": {7: 1e12}, "presence_penalty": -2}, {"repetition_penalty": 1e-40}],
     ids=repr,
 )
-def test_penalties_and_bias_beyond_float32(qwen, temperature, given):
+def test_penalties_and_bias_as_large_as_they_may_be(qwen, temperature, given):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         output = qwen.submit(Prompt((7, 2, 3)), given | {"max_tokens": 3, "temperature": temperature}).result(30)
     assert output.error is None
     if "logit_bias" in given:
         assert output.tokens == (7, 7, 7)
+
+
+@pytest.mark.parametrize(
+    "bias", [1e13, 1e308, -1e308, 10**400, float("inf"), float("nan")], ids=("1e13", "1e308", "-1e308", "10**400", "inf", "nan")
+)
+def test_a_bias_beyond_all_use_is_named(qwen, bias):
+    output = qwen.submit(Prompt((7, 2, 3)), {"max_tokens": 3, "logit_bias": {7: bias}}).result(30)
+    assert isinstance(output.error, SettingsError) and "logit_bias" in str(output.error)
 
 
 def test_a_cache_that_fails_ends_nothing_but_its_own(engines, monkeypatch):

@@ -8,7 +8,7 @@ from tiny import TINY, make_tiny
 
 from mirada import VLM, Message, Sampling
 from mirada.errors import NotAvailable, SettingsError
-from mirada.layers import attention
+from mirada.layers import attention, fused
 from mirada.layers.attention import KINDS, attend_packed, check_kind
 from mirada.layers.batch import Batch
 from mirada.layers.cache import SlabCache, attend_one
@@ -75,6 +75,13 @@ def test_eager_equals_sdpa_in_every_family(model_type: str, tmp_path, monkeypatc
 
         return run
 
+    def counted_seen(*args):
+        made = seen(*args)
+        calls["sdpa"] += made is not None
+        return made
+
+    seen = fused.seen
+    monkeypatch.setattr(fused, "seen", counted_seen)  # what sdpa is in a tower, where it is compiled
     for kind in calls:
         monkeypatch.setitem(KINDS, kind, counted(kind, KINDS[kind]))
     folder = make_tiny(tmp_path, model_type, seed=3)

@@ -28,7 +28,8 @@ def told(server, client):
     """``told(name, label=...)``: how much that figure rose by ``CALLS`` answers, of which the last was streamed; and their
     usages."""
     before = figures(server)
-    picture = user("What is it? say:Red, and quite large.", image(data_uri(png())))
+    # Of a size and colour of its own: others ask this server too.
+    picture = user("What is it? say:Red, and quite large.", image(data_uri(png((94, 58), (13, 201, 77)))))
     usages = [client.chat.completions.create(model="echo", messages=picture).usage for _ in range(CALLS - 1)]
     stream = client.chat.completions.create(model="echo", messages=picture, stream=True, stream_options={"include_usage": True})
     usages.append(list(stream)[-1].usage)
