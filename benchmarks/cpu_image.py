@@ -1,6 +1,6 @@
 """Time to the first token of a question about a picture, and ten questions about one: against transformers, same weights, CPU.
 
-    python benchmarks/cpu_image.py --peer-python PEERS/bin/python [--tower-layers 4] [--text-layers 4] [--pairs 7]
+    python benchmarks/cpu_image.py --peer-python PEERS/bin/python [--sizes 448 1344] [--answers 1 4 8] [--pairs 7]
 
 The model is Qwen2-VL-2B scaled down in depth alone: all its widths, 4 of the 32 layers of its tower and 4 of the 28 of its
 decoder, random weights, float32 on both sides (``--mode`` takes another of ours; then it is no longer like for like). A
@@ -9,8 +9,9 @@ decoder, random weights, float32 on both sides (``--mode`` takes another of ours
 Both sides start from the same pixels in memory and end with a token: preparing, prompt, tower, prefill. Every pair has a
 picture of its own, so no cache of ours helps. transformers runs its PIL image processor, ``generate`` and the attention that is
 the quicker for each size, tried before.
-*Ten questions* are asked one after the other about one 448x448 picture, ``--answer`` tokens each: ours keep what they computed
-of the picture, transformers' ``generate`` starts anew, which is what it offers.
+*Ten questions* are asked one after the other about one 448x448 picture, ``--answers`` tokens each: ours keep what they computed
+of the picture, transformers' ``generate`` starts anew, which is what it offers. Every token after an answer's first reads all
+weights once on both sides, so the longer the answers, the less the picture counts.
 Refuses to measure while other programs keep the CPU busy, unless ``--anyway``. Exit status 1: a row is below its goal.
 """
 
@@ -70,13 +71,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     harness.arguments(parser)
     parser.add_argument("--tower-layers", type=int, default=4)
     parser.add_argument("--text-layers", type=int, default=4)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[448, 1344], help="sides of the pictures, in pixels")
-    parser.add_argument("--answer", type=int, default=8, help="tokens of each of the ten answers")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[448, 1344], help="sides of the pictures, in pixels")
+    parser.add_argument(
+        "--answers", type=int, nargs="*", default=[1, 4, 8], help="tokens of each of the ten answers, a row each"
+    )
     parser.add_argument("--mode", choices=("fp32", "exact", "int8", "int4"), default="fp32")
     parser.add_argument("--dtype", default="float32", help="of transformers")
     options = parser.parse_args(argv)
     if options.smoke:
-        options.pairs, options.sizes, options.answer, options.tower_layers, options.text_layers = 1, [112], 2, 2, 2
+        options.pairs, options.sizes, options.asked, options.answers = 1, [112], 112, [2]
+        options.tower_layers = options.text_layers = 2
     return options
 
 
@@ -111,12 +115,15 @@ def rows(options: argparse.Namespace) -> list[Row]:
     def first(size: int) -> Callable[[int], dict[str, Any]]:
         return lambda i: {"do": "ask", "size": size, "seed": size + i, "question": question(i)}
 
-    def ten(i: int) -> dict[str, Any]:
-        asked = [question(i * QUESTIONS + j) for j in range(QUESTIONS)]
-        return {"do": "ask_all", "size": options.sizes[0], "seed": 10**6 + i, "questions": asked, "new": options.answer}
+    def ten(new: int) -> Callable[[int], dict[str, Any]]:
+        def make(i: int) -> dict[str, Any]:
+            asked = [question(i * QUESTIONS + j) for j in range(QUESTIONS)]
+            return {"do": "ask_all", "size": options.asked, "seed": 10**6 * new + i, "questions": asked, "new": new}
+
+        return make
 
     made = [Row(f"first token, {size}x{size}", first(size), size, "first", 1.15) for size in options.sizes]
-    return [*made, Row(f"ten questions, {options.sizes[0]}x{options.sizes[0]}", ten, options.sizes[0], "all", 5.0)]
+    return made + [Row(f"ten questions, {new} token(s) each", ten(new), options.asked, "all", 5.0) for new in options.answers]
 
 
 def measure(ours: Worker, theirs: Worker, row: Row, report: Report, attention: str | None) -> None:

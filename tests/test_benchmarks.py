@@ -35,7 +35,7 @@ def harness(monkeypatch):
     ("name", "rows"),
     [
         ("cpu_decode", ["tiny fp32 : itself fp32 decode", "tiny fp32 : itself fp32 prefill", "tiny fp32 : itself fp32 error"]),
-        ("cpu_image", ["first token, 112x112", "ten questions, 112x112"]),
+        ("cpu_image", ["first token, 112x112", "ten questions, 2 token(s) each"]),
         (
             "mixed_latency",
             [
