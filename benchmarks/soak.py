@@ -39,6 +39,8 @@ WARM = 0.2
 WINDOW = 0.1
 HALF = 0.5
 """Shares of the whole time."""
+SWING = 15
+"""Rows of a second each in which memory goes up and down once or more: what is freed goes back to the system now and then."""
 RISE = 0.03
 LEAST_RISE = 8.0
 """Of what is held, and in megabytes: the rise over the second half that counts as flat."""
@@ -205,20 +207,20 @@ class Memory:
     """Megabytes after the warm-up."""
     end: float
     slope: float
-    """Megabytes a minute over the second half."""
+    """Megabytes a minute over the second half, by the highest of every ``SWING`` seconds or so."""
     minutes: float
     """Of the second half."""
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, float]]) -> Memory:
         held = [row["rss_mb"] + row["children_mb"] for row in rows]
-        half = rows[int(HALF * len(rows)) :]
-        minutes = [row["seconds"] / 60 for row in half]
+        half = int(HALF * len(rows))
+        minutes, highs = _highs([row["seconds"] / 60 for row in rows[half:]], held[half:])
         window = max(1, round(WINDOW * len(rows)))
         warm = held[int(WARM * len(rows)) :]
         return cls(
             statistics.median(warm[:window]), statistics.median(warm[-window:]),
-            slope(minutes, held[len(rows) - len(half) :]), minutes[-1] - minutes[0],
+            slope(minutes, highs), (rows[-1]["seconds"] - rows[half]["seconds"]) / 60,
         )  # fmt: skip
 
     @property
@@ -240,6 +242,13 @@ class Memory:
         change = f"{self.end / self.start - 1:+.1%}"
         return (f"memory: {self.start:.0f} MB after the warm-up, {self.end:.0f} MB at the end ({change}), "
                 f"{self.slope:+.2f} MB/min over the second half")  # fmt: skip
+
+
+def _highs(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Of every ``SWING`` points the place of the first and the highest; what is left over at the end is left out."""
+    size = min(SWING, max(1, len(x) // 4))
+    starts = range(0, len(x) - size + 1, size)
+    return [x[at] for at in starts], [max(y[at : at + size]) for at in starts]
 
 
 def slope(x: Sequence[float], y: Sequence[float], most: int = 400) -> float:
