@@ -75,7 +75,7 @@ class Requests:
             try:
                 patches = prepare_named(
                     wanted,
-                    lambda parts: prepare_many(
+                    lambda parts, most: prepare_many(
                         parts,
                         self.parts.rule,
                         self.limits,
@@ -84,11 +84,13 @@ class Requests:
                         cancel=cancel,
                         times=times,
                         salt=salt,
-                        most_tokens=self.parts.context - 1,
+                        most_tokens=most,
                     ),
                     self.parts.rule,
                     self.cache,
                     salt,
+                    self.limits,
+                    self.parts.context - 1,
                 )
                 with times.stage("render"):
                     prompt = self.parts.renderer.render(messages, patches, thinking=thinking, tools=tools)

@@ -126,6 +126,10 @@ class Patches:
         """Frames, with those that were repeated to fill a patch."""
         return sum(t for t, _, _ in self.grids) * (self.pixels.shape[2] if self.pixels.ndim == 5 else 1)
 
+    def num_tokens(self, merge: int) -> int:
+        """Tokens of a prompt that it becomes, each of ``merge`` x ``merge`` patches."""
+        return sum(t * h * w for t, h, w in self.grids) // merge**2
+
 
 class Room:
     """How many tokens of a prompt the media of one request may become; ``most`` None: any number."""

@@ -11,30 +11,43 @@ from dataclasses import replace
 
 from mirada.errors import MediaNotFound
 from mirada.media.cache import PixelCache, source_key
-from mirada.media.grid import Patches
+from mirada.media.fetch import FetchLimits
+from mirada.media.grid import Patches, Room
+from mirada.media.prepare import check_count
 from mirada.media.rule import MediaRule
 from mirada.types import Image, Video
 
-Prepare = Callable[[list[Image | Video]], list[Patches]]
+Prepare = Callable[[list[Image | Video], int | None], list[Patches]]
+"""(parts, most tokens that they may become) -> what is made of them."""
 
 
 def prepare_named(
-    parts: Sequence[Image | Video], prepare: Prepare, rule: MediaRule, cache: PixelCache | None, salt: str
+    parts: Sequence[Image | Video],
+    prepare: Prepare,
+    rule: MediaRule,
+    cache: PixelCache | None,
+    salt: str,
+    limits: FetchLimits,
+    most_tokens: int | None = None,
 ) -> list[Patches]:
     """``prepare`` of all ``parts`` that bring their content, and what is kept of those that come by their ids alone, in order.
 
-    Raises MediaNotFound for an id that is not known (any more), before anything is prepared; else what ``prepare`` raises.
+    Raises MediaNotFound for an id that is not known (any more), before anything is prepared, MediaTooLarge for more parts than
+    ``limits`` allow, ContextOverflow where all together would become more than ``most_tokens``; else what ``prepare`` raises.
     """
     if not any(isinstance(part, Image) and part.id is not None for part in parts):
-        return prepare(list(parts))
+        return prepare(list(parts), most_tokens)
+    check_count(parts, limits)
+    room = Room(most_tokens)
     known: dict[int, Patches] = {}
     for index, part in enumerate(parts):
         if isinstance(part, Image) and part.id is not None and part.source is None:
             known[index] = _find(part, rule, cache, salt)
+            room.take(known[index].num_tokens(rule.grid.merge), f"the picture {part.id!r}")
     fresh = [index for index in range(len(parts)) if index not in known]
     # Without the id, so that what lies under other names, or none, is found by its content.
     plain = [replace(part, id=None) if isinstance(part, Image) else part for part in (parts[index] for index in fresh)]
-    made = known | dict(zip(fresh, prepare(plain) if plain else [], strict=True))
+    made = known | dict(zip(fresh, prepare(plain, room.left) if plain else [], strict=True))
     for index in fresh:
         part = parts[index]
         if cache is not None and isinstance(part, Image) and part.id is not None:

@@ -71,7 +71,7 @@ def prepare_many(
     times = Times() if times is None else times
     kept = cache if cache is not None and cache.max_bytes else None
     limits = limits or FetchLimits()
-    _check_count(parts, limits)
+    check_count(parts, limits)
     allowance = Allowance(limits)
     means = Means(rule, limits, kept, pool, cancel, times, salt, Room(most_tokens), allowance)
     if total_pixels is not None and (isinstance(total_pixels, bool) or not isinstance(total_pixels, int) or total_pixels < 1):
@@ -131,7 +131,8 @@ def _sources(part: Image | Video) -> list[Any]:
     return list(part.source) if isinstance(part.source, list | tuple) else [part.source]
 
 
-def _check_count(parts: Sequence[Image | Video], limits: FetchLimits) -> None:
+def check_count(parts: Sequence[Image | Video], limits: FetchLimits) -> None:
+    """Raise MediaTooLarge for more pictures and videos than one request may have."""
     count = sum(len(part.source) if isinstance(part.source, list | tuple) else 1 for part in parts if hasattr(part, "source"))
     if count > limits.parts:
         raise MediaTooLarge(
@@ -177,9 +178,11 @@ def side_by_side(jobs: Sequence[Callable[[], None]]) -> None:
     def work() -> None:
         while todo:
             try:
-                todo.popleft()()
+                job = todo.popleft()
             except IndexError:  # another thread took the last
                 return
+            try:
+                job()
             except BaseException as error:
                 outcomes.put(error)
             else:

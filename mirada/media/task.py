@@ -109,6 +109,8 @@ class Task:
         self._job: Job | None = None
         self._file: Path | None = None
         self._stamp: object = None
+        self._counted = False
+        """The bytes that it brought along were taken from what the request may have."""
         self._other: threading.Event | None = None
         """Somebody else prepares the same."""
 
@@ -168,9 +170,7 @@ class Task:
             self._done()
         assert self.made is not None
         if self.made.kind == "video":
-            grid = self.means.rule.grid
-            tokens = sum(t * h * w for t, h, w in self.made.grids) // grid.merge**2
-            self.means.room.take(tokens, f"the video {self.name}")
+            self.means.room.take(self.made.num_tokens(self.means.rule.grid.merge), f"the video {self.name}")
         if not self._keep:
             self.item = None
         return self.made
@@ -207,7 +207,8 @@ class Task:
         if isinstance(part.source, str | bytes | os.PathLike):
             with means.times.stage("fetch"):
                 content = locate(part.source, means.limits, max_bytes=means.limits.video_bytes, allowance=means.allowance)
-                if isinstance(content, bytes) and not self.fetched:
+                if isinstance(content, bytes) and not self.fetched and not self._counted:
+                    self._counted = True  # it may start again, after another that prepared the same
                     means.allowance.take(len(content))
         if content is not None and means.cache is not None:
             with means.times.stage("fetch"):

@@ -7,7 +7,8 @@ import pytest
 from media.test_pool import png
 
 from mirada import VLM, Image, Message, Sampling, Text
-from mirada.errors import MediaNotFound, MessageError
+from mirada.errors import ContextOverflow, MediaNotFound, MediaTooLarge, MessageError
+from mirada.media.fetch import FetchLimits
 from mirada.records.wire import message_from_json, message_to_json
 
 SHORT = Sampling(max_tokens=6, ignore_eos=True)
@@ -95,3 +96,23 @@ def test_as_programs_write_it():
     ):  # fmt: skip
         with pytest.raises(MessageError):
             message_from_json({"role": "user", "content": [part]})
+
+
+@pytest.mark.parametrize("how", ["parts", "tokens"])
+def test_names_count_as_the_pictures_do(vlm, monkeypatch, how):
+    """A name is short, and a body may hold many: what they stand for is bounded before it is written into a prompt."""
+    tokens = answer(vlm, Image(png(1), id="a")).usage.image_tokens
+    most = {"parts": 6, "tokens": vlm.parts.context // tokens}[how]
+    limits = FetchLimits(parts=most if how == "parts" else 10**9)
+    monkeypatch.setattr(vlm._requests, "limits", limits)
+    named = [Image(id="a")] * most
+    rendered: list[int] = []
+    render = vlm.parts.renderer.render
+    monkeypatch.setattr(vlm.parts.renderer, "render", lambda *a, **k: rendered.append(1) or render(*a, **k))
+    if how == "parts":
+        assert answer(vlm, *named).error is None and rendered
+        rendered.clear()
+    kind = MediaTooLarge if how == "parts" else ContextOverflow
+    for more in ([Image(id="a")] * 2, [Image(png(2))] * 2, [Image(png(2), id="b"), Image(id="a")]):
+        assert isinstance(answer(vlm, *named, *more).error, kind)
+        assert not rendered

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from mirada.errors import ContextOverflow, MediaTimeout, MediaTooLarge, RequestF
 from mirada.media import prepare as prepare_module
 from mirada.media import task as task_module
 from mirada.media import video as video_module
+from mirada.media.cache import PixelCache
 from mirada.media.fetch import FetchLimits
 from mirada.media.pool import Cancel, Pool
 from mirada.media.prepare import prepare_many
@@ -129,6 +131,22 @@ def test_bytes_of_all_sources_together(web):
         prepare_many(addresses, KEYE_PREVIEW, limits)
 
 
+def test_bytes_of_a_video_that_another_prepares_count_once():
+    class Busy(PixelCache):
+        others = 3
+
+        def claim(self, key: bytes) -> threading.Event | None:
+            if not self.others:
+                return super().claim(key)
+            self.others -= 1
+            (event := threading.Event()).set()  # somebody prepares it, and fails at once
+            return event
+
+    cache = Busy()
+    made = prepare_many([Video(CLIP, nframes=2)], KEYE_PREVIEW, FetchLimits(request_bytes=2 * len(CLIP)), cache=cache)
+    assert len(made) == 1 and not cache.others
+
+
 def test_addresses_are_fetched_side_by_side_and_each_once(web):
     before = len(web.seen)
     parts = [Image(web.url(f"/late?0.4&{i}")) for i in range(8)]
@@ -153,6 +171,25 @@ def test_the_first_that_fails_ends_the_rest_at_once(web):
     with pytest.raises(Exception, match=r"picture or video 1 of 31.*404"):
         prepare_many(parts, KEYE_PREVIEW, LOCAL)
     assert time.monotonic() - began < 6 and len([1 for path, _ in web.seen if "end" in path]) <= prepare_module.SIDE_BY_SIDE
+
+
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_any_error_of_a_fetch_ends_it(count):
+    def fails() -> None:
+        raise IndexError("of whatever it calls")
+
+    ended: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            prepare_module.side_by_side([fails] * count)
+        except IndexError as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert ended
 
 
 def test_what_is_cancelled_fetches_nothing_more(web):
