@@ -72,9 +72,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tower-layers", type=int, default=4)
     parser.add_argument("--text-layers", type=int, default=4)
     parser.add_argument("--sizes", type=int, nargs="*", default=[448, 1344], help="sides of the pictures, in pixels")
-    parser.add_argument(
-        "--answers", type=int, nargs="*", default=[1, 4, 8], help="tokens of each of the ten answers, a row each"
-    )
+    parser.add_argument("--asked", type=int, default=448, help="side of the picture of which all ten are")
+    parser.add_argument("--answers", type=int, nargs="*", default=[1, 4, 8], help="tokens of each answer, a row each")
     parser.add_argument("--mode", choices=("fp32", "exact", "int8", "int4"), default="fp32")
     parser.add_argument("--dtype", default="float32", help="of transformers")
     options = parser.parse_args(argv)
