@@ -65,7 +65,8 @@ class Form(NamedTuple):
 
 def own_name(param: str, places: Sequence[Place]) -> str:
     """A parameter of chat completions as the caller of this API wrote it: ``input[2].content[0]``."""
-    if match := re.match(r"messages\[(\d+)\](?:\.content\[(\d+)\])?", param):
+    match = re.match(r"messages\[(\d{1,9})\](?:\.content\[(\d{1,9})\])?", param)
+    if match and int(match[1]) < len(places):  # else it was read out of what the caller wrote, and is no place
         whole, parts = places[int(match[1])]
         part = int(match[2]) if match[2] else -1
         return (parts[part] if 0 <= part < len(parts) else whole) + param[match.end() :]
@@ -83,9 +84,9 @@ def own_words(places: Sequence[Place]) -> Iterator[None]:
     except (InputError, ContextOverflow) as error:
         param = http_error(error).param
         said = re.sub(
-            r"part (\d+) of message (\d+)", lambda m: own_name(f"messages[{m[2]}].content[{m[1]}]", places), error.problem
+            r"part (\d+) of message (\d+)", lambda m: _own_place(m, f"messages[{m[2]}].content[{m[1]}]", places), error.problem
         )
-        said = re.sub(r"\bmessage (\d+)", lambda m: own_name(f"messages[{m[1]}]", places), said)
+        said = re.sub(r"\bmessage (\d+)", lambda m: _own_place(m, f"messages[{m[1]}]", places), said)
         if param is not None:
             name = own_name(param, places)
             said = re.sub(rf"(?<![\w.]){re.escape(param)}(?![\w.])", lambda _: name, said)
@@ -93,6 +94,12 @@ def own_words(places: Sequence[Place]) -> Iterator[None]:
         error.problem = said
         error.args = (said, error.fix)
         raise
+
+
+def _own_place(said: re.Match[str], param: str, places: Sequence[Place]) -> str:
+    """The words ``said`` of a message, as what the caller wrote at that place; as they are where there is none."""
+    name = own_name(param, places)
+    return said[0] if name == param else name
 
 
 def as_chat(body: Mapping[str, Any], allow_unknown: bool = False) -> Form:
@@ -191,6 +198,8 @@ class _Turns:
         self._left = left
         self._thought: list[str] = []
         """Of an assistant, before what it says."""
+        self._thoughts: list[tuple[dict[str, Any], list[str]]] = []
+        """Messages of assistants with what each thought, piece by piece."""
 
     def add(self, message: dict[str, Any], where: str, parts: Sequence[str] = ()) -> None:
         self.messages.append(message)
@@ -226,19 +235,26 @@ class _Turns:
             return
         message = self._assistant(where)
         said = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        message["content"] = [*(message["content"] or ()), *said]
+        message["content"] = message["content"] or []
+        message["content"] += said  # in place: there may be very many
         self.places[-1].parts.extend(parts or [f"{where}.content"])
+
+    def close(self) -> None:
+        for message, thoughts in self._thoughts:
+            message["reasoning_content"] = "\n\n".join(thoughts)
 
     def _assistant(self, where: str) -> dict[str, Any]:
         """The message of the assistant whose turn it is."""
-        if not self.messages or self.messages[-1]["role"] != "assistant":
+        last = self.messages[-1] if self.messages else {}
+        if last.get("role") != "assistant" or not isinstance(last["content"], list | None):
             thought = self._thought
             self.add({"role": "assistant", "content": None}, where)
             self._thought = thought
         message = self.messages[-1]
         if self._thought:
-            before = [message["reasoning_content"]] if "reasoning_content" in message else []
-            message["reasoning_content"] = "\n\n".join((*before, *self._thought))
+            if not self._thoughts or self._thoughts[-1][0] is not message:
+                self._thoughts.append((message, []))
+            self._thoughts[-1][1].extend(self._thought)
             self._thought = []
         return message
 
@@ -276,6 +292,7 @@ def _turns(given: Mapping[str, Any], left: Unknown) -> _Turns:
         turns.add({"role": "user", "content": asked}, "input")
     for index, item in enumerate(asked if isinstance(asked, list) else ()):
         turns.item(item, f"input[{index}]")
+    turns.close()
     if not turns.messages:
         raise ParameterError("input holds nothing that is said", "give at least one message", param="input")
     return turns
