@@ -209,11 +209,20 @@ class RequestFailed(MiradaError):
     """An accepted request died: cancelled, or its worker was lost."""
 
 
+MOST_LISTED = 200
+"""Names that ``nearest`` looks at and lists."""
+LONGEST_LISTED = 100
+"""Characters of a name that it compares: that takes their square."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """A sentence that suggests what ``name`` may have meant, and lists what exists."""
     import difflib  # only on the way to an error
 
     known = sorted(names)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    shown = known[:MOST_LISTED]
+    fit = [one for one in shown if len(one) <= LONGEST_LISTED] if len(name) <= LONGEST_LISTED else []
+    close = difflib.get_close_matches(name, fit, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}known: {', '.join(known) or 'none'}"
+    more = f" and {len(known) - len(shown)} more" if len(known) > len(shown) else ""
+    return f"{hint}known: {', '.join(one[:LONGEST_LISTED] for one in shown) or 'none'}{more}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 
@@ -30,3 +31,12 @@ def test_an_unknown_name_lists_the_nearest():
 def test_nothing_near_and_nothing_known():
     assert nearest("qqqq", ["a"]) == "known: a"
     assert nearest("a", []) == "known: none"
+
+
+def test_names_that_are_very_long_or_very_many_are_not_compared():
+    began = time.thread_time()
+    assert nearest("a" * 3_000_000, ["a"]) == "known: a"
+    names = [f"{'a' * 190}{number:06d}" for number in range(20_000)]
+    said = nearest("a" * 196, names)
+    assert said.endswith(" and 19800 more") and len(said) < 30_000
+    assert time.thread_time() - began < 2

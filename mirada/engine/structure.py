@@ -259,9 +259,10 @@ def _json_text(schema: Any) -> str:
         raise _refused("json_schema", f"its x-guidance is a {type(own).__name__}")
     options = own if "whitespace_flexible" in own else {"whitespace_pattern": SPACE, **own}
     try:
-        return json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)
+        text = json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise _refused("json_schema", f"it is no JSON: {error}") from error
+    return _text(text)
 
 
 def _arguments(parameters: Any, where: str) -> str:

@@ -19,6 +19,8 @@ from mirada.types import FORMS, Image, Message, Sampling, Thinking, Video, is_nu
 
 MOST_CHOICES = 128
 """Most answers to one request (``n``), as OpenAI's."""
+MOST_NAME = 200
+"""Characters of an unknown parameter that are told."""
 
 _SAMPLING = {field.name for field in fields(Sampling)} - {"logprobs", "max_tokens", *FORMS}
 _MEDIA = ("fps", "nframes", "min_pixels", "max_pixels")
@@ -157,7 +159,7 @@ class Unknown:
         """Look at the keys of ``value``, which is what parameter ``param`` holds. Raises ParameterError."""
         for key, item in value.items():
             if key not in known and item is not None:
-                path = f"{param}.{key}" if param else str(key)
+                path = f"{param}.{str(key)[:MOST_NAME]}" if param else str(key)[:MOST_NAME]
                 if not self.allowed:
                     raise ParameterError(f"the parameter {path!r} is unknown", nearest(str(key), known), param=path)
                 self.names.append(path)
@@ -327,7 +329,7 @@ def _spaced(form: _Form, outputs: Mapping[str, Any]) -> _Form:
     """With what ``structured_outputs`` says of white space in JSON."""
     pattern = _take(outputs, "whitespace_pattern", str, None, "structured_outputs.")
     tight = _take(outputs, "disable_any_whitespace", bool, False, "structured_outputs.")
-    if form.setting != "json_schema" or (pattern is None and not tight):
+    if form.setting != "json_schema" or form.value is False or (pattern is None and not tight):
         return form
     own = {"whitespace_flexible": False} if tight else {"whitespace_pattern": pattern}
     return form._replace(value={**({} if form.value is True else form.value), "x-guidance": own})
@@ -337,7 +339,7 @@ def _schema(value: Any, param: str) -> Any:
     if isinstance(value, str):  # vLLM takes the schema as text too
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ParameterError(f"{param} is not JSON: {error}", "give a JSON schema", param=param) from error
     if not isinstance(value, Mapping | bool):
         raise _wrong(param, value, "a JSON schema: an object")
@@ -400,11 +402,11 @@ def _only_tools(tools: tuple[Mapping[str, Any], ...], allowed: tuple[str, ...] |
     """The tools that may be called: the model is told of no others. Raises ParameterError."""
     if allowed is None:
         return tools
-    names = [tool["function"]["name"] for tool in tools]
+    names, chosen = {tool["function"]["name"] for tool in tools}, set(allowed)
     for name in allowed:
         if name not in names:
             raise ParameterError(f"tool_choice names {name!r}, which is no tool", nearest(name, names), param="tool_choice")
-    return tuple(tool for tool in tools if tool["function"]["name"] in allowed)
+    return tuple(tool for tool in tools if tool["function"]["name"] in chosen)
 
 
 def _check_tool_name(options: RequestOptions) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from typing import Any
 
 import pytest
@@ -124,7 +125,7 @@ WRONG = [
     ({"stop": 3}, "stop", "a string"),
     ({"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
     ({"logit_bias": [1]}, "logit_bias", "token ids"),
-    ({"logit_bias": {"1": math.inf}}, "logit_bias", "finite"),
+    ({"logit_bias": {"1": math.inf}}, "logit_bias", "at most"),
     ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
     ({"min_tokens": -1}, "min_tokens", "at least 0"),
     ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "max_tokens"),
@@ -338,3 +339,36 @@ def test_errors_in_the_shape_of_openai(error, status, code, param):
     got, body = error_to_openai(error)
     assert (got, body["error"]["code"], body["error"]["param"]) == (status, code, param)
     assert body["error"]["message"] == str(error)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"guided_json": "[" * 100_000}, "guided_json is not JSON"),
+        ({"structured_outputs": {"json": '{"items":' * 100_000}}, "structured_outputs.json is not JSON"),
+        ({"x" * 3_000_000: 1}, "unknown"),
+        ({"mm_processor_kwargs": {"x" * 3_000_000: 1}}, "unknown"),
+        ({"tools": [{"function": {"name": "a" * 190 + f"{n:06d}"}} for n in range(2000)],
+          "tool_choice": {"type": "function", "function": {"name": "a" * 196}}}, "no tool"),
+    ],
+    ids=range(5),
+)  # fmt: skip
+def test_what_is_very_deep_or_very_long_is_refused_soon(body, said):
+    began = time.thread_time()
+    with pytest.raises(ParameterError, match=said) as caught:
+        read(**body)
+    assert time.thread_time() - began < 2
+    assert len(caught.value.param) < 500 and len(str(caught.value)) < 50_000
+
+
+def test_very_many_tools_are_chosen_among_soon():
+    names = [f"f{number}" for number in range(20_000)]
+    tools, allowed = ([{"type": "function", "function": {"name": name}} for name in found] for found in (names, names[::-1]))
+    began = time.thread_time()
+    made = read(tools=tools, tool_choice={"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": allowed}})
+    assert len(made.options.tools) == len(names) and time.thread_time() - began < 3  # each with each: half a minute
+
+
+def test_a_schema_that_nothing_fulfils_has_no_white_space():
+    made = read(structured_outputs={"json": False, "whitespace_pattern": " "})
+    assert made.sampling.json_schema is False

@@ -118,6 +118,8 @@ def test_other_forms_of_wrong(post, server):
     assert server.get("/v1/chat/completions").status_code == 405
     half = post(json.dumps({**BASE, "messages": user("\ud800")}).encode())
     assert half.status_code == 400 and "surrogate" in half.json()["error"]["message"]
+    half = post(json.dumps({**BASE, "guided_json": {"const": "\ud800"}}).encode())
+    assert half.status_code == 400 and half.json()["error"]["param"] == "guided_json" and "surrogate" in half.text
 
 
 def test_typed_errors_of_the_client(client):
