@@ -79,8 +79,12 @@ def _text(body: Mapping[str, Any], name: str) -> str:
 
 def _folder(root: Path, given: str) -> Path:
     """The folder ``given``, below ``root`` wherever links lead."""
-    folder = (root / given).resolve()
-    if not folder.is_relative_to(root) or not folder.is_dir():
+    try:
+        folder = (root / given).resolve()
+        fits = folder.is_relative_to(root) and folder.is_dir()
+    except (OSError, RuntimeError):  # a name too long for the file system, links in a circle, a folder that is closed to us
+        fits = False
+    if not fits:
         raise ParameterError(f"{given!r} is no folder below adapter_root", "put the adapter there", param="lora_path")
     return folder
 

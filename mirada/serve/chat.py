@@ -50,10 +50,13 @@ class Desk:
         return {name: vlm.state(self.settings.stall_seconds) for name, vlm in self.models.items()}
 
     def find(self, name: str) -> tuple[str, str | None]:
-        """The model behind one of ``names``, and the adapter if it is one. A model's name goes before an adapter's."""
+        """The model behind one of ``names``, and the adapter if it is one. A model's name goes before an adapter's. Raises
+        HttpError (404) for one that was unloaded meanwhile."""
         if name in self.models:
             return name, None
-        return next(model for model, vlm in self.models.items() if name in vlm.adapters), name
+        if (model := next((model for model, vlm in self.models.items() if name in vlm.adapters), None)) is None:
+            raise openai.no_model(name, self.names)
+        return model, name
 
 
 async def complete(request: Request, body: Mapping[str, Any], desk: Desk) -> Response | EventStream:

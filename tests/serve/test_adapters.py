@@ -25,6 +25,7 @@ def server(tmp_path_factory):
         make_adapter(folder / "outside", mini.parts.model)
     (root / "empty").mkdir()
     (root / "link").symlink_to(folder / "outside")
+    (root / "circle").symlink_to(root / "circle")
     config = {"api_keys": [KEY], "adapter_root": str(root), "engine": {"workers": 0}}
     with start_command(folder, config) as (_, address, _), httpx.Client(base_url=address, timeout=60) as client:
         client.headers["Authorization"] = f"Bearer {KEY}"
@@ -61,6 +62,9 @@ def test_an_adapter_comes_answers_and_goes(server):
         ({"lora_name": "a", "lora_path": "nothing"}, 400, "lora_path"),
         ({"lora_name": "a", "lora_path": "empty"}, 400, "lora_path"),
         ({"lora_name": "a", "lora_path": 5}, 400, "lora_path"),
+        ({"lora_name": "a", "lora_path": "a" * 256}, 400, "lora_path"),
+        ({"lora_name": "a", "lora_path": "circle"}, 400, "lora_path"),
+        ({"lora_name": "a", "lora_path": "circle/loud"}, 400, "lora_path"),
         ({"lora_name": "mini", "lora_path": "loud"}, 400, "lora_name"),
         ({"lora_name": "a\n", "lora_path": "loud"}, 400, "lora_name"),
         ({"lora_path": "loud"}, 400, "lora_name"),
