@@ -33,8 +33,11 @@ if TYPE_CHECKING:
 PROTOCOL = "mirada.live"
 STATE_SECONDS = 1.0
 """Between two messages ``state``."""
-PLACELESS = ("model", "messages", "stream", "stream_options")
-"""Parameters of a chat that a question cannot have: ``start`` says the first two, and every answer is streamed."""
+PLACELESS = (
+    "model", "messages", "stream", "stream_options", "request_id", "fps", "nframes", "mm_processor_kwargs", "media_io_kwargs",
+)  # fmt: skip
+"""Parameters of a chat that a question cannot have: ``start`` says the first two, every answer is streamed and has the
+question's id, and frames are taken as they came (``min_pixels`` and ``max_pixels`` hold for them)."""
 
 
 def mount_live(app: FastAPI, desk: chat.Desk) -> None:
@@ -242,8 +245,11 @@ class Session:
 
     async def _stream(self, id: str, text: str, asked: chat.Asked) -> Output:
         choices = await chat.submit(asked)
-        logprobs = asked.chat.sampling.logprobs is not None
-        chunks = openai.Chunks(id, int(time.time()), asked.name, True, logprobs, chat.token_bytes(asked.vlm), False)
+        options, logprobs = asked.chat.options, asked.chat.sampling.logprobs is not None
+        chunks = openai.Chunks(
+            id, int(time.time()), asked.name, True, logprobs, chat.token_bytes(asked.vlm), options.return_token_ids,
+            options.include_reasoning,
+        )  # fmt: skip
         pace = Pace(self._desk.metrics.inter_token.labels(asked.name).observe)
         said = ""
         try:

@@ -285,7 +285,7 @@ def test_the_server_refuses_what_the_schema_does_and_names_it(live):
     odd = [5, True, "", " ", "x" * 129, [], {}, None, [turn, 5], [turn, {"role": "user", "content": "x"}], [turn | {"a": 1}]]
     num_refused = 0
     for message in right:
-        for name, value in itertools.product((*message, "n", "stream", "another"), odd):
+        for name, value in itertools.product((*message, "n", "stream", "fps", "mm_processor_kwargs", "another"), odd):
             if name == "max_tokens":
                 continue
             changed = message | {name: value}
@@ -325,6 +325,29 @@ def test_the_conversation_is_what_start_says_it_is(live):
     assert answer(socket, "5", "What is it? say:Red.")["prompt_tokens"] > alone
     say(socket, type="start", model="echo", messages=turns * 20)
     assert hear(socket, "state")["turns"] == LiveLimits().turns
+
+
+def test_parameters_of_a_chat_hold_for_a_question(live):
+    """``n`` and the like are refused; what shapes the answer is not left aside."""
+    socket = live()
+    say(socket, type="start", model="echo")
+    socket.send(frame(1))
+    asked = {"text": "say:<think>why</think>Red.", "thinking": "on"}
+
+    def choices(id: str, **more) -> list[dict]:
+        say(socket, type="question", id=id, **asked, **more)
+        found = []
+        while (message := hear_any(socket))["type"] != "done":
+            found += message.get("choices", [])
+        return found
+
+    plain = choices("a")
+    thought = [one["delta"].get("reasoning_content") or "" for one in plain]
+    assert "".join(thought) == "why" and not any("token_ids" in one for one in plain)
+    silent = choices("b", include_reasoning=False, return_token_ids=True)
+    assert not any(one["delta"].get("reasoning_content") for one in silent)
+    assert "".join(one["delta"].get("content") or "" for one in silent) == "Red."
+    assert any(one.get("token_ids") for one in silent)
 
 
 def test_start_ends_an_answer_and_an_adapter_is_a_model(live):
