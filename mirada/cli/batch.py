@@ -16,7 +16,15 @@ from typing import Any
 
 from mirada.cli.batch_answer import Answerer, Batch, Local, Remote, Started
 from mirada.cli.batch_file import Line, Results, read_lines
-from mirada.errors import MiradaError, RemoteError, RemoteRefused, RemoteUnreachable, RequestFailed, SettingsError
+from mirada.errors import (
+    MiradaError,
+    ParameterError,
+    RemoteError,
+    RemoteRefused,
+    RemoteUnreachable,
+    RequestFailed,
+    SettingsError,
+)
 from mirada.records import error_to_openai
 from mirada.types import Output, Sampling
 
@@ -126,6 +134,11 @@ class Run:
             body = started.body(outputs, request_id[4:])
         except _FATAL:
             raise
+        except RecursionError:
+            self._fail(
+                line, ParameterError("the body is nested too deeply", "send something flatter", param="body"), request_id
+            )
+            return
         except MiradaError as error:
             if not self.stopping:
                 self._fail(line, error, request_id)

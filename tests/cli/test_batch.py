@@ -105,6 +105,17 @@ def test_a_bad_line_is_an_error_line_and_stops_no_other(mirada, tiny, picture, t
     assert "14 skipped" in again.err and again.code == 1 and len(read(out)) == 14
 
 
+def test_a_line_that_is_nested_too_deep_stops_no_other(mirada, tiny, tmp_path):
+    call = '{"function": {"name": "f", "arguments": ' + '{"a":' * 900 + "1" + "}" * 900 + "}}"
+    messages = f'[{{"role": "user", "content": "x"}}, {{"role": "assistant", "tool_calls": [{call}]}}]'
+    deep = f'{{"custom_id": "deep", "body": {{"messages": {messages}, "max_tokens": 1}}}}'
+    source = write(tmp_path / "in.jsonl", deep, request("a"), request("z"))
+    done = mirada("batch", source, tmp_path / "out.jsonl", "-m", tiny)
+    made = by_name(tmp_path / "out.jsonl")
+    assert made.keys() == {"deep", "a", "z"}, done.err
+    assert made["a"]["response"]["status_code"] == made["z"]["response"]["status_code"] == 200
+
+
 def test_files_outside_the_root_are_refused(mirada, tiny, picture, tmp_path):
     root = tmp_path / "root"
     root.mkdir()
