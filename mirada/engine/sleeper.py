@@ -82,10 +82,13 @@ class Sleeper:
         self._offloaded = Offloaded(self.parts.model) if level == 1 else None
         self._earlier = self._engine_counts()
         self._engine.replace(None)
-        self._weights = self._features = self._prefix = None
+        self._forget_caches()
         assert self._requests.cache is not None
         self._requests.cache.clear()
         self._pool.rest()
+
+    def _forget_caches(self) -> None:
+        self._weights = self._features = self._prefix = None
 
     def _drop_weights(self) -> None:
         away = Away(self.parts.model.config)
@@ -104,7 +107,13 @@ class Sleeper:
                 self._take_up(self._read())
             elif self._offloaded is not None:
                 self._offloaded.back()
-            engine = self._make_engine()
+            try:
+                engine = self._make_engine()
+            except BaseException:
+                self._forget_caches()
+                if self._asleep == 2:  # another try reads them again
+                    self._drop_weights()
+                raise
             self._engine.replace(engine)
             self._keep_room()
             self._asleep, self._offloaded = 0, None

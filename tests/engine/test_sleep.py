@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from tiny_adapters import make_adapter
 from mirada import VLM, Image, Message, Sampling, Text
 from mirada.engine import sleep as sleeping
 from mirada.engine.counts import is_moment
-from mirada.errors import CheckpointError, EngineAsleep, NotAvailable, ReplyTimeout, SettingsError
+from mirada.errors import CheckpointError, EngineAsleep, NotAvailable, OutOfMemory, ReplyTimeout, SettingsError
 from mirada.media import task as media_task
 from mirada.media.prepare import prepare
 
@@ -172,6 +173,31 @@ def test_a_checkpoint_that_is_gone_is_said_and_it_sleeps_on(tmp_path):
         os.rename(tmp_path / "elsewhere", directory)
         vlm.wake()
         assert vlm.generate([HI], SHORT)[0].tokens == tokens
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_who_cannot_wake_keeps_nothing_and_may_try_again(vlm, monkeypatch, level):
+    tokens = vlm.generate([SEEN], SHORT)[0].tokens
+    vlm.sleep(level)
+    made, models = vlm._make_engine, []
+
+    def fails():
+        models.append(weakref.ref(vlm.parts.model))
+        made()
+        raise OutOfMemory("no room for keys", "make some", unit="bytes")
+
+    monkeypatch.setattr(vlm, "_make_engine", fails)
+    for _ in range(2):
+        with pytest.raises(OutOfMemory):
+            vlm.wake()
+    gc.collect()
+    assert vlm.asleep == level and (level == 1 or [model() for model in models] == [None, None])
+    vlm.sleep(2)
+    gc.collect()
+    assert [model() for model in models] == [None, None]
+    monkeypatch.undo()
+    vlm.wake()
+    assert vlm.generate([SEEN], SHORT)[0].tokens == tokens
 
 
 def test_what_cannot_be(vlm):
