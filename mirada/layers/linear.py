@@ -86,9 +86,9 @@ def _matrix_linear(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
 def _by_tiles(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
     """float32 x; never a product in bfloat16: that would round x without a word."""
     flat = x.reshape(-1, matrix.columns)
-    out = torch.empty(len(flat), matrix.rows)
+    out = torch.empty(len(flat), matrix.rows, dtype=torch.float32)
     step = max(1, TILE_BYTES // (4 * matrix.columns))
-    tile = torch.empty(min(step, matrix.rows), matrix.columns)
+    tile = torch.empty(min(step, matrix.rows), matrix.columns, dtype=torch.float32)
     for begin in range(0, matrix.rows, step):
         held = tile[: min(step, matrix.rows - begin)]
         held.copy_(matrix.values[begin : begin + len(held)])

@@ -116,7 +116,7 @@ def _attend_int8(q: Tensor, keys: Quantised, values: Quantised, scale: float, ki
 def _decode_int8(rows: Tensor, keys: Quantised, values: Quantised, tile: int) -> Tensor:
     """[K, G, d] of one token -> [K, G, d]. Scales of keys multiply scores, those of values probabilities."""
     num_kv_heads, total, width = keys.values.shape
-    room = torch.empty(num_kv_heads * min(tile, total) * width, device=rows.device)
+    room = torch.empty(num_kv_heads * min(tile, total) * width, dtype=torch.float32, device=rows.device)
     spans = list(tiles(total, tile))
 
     def floats(side: Quantised, start: int, stop: int) -> Tensor:

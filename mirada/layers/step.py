@@ -351,7 +351,7 @@ class _Plan:
             raise Unplannable
         if tensor.dtype == torch.float32:
             return tensor.data_ptr()
-        place = self._keep(torch.empty(tensor.shape))
+        place = self._keep(torch.empty(tensor.shape, dtype=torch.float32))
         self._wide.append(_Wide(tensor.data_ptr(), place, tensor.numel()))
         return place
 
@@ -409,7 +409,7 @@ class _Plan:
         wide = None if x is None else x.float().contiguous()
         tokens = batch.tokens.contiguous()
         hidden = None if wide is None else torch.empty_like(wide)
-        logits = torch.empty(n, self._model.head.rows) if with_logits else None
+        logits = torch.empty(n, self._model.head.rows, dtype=torch.float32) if with_logits else None
         call, lengths, pasts, slabs = self._call(len(batch.lengths))
         lengths[:], pasts[:] = batch.lengths, batch.past
         slabs[:] = [cache.table(slot).data_ptr() for slot in batch.slots]

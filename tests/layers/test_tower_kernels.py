@@ -12,7 +12,7 @@ from mirada.errors import TensorError
 from mirada.layers import fused
 from mirada.layers.attention import attend_packed
 from mirada.layers.kernels import library as compiled
-from mirada.layers.kernels.matrix import attend_seen, gelu, kernels
+from mirada.layers.kernels.matrix import Matrix, attend_seen, gelu, kernels, product, swiglu
 from mirada.layers.mlp import MLP
 from mirada.layers.mlp import gelu as written
 
@@ -54,6 +54,27 @@ def seen(q, k, v, lengths, scale) -> torch.Tensor:
 def qkv(tokens: int, heads: int, d: int, seed: int = 0) -> list[torch.Tensor]:
     """As a tower has them: views of one tensor."""
     return list(noise(tokens, 3 * heads * d, seed=seed).view(tokens, 3 * heads, d).split(heads, 1))
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_the_default_type_changes_nothing(isa, kind):
+    q, k, v = qkv(40, 2, 16)
+    matrix, x = Matrix.of(noise(48, 64)), noise(9, 64)
+    gates = noise(5, 64)
+    work = (
+        lambda: attend_seen(q, k, v, (40,), 0.25),
+        lambda: product(matrix, x),
+        lambda: product(matrix, x, many=True),
+        lambda: swiglu(gates),
+        lambda: Matrix.of(matrix.values.bfloat16()).widen(),
+    )
+    wanted = [one() for one in work]
+    try:
+        torch.set_default_dtype(kind)
+        made = [one() for one in work]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(made, wanted, strict=True))
 
 
 @pytest.mark.parametrize(("heads", "d"), [(3, 80), (2, 72), (1, 64), (2, 4), (1, 12), (2, 33)])

@@ -151,7 +151,7 @@ class Matrix:
         """Canonical values, float32 scales and zeros, as ``pack`` takes them."""
         groups = -(-self.columns // self.group) if self.group else 1
         width = -(-self.columns // 2) if self.format == Format.INT4 else self.columns
-        values, scales = torch.empty(self.rows, width, dtype=torch.uint8), torch.empty(self.rows, groups)
+        values, scales = torch.empty(self.rows, width, dtype=torch.uint8), torch.empty(self.rows, groups, dtype=torch.float32)
         zeros = None if self.zeros is None else torch.empty(self.rows, groups, dtype=torch.uint8)
         kernels().mr_unpack(self.struct, 0, self.rows, values.data_ptr(), scales.data_ptr(), _address(zeros))
         return values, scales, zeros
@@ -161,7 +161,7 @@ class Matrix:
         if self.format in (Format.F32, Format.BF16):
             return self.values[begin:end].float()
         count = (self.rows if end is None else min(end, self.rows)) - begin
-        made = torch.empty(count, self.columns)
+        made = torch.empty(count, self.columns, dtype=torch.float32)
         kernels().mr_widen(self.struct, begin, count, made.data_ptr())
         return made
 
@@ -177,7 +177,7 @@ def product(matrix: Matrix, x: Tensor, many: bool = False) -> Tensor:
     be rounded."""
     library = kernels()
     flat = x.reshape(-1, matrix.columns).contiguous()
-    out = torch.empty(len(flat), matrix.rows)
+    out = torch.empty(len(flat), matrix.rows, dtype=torch.float32)
     if library.mr_linear(matrix.struct, flat.data_ptr(), len(flat), many, out.data_ptr()):
         raise OutOfMemory(f"no memory to round {len(flat)} x {x.shape[-1]} activations", "send smaller batches")
     return out.view(*x.shape[:-1], matrix.rows)
@@ -187,7 +187,7 @@ def swiglu(x: Tensor) -> Tensor:
     """float32 [.., 2 I], gates then ups -> silu(gate) * up [.., I], without gradients."""
     x = x.contiguous()
     inner = x.shape[-1] // 2
-    out = torch.empty(*x.shape[:-1], inner)
+    out = torch.empty(*x.shape[:-1], inner, dtype=torch.float32)
     kernels().mr_swiglu_rows(x.data_ptr(), out.numel() // max(inner, 1), inner, out.data_ptr())
     return out
 
@@ -200,7 +200,7 @@ def gelu(x: Tensor, quick: bool) -> None:
 def attend_seen(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
     """softmax(q kᵀ · scale) v inside each segment: float32 [T, H, d] each, channels side by side, rows and heads any number
     apart -> [T, H, d]. A query's result depends on its segment alone. OutOfMemory; TensorError if lengths do not sum to T."""
-    made = torch.empty(q.shape)
+    made = torch.empty(q.shape, dtype=torch.float32)
     if sum(lengths) != len(q) or min(lengths, default=1) < 0:
         raise TensorError(f"segments of {list(lengths)} tokens in {len(q)}", "they must sum to all tokens")
     ends = (ctypes.c_int32 * len(lengths))(*lengths)
