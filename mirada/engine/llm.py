@@ -155,6 +155,8 @@ class VLM(Sleeper):
         self._asleep = 0
         self._offloaded: sleeping.Offloaded | None = None
         self._earlier: dict[str, int] = {}
+        self._counting = threading.RLock()
+        """Held while what an engine counted becomes what was counted earlier."""
         self._engine = EngineThread(self._make_engine())
         self._preparing = Preparing(self._engine.line, self._pool, settings.prepared_bytes)
         self._keep_room()
@@ -221,7 +223,9 @@ class VLM(Sleeper):
         tokens computed and generated, patches encoded, preemptions, hits and misses of its caches; and whether it sleeps."""
         pixels, model = self._requests.cache, self.parts.model
         assert pixels is not None
-        return self._engine_counts() | {
+        with self._counting:
+            counts = self._engine_counts()
+        return counts | {
             "preparing": self._preparing.num_waiting,
             "prepared_bytes": self._preparing.bytes_held,
             "pixel_cache_hits": pixels.hits,

@@ -26,6 +26,7 @@ class Sleeper:
     _asleep: int
     _offloaded: Offloaded | None
     _earlier: dict[str, int]
+    _counting: threading.RLock
     _adapters: Adapters | None
     _adapter_paths: dict[str, str | Path]
     _engine: Any
@@ -80,8 +81,9 @@ class Sleeper:
         if not self._engine.wait_idle(timeout):
             raise ReplyTimeout(f"requests are still under way after {timeout} s", "wait longer, or cancel them")
         self._offloaded = Offloaded(self.parts.model) if level == 1 else None
-        self._earlier = self._engine_counts()
-        self._engine.replace(None)
+        with self._counting:
+            self._earlier = self._engine_counts()
+            self._engine.replace(None)
         self._forget_caches()
         assert self._requests.cache is not None
         self._requests.cache.clear()

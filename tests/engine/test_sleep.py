@@ -100,6 +100,28 @@ def test_requests_meanwhile_are_refused_and_counts_go_on(vlm, level):
     assert all(after[name] >= before[name] for name in set(before) - moments)
 
 
+def test_no_count_is_ever_said_twice(vlm, monkeypatch):
+    vlm.generate([HI], SHORT)
+    assert vlm._engine.wait_idle(20)
+    steps, said = vlm.stats()["steps"], []
+    replace_engine = vlm._engine.replace
+
+    def asked(engine):
+        asking = threading.Thread(target=lambda: said.append(vlm.stats()["steps"]))
+        asking.start()
+        asking.join(0.2)  # it may have to wait for this very moment to pass
+        replace_engine(engine)
+        threads.append(asking)
+
+    threads: list[threading.Thread] = []
+    monkeypatch.setattr(vlm._engine, "replace", asked)
+    vlm.sleep()
+    vlm.wake()
+    for thread in threads:
+        thread.join(10)
+    assert steps and said == [steps, steps]
+
+
 def test_from_the_first_level_to_the_second(vlm):
     tokens = vlm.generate([HI], SHORT)[0].tokens
     vlm.sleep(1)
