@@ -88,13 +88,13 @@ class Structures:
     def _calls(self, tools: Tools, several: bool) -> tuple[str, frozenset[int]]:
         """The grammar of calls as the family writes them, and the control tokens in it."""
         control: set[int] = set()
-        calls = []
+        calls, parts = [], []
         before, after, between = written(self._form)
         for index, tool in enumerate(tools):
             function = _function(tool)
             where = f"the parameters of the tool {function['name']!r}"
             schema = _arguments(function.get("parameters"), where)
-            self._compiled(where, _library().LLMatcher.grammar_from_json_schema(schema), frozenset())  # its error names it
+            parts.append((where, schema))
             name = _quoted(spelled(self._form, function["name"]))
             lark = " ".join((*self._literal(before, control, name), f"%json {schema}", *self._literal(after, control)))
             calls.append(f"call_{index}: {lark}\n")
@@ -102,7 +102,11 @@ class Structures:
         more = " ".join((*self._literal(between, control), one))
         section = self._form.call_section
         begin, end = (" ".join(self._literal(tag, control)) for tag in (section.open, section.close))
-        return f"start: {begin} {one} {f'({more})*' if several else ''} {end}\n" + "".join(calls), frozenset(control)
+        grammar = f"start: {begin} {one} {f'({more})*' if several else ''} {end}\n" + "".join(calls)
+        if grammar not in self._kept:  # very many tools would drive one another out, and be compiled again for each reply
+            for where, schema in parts:  # an error names its tool
+                self._compiled(where, _library().LLMatcher.grammar_from_json_schema(schema), frozenset())
+        return grammar, frozenset(control)
 
     def _literal(self, text: str, control: set[int], name: str = "") -> Iterator[str]:
         """Text as parts of a Lark rule: strings, control tokens by their ids, ``name`` and any number in their places."""

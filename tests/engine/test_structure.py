@@ -323,6 +323,21 @@ def test_grammars_are_kept_and_their_number_is_bounded(qwen, monkeypatch):
     assert len(made._kept) == 1
 
 
+def test_tools_are_compiled_once_however_many_there_are(qwen, monkeypatch):
+    made = Structures(qwen.parts.renderer.tokenizer, QWEN2_VL, qwen.parts.eos)
+    compiled = []
+    check = made._checked
+    monkeypatch.setattr(made, "_checked", lambda *given: compiled.append(given[0]) or check(*given))
+    names = [f"f{number}" for number in range(structure.KEPT + 9)]
+    tools = [{"type": "function", "function": {"name": name, "parameters": {"title": name}}} for name in names]
+    for _ in range(3):
+        made.guide(Sampling(), tools=tools, tool_choice="required")
+    assert len(compiled) == len(tools) + 1
+    wrong = {"type": "function", "function": {"name": "g", "parameters": {"not": {}}}}
+    with pytest.raises(SettingsError, match="the tool 'g'"):
+        made.guide(Sampling(), tools=[*tools, wrong], tool_choice="required")
+
+
 def test_a_panic_is_an_error_of_its_grammar_alone():
     class PanicException(BaseException):
         pass
