@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -249,8 +249,9 @@ def busy(problem: str, knob: str) -> HttpError:
     )  # fmt: skip
 
 
-async def aside(request: Request, work: Callable[..., T], *given: Any) -> T:
-    """``work(*given)``, in a thread where the request's body is large: every other connection would wait for it."""
+async def aside(request: HTTPConnection, work: Callable[..., T], *given: Any) -> T:
+    """``work(*given)``, in a thread where the request's body, or the last message of a live connection, is large: every other
+    connection would wait for it."""
     ticket: Ticket = request.scope["mirada.ticket"]
     if ticket.held_bytes < LARGE_BODY:
         return work(*given)

@@ -22,7 +22,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from mirada.errors import MessageError, MiradaError, ParameterError, nearest
 from mirada.serve import chat, log, openai
 from mirada.serve.errors import HttpError, as_json, http_error
-from mirada.serve.guard import GONE, Ticket, busy, stopping
+from mirada.serve.guard import GONE, VALUE_BYTES, Ticket, aside, busy, stopping
 from mirada.serve.stream import Pace
 from mirada.serve.window import LiveLimits, Window
 from mirada.types import Message, Output, Video
@@ -112,7 +112,7 @@ class Session:
             if (frame := message.get("bytes")) is not None:
                 await self._frame(frame)
             else:
-                asked = self._read(message["text"])
+                asked = await self._read(message["text"])
                 await self._command(asked)
         except WebSocketDisconnect:
             raise
@@ -132,10 +132,12 @@ class Session:
         if time.monotonic() - self._told >= STATE_SECONDS:
             await self._tell()
 
-    def _read(self, text: str) -> dict[str, Any]:
-        if sum(map(text.count, ",{[")) > self._desk.settings.max_body_values:
+    async def _read(self, text: str) -> dict[str, Any]:
+        values = sum(map(text.count, ",{["))
+        if values > self._desk.settings.max_body_values:
             raise HttpError(400, "the message holds too many values (server setting max_body_values)", code="body_too_complex")
-        return openai.read_json(text.encode("utf-8", "surrogatepass"))
+        self._ticket.held_bytes = len(text) + VALUE_BYTES * values
+        return await aside(self._socket, openai.read_json, text.encode("utf-8", "surrogatepass"))
 
     def _note_defect(self, error: BaseException) -> None:
         if not isinstance(error, MiradaError | HttpError):
@@ -151,7 +153,7 @@ class Session:
             await self._start(asked)
         elif kind == "question":
             self._check_started()
-            self._ask(asked)
+            await self._ask(asked)
         elif kind == "stop":
             _check_names(asked, ("type", "id"))
             if "id" not in asked or _id(asked) == self._answer_id:
@@ -173,7 +175,7 @@ class Session:
             self._turns = deque(turns, maxlen=self._limits.turns)
         await self._tell()
 
-    def _ask(self, asked: dict[str, Any]) -> None:
+    async def _ask(self, asked: dict[str, Any]) -> None:
         if self._answering:
             raise ParameterError("an answer is under way", 'wait for its done, or send {"type": "stop"}', param="id")
         gate, most = self._desk.gate, self._desk.settings.max_requests
@@ -183,7 +185,7 @@ class Session:
             raise busy(f"{gate.num_requests} requests are under way", "max_requests")
         id, text, seconds = self._checked(asked)
         rest = {name: value for name, value in asked.items() if name not in ("type", "id", "text", "seconds")}
-        request = self._request(text, seconds, rest)
+        request = await aside(self._socket, self._request, text, seconds, rest)
         self._answer_id = id
         self._num_asked += 1
         self._answer = asyncio.create_task(self._reply(id, text, request))

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from serving import user
+from starlette.testclient import TestClient
 
 from mirada.engine.handle import EngineHandle
 from mirada.engine.llm import VLM
@@ -170,6 +171,22 @@ def test_a_large_body_is_read_beside_the_loop(model, monkeypatch):
     assert [reply.status_code for reply in asked(model, *calls)] == [404, 404]
     main = threading.main_thread()
     assert [thread is main for thread in where] == [False, False, True, True]
+
+
+def test_a_large_live_message_is_read_beside_the_loop(model, monkeypatch):
+    where = []
+    for name, module in (("read_json", "openai"), ("read", "chat")):
+        home = importlib.import_module(f"mirada.serve.{module}")
+        known = getattr(home, name)
+        monkeypatch.setattr(home, name, lambda *given, known=known: where.append(threading.current_thread()) or known(*given))
+    app = create_app({"mini": model}, ServeSettings())
+    with TestClient(app) as client, client.websocket_connect("ws://localhost/v1/live") as socket:
+        socket.send_json({"type": "start", "model": "mini"})
+        assert socket.receive_json()["type"] == "state"
+        for size in (1, 300_000):
+            socket.send_json({"type": "question", "id": "a", "text": "x" * size})
+            assert "no frame" in socket.receive_json()["error"]["message"]
+    assert [thread is where[0] for thread in where] == [True, True, True, False, False]
 
 
 def test_a_key_is_needed_where_one_is_set(model):
