@@ -264,8 +264,16 @@ class Sampling:
                 f"a mapping of token ids to numbers of at most {LARGEST:g}, or None for off",
             ),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 100, "between 0 and 100, or None for off"),
-            ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"),
-            ("stop_token_ids", _are_ids(self.stop_token_ids), "token ids: whole numbers of at least 0"),
+            (
+                "stop",
+                len(self.stop) <= MOST_STOPS and all(isinstance(s, str) and s for s in self.stop),
+                f"at most {MOST_STOPS} non-empty strings",
+            ),
+            (
+                "stop_token_ids",
+                len(self.stop_token_ids) <= MOST_STOPS and _are_ids(self.stop_token_ids),
+                f"at most {MOST_STOPS} token ids: whole numbers of at least 0",
+            ),
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "at least 0 and not above max_tokens"),
             ("max_repeats", self.max_repeats is None or self.max_repeats >= 2, "at least 2, or None for off"),
             ("thinking_budget", self.thinking_budget is None or self.thinking_budget >= 0, "at least 0, or None for off"),
@@ -322,6 +330,8 @@ def _are_texts(given: Sequence[str]) -> bool:
     return len(given) > 0 and all(isinstance(one, str) and one for one in given)
 
 
+MOST_STOPS = 256
+"""Each is looked for after every token, on the thread that serves all requests."""
 LARGEST = 10**12
 """Beyond this no number of a request means anything, and arithmetic on it would overflow somewhere."""
 

@@ -123,6 +123,8 @@ WRONG = [
     ({"max_completion_tokens": True}, "max_completion_tokens", "max_completion_tokens=True"),
     ({"stop": [""]}, "stop", "non-empty"),
     ({"stop": 3}, "stop", "a string"),
+    ({"stop": [f"s{i}" for i in range(257)]}, "stop", "at most 256"),
+    ({"stop_token_ids": list(range(257))}, "stop_token_ids", "at most 256"),
     ({"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
     ({"logit_bias": [1]}, "logit_bias", "token ids"),
     ({"logit_bias": {"1": math.inf}}, "logit_bias", "at most"),
@@ -189,7 +191,7 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("body", "param", "said"), WRONG, ids=str)
+@pytest.mark.parametrize(("body", "param", "said"), WRONG, ids=lambda value: str(value)[:60])
 def test_what_is_wrong_names_its_parameter(body, param, said):
     with pytest.raises(ParameterError, match=said) as caught:
         read(**body)
