@@ -207,7 +207,8 @@ class Memory:
     """Megabytes after the warm-up."""
     end: float
     slope: float
-    """Megabytes a minute over the second half, by the highest of every ``SWING`` seconds or so."""
+    """Megabytes a minute over the second half, by all rows or by the highest of every ``SWING``, whichever is less: what leaks
+    raises both, and traffic one or the other."""
     minutes: float
     """Of the second half."""
 
@@ -215,12 +216,13 @@ class Memory:
     def of(cls, rows: Sequence[Mapping[str, float]]) -> Memory:
         held = [row["rss_mb"] + row["children_mb"] for row in rows]
         half = int(HALF * len(rows))
-        minutes, highs = _highs([row["seconds"] / 60 for row in rows[half:]], held[half:])
+        minutes = [row["seconds"] / 60 for row in rows[half:]]
         window = max(1, round(WINDOW * len(rows)))
         warm = held[int(WARM * len(rows)) :]
         return cls(
             statistics.median(warm[:window]), statistics.median(warm[-window:]),
-            slope(minutes, highs), (rows[-1]["seconds"] - rows[half]["seconds"]) / 60,
+            min(slope(minutes, held[half:]), slope(*_highs(minutes, held[half:]))),
+            (rows[-1]["seconds"] - rows[half]["seconds"]) / 60,
         )  # fmt: skip
 
     @property
