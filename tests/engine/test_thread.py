@@ -224,7 +224,9 @@ def test_what_is_not_used_is_given_back_when_nothing_comes(tiny, monkeypatch):
         assert len(vlm.generate([HI], SHORT)[0].tokens) == 4
         assert trimmed.wait(10) and vlm._engine.wait_idle(0)
         time.sleep(0.2)
-        assert len(calls) == 1  # once, until there was work again
+        before = len(calls)
+        time.sleep(0.3)
+        assert len(calls) == before <= 2  # once (and once before the request, if that came late), until there was work again
         trimmed.clear()
         vlm.generate([HI], SHORT)
         assert trimmed.wait(10)
