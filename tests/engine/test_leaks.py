@@ -53,9 +53,12 @@ def held() -> tuple[int, int]:
 def test_hundreds_of_requests_leave_nothing_behind(tiny_directories):
     with VLM(tiny_directories["qwen2_vl"], device="cpu", engine=SMALL) as vlm:
         traffic(vlm, 0)
-        before, objects = held()
+        rounds = [held()]
         assert vlm.stats()["pixel_cache_bytes"] > 400 * KB  # full
-        traffic(vlm, 1)
-        after, more = held()
-        assert after - before < GROWTH, f"{(after - before) / KB:.0f} kB more"
-        assert more - objects < ROUND // 2, f"{more - objects} objects more"
+        for seed in range(1, 4):  # holes come and go; what leaks grows in every round
+            traffic(vlm, seed)
+            rounds.append(held())
+            grown, more = (now - then for now, then in zip(rounds[-1], rounds[-2], strict=True))
+            if grown < GROWTH and more < ROUND // 8:
+                return
+    raise AssertionError(f"memory (bytes) and objects grow in every round: {rounds}")
