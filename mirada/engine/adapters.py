@@ -16,6 +16,11 @@ from mirada.models.family import family_of
 from mirada.models.lora import load_adapter, size_of
 
 
+def no_adapter(name: object, known: Iterable[str]) -> SettingsError:
+    """Lists what there is."""
+    return SettingsError(f"there is no adapter {name!r}", nearest(str(name), list(known)))
+
+
 class Adapters:
     """Names -> adapters. Any thread may load, unload and look up; ``tokens`` and ``media`` are for the engine's."""
 
@@ -54,7 +59,7 @@ class Adapters:
         """SettingsError lists what there is."""
         found = self._held.get(name) if isinstance(name, str) else None
         if found is None:
-            raise SettingsError(f"there is no adapter {name!r}", nearest(str(name), self._held))
+            raise no_adapter(name, self._held)
         return found
 
     def _refuse_taken(self, name: str) -> None:

@@ -57,6 +57,9 @@ class Features:
     """Of one running sequence: units yet to encode, and features that wait for their tokens to be computed."""
 
     def __init__(self, sequence: Sequence, units: Iterable[Unit]) -> None:
+        area = sequence.prompt.spans[0].merge ** 2
+        self.counts = [sum(t * h * w for t, h, w in item.grids) // area for item in sequence.media]
+        """Features of each whole item."""
         spans = [np.arange(span.start, span.end) for span in sequence.prompt.spans]
         self.rows = np.concatenate(spans) if spans else np.empty(0, np.int64)
         """int64 [F]: the token of each feature."""
@@ -207,7 +210,7 @@ class Encoder:
     def _kept(self, sequence: Sequence, unit: Unit) -> bool:
         """Whether the cache will take the item of ``unit`` when it is whole."""
         size = self.model.config.text.hidden_size * self.dtype.itemsize
-        return self.cache is not None and self.cache.takes(_count(sequence, unit) * size)
+        return self.cache is not None and self.cache.takes(sequence.features.counts[unit.item] * size)
 
     def _recall(self, sequence: Sequence) -> None:
         """Take whole items from the cache, as far as they come next."""
@@ -280,16 +283,10 @@ class Encoder:
         pieces.append(features)
         if not any(other.item == unit.item for other in state.units):
             del state.gathered[unit.item]
-            if sum(map(len, pieces)) == _count(sequence, unit):  # not one whose beginning was skipped
+            if sum(map(len, pieces)) == state.counts[unit.item]:  # not one whose beginning was skipped
                 self.cache.put(sequence.media[unit.item], torch.cat(pieces), sequence.media_scope)
 
 
 def _content(sequence: Sequence, item: int) -> tuple[bytes, str]:
     """What decides the features of an item."""
     return sequence.media[item].key, sequence.media_scope
-
-
-def _count(sequence: Sequence, unit: Unit) -> int:
-    """Features of the whole item of ``unit``."""
-    area = sequence.prompt.spans[0].merge ** 2
-    return sum(t * h * w for t, h, w in sequence.media[unit.item].grids) // area

@@ -15,7 +15,7 @@ from mirada import config
 from mirada.adapt.mode import parse as parse_mode
 from mirada.engine import inputs, memory
 from mirada.engine import sleep as sleeping
-from mirada.engine.adapters import Adapters
+from mirada.engine.adapters import Adapters, no_adapter
 from mirada.engine.counts import add, is_moment
 from mirada.engine.graphs import Graphs, pool_bytes
 from mirada.engine.guide import Guide
@@ -281,12 +281,12 @@ class VLM(Sleeper):
             self._adapter_paths[name] = path
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter. Requests that have it end with it, and then its memory is free. Raises SettingsError."""
+        """Forget an adapter, asleep or awake. Requests that have it end with it, then its memory is free. SettingsError."""
         with self._bed:
-            if self._asleep:
-                raise sleeping.asleep()
-            assert self._adapters is not None
-            self._adapters.unload(name)
+            if self._adapters is not None:
+                self._adapters.unload(name)
+            elif name not in self._adapter_paths:  # its weights went with the model's, and would come again with them
+                raise no_adapter(name, self._adapter_paths)
             self._adapter_paths.pop(name, None)
 
     @property

@@ -100,7 +100,8 @@ class Sleeper:
 
     def wake(self) -> None:
         """Take requests again, as before ``sleep``; at level 2 the checkpoint is read again, and adapters from their
-        directories. Nothing happens to one that is awake. Raises what opening a model does (it goes on sleeping then)."""
+        directories. Nothing happens to one that is awake. Raises what opening a model or an adapter does: it goes on sleeping
+        then, and an adapter whose directory is gone can be unloaded before the next try."""
         with self._bed:
             if not self._asleep:
                 return

@@ -5,6 +5,7 @@ N patches, W width of the tower.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Sequence
 from typing import TypeVar
 
@@ -35,13 +36,13 @@ def through(layers: Iterable[nn.Module], x: Tensor, turn: Rotation, segments: Se
     return x
 
 
-class SlicedTower(nn.Module):
+class SlicedTower(nn.Module, ABC):
     """A tower says its pass as ``slices``; ``forward`` is these run to their end."""
 
+    @abstractmethod
     def slices(self, pixels: Tensor, grids: Sequence[Grid], segments: Sequence[int]) -> Slices[Tensor]:
         """[N, ..] patches of all pictures -> [N, W]. ``grids``: (t, h, w) per picture or video; ``segments``: runs of patches
         that see each other, summing to N."""
-        raise NotImplementedError
 
     def forward(self, pixels: Tensor, grids: Sequence[Grid], segments: Sequence[int]) -> Tensor:
         """As ``slices``, all at once."""

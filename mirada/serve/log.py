@@ -24,7 +24,7 @@ class Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError, ValueError, TypeError):
-            os.write(self.fd, (self._line(record) + "\n").encode("utf-8", "backslashreplace"))
+            os.write(self.fd, (self._line(record) + "\n").encode())
 
     @staticmethod
     def _line(record: logging.LogRecord) -> str:
@@ -36,7 +36,8 @@ class Lines(logging.Handler):
         }
         if record.exc_info and record.exc_info[0] is not None:
             said["traceback"] = logging.Formatter().formatException(record.exc_info)
-        return json.dumps(said, ensure_ascii=False, default=str)
+        # ASCII alone: U+0085 and U+2028 end a line for many readers, and a terminal obeys U+009B as it does an escape.
+        return json.dumps(said, default=str)
 
 
 def event(name: str, level: int = logging.INFO, error: BaseException | None = None, **facts: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import threading
 import time
 import weakref
@@ -20,7 +21,7 @@ from tiny_adapters import make_adapter
 from mirada import VLM, Image, Message, Sampling, Text
 from mirada.engine import sleep as sleeping
 from mirada.engine.counts import is_moment
-from mirada.errors import CheckpointError, EngineAsleep, NotAvailable, OutOfMemory, ReplyTimeout, SettingsError
+from mirada.errors import CheckpointError, EngineAsleep, MiradaError, NotAvailable, OutOfMemory, ReplyTimeout, SettingsError
 from mirada.media import task as media_task
 from mirada.media.prepare import prepare
 
@@ -181,6 +182,35 @@ def test_adapters_come_back(vlm, tmp_path, level):
     assert vlm.adapters == ("a",)
     vlm.wake()
     assert [vlm.generate([HI], SHORT, adapter=name)[0].tokens for name in ("a", None)] == tokens
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_an_adapter_can_be_unloaded_in_its_sleep(vlm, tmp_path, level):
+    vlm.load_adapter("a", make_adapter(tmp_path, vlm.parts.model))
+    vlm.sleep(level)
+    with pytest.raises(SettingsError, match="no adapter 'b'"):
+        vlm.unload_adapter("b")
+    vlm.unload_adapter("a")
+    with pytest.raises(SettingsError, match="no adapter 'a'"):
+        vlm.unload_adapter("a")
+    vlm.wake()
+    assert vlm.adapters == ()
+    assert isinstance(vlm.submit(HI, SHORT, adapter="a").result(5).error, SettingsError)
+
+
+def test_an_adapter_that_is_gone_keeps_it_asleep_until_it_is_unloaded(vlm, tmp_path):
+    path = make_adapter(tmp_path, vlm.parts.model)
+    tokens = vlm.generate([HI], SHORT)[0].tokens
+    vlm.load_adapter("a", path)
+    vlm.sleep(2)
+    shutil.rmtree(path)
+    for _ in range(2):
+        with pytest.raises(MiradaError):
+            vlm.wake()
+        assert vlm.asleep == 2
+    vlm.unload_adapter("a")
+    vlm.wake()
+    assert vlm.generate([HI], SHORT)[0].tokens == tokens
 
 
 def test_a_checkpoint_that_is_gone_is_said_and_it_sleeps_on(tmp_path):

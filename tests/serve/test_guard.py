@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import asynccontextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -22,7 +23,7 @@ from mirada.errors import QueueFull, RequestFailed, SettingsError
 from mirada.media.fetch import FetchLimits
 from mirada.serve import ServeSettings, create_app
 from mirada.serve.errors import HttpError
-from mirada.serve.log import Lines
+from mirada.serve.log import Lines, event
 from mirada.serve.openai import read_json
 from mirada.serve.settings import find_keys
 from mirada.types import Delta, Prompt, Sampling
@@ -375,6 +376,16 @@ def test_a_log_that_cannot_be_written_kills_nothing(model, capfd):
         logger.removeHandler(handler)
         os.close(handler.fd)
     assert "Errno" not in capfd.readouterr().err  # logging's own handler would have complained there
+
+
+def test_whatever_was_asked_for_the_log_says_it_in_one_line(model, caplog):
+    odd = "\x85\u2028\x0b\x1b\x9b\ud800é"
+    with caplog.at_level("INFO", "mirada.serve"):
+        asked(model, ("GET", "/v1/models/" + quote(odd[:5] + odd[6:]), {}))
+        event("odd", what=odd)
+    lines = [Lines._line(record) for record in caplog.records if record.name == "mirada.serve"]
+    assert [line.splitlines() for line in lines] == [[line] for line in lines] and all(map(str.isascii, lines))
+    assert json.loads(lines[0])["path"] == "/v1/models/" + odd[:5] + odd[6:] and json.loads(lines[1])["what"] == odd
 
 
 def test_each_application_counts_for_itself(model, parts):
