@@ -36,7 +36,9 @@ WS_MESSAGE_BYTES = 2 << 20
 def listen(settings: ServeSettings) -> socket.socket:
     """A socket that listens where ``settings`` say. Raises SettingsError: the port is taken, the address is not ours."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio turns Nagle's algorithm off where a socket says that it is TCP; with it, all that is sent in two pieces waits
+    # for the acknowledgement of the first, which clients on Linux hold back for 40 ms.
+    made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((settings.host.strip("[]"), settings.port))

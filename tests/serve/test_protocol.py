@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from contextlib import asynccontextmanager
 
@@ -14,6 +15,7 @@ from uvicorn.server import ServerState
 from mirada.errors import SettingsError
 from mirada.serve import ServeSettings
 from mirada.serve.protocol import timed
+from mirada.serve.run import listen
 
 HEAD = b"POST /%s HTTP/1.1\r\nHost: x\r\n"
 SOON = 0.25
@@ -204,3 +206,20 @@ def test_settings_out_of_range():
     for name in ("header_seconds", "max_connections"):
         with pytest.raises(SettingsError, match=name):
             ServeSettings(**{name: 0})
+
+
+def test_an_answer_in_two_pieces_does_not_wait_for_the_client():
+    """Nagle's algorithm would have the second piece wait for the acknowledgement of the first: 40 ms for each answer."""
+
+    async def main():
+        accepted: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
+        sock = listen(ServeSettings(port=0))
+        async with (
+            await asyncio.start_server(lambda _, writer: accepted.put_nowait(writer), sock=sock),
+            connected(sock.getsockname()[1]),
+        ):
+            writer = await asyncio.wait_for(accepted.get(), 20)
+            assert writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            writer.close()
+
+    asyncio.run(main())
