@@ -89,7 +89,7 @@ class Runner:
         return self.model.logits(hidden[torch.from_numpy(rows).to(self.device)]) if len(rows) else None
 
     def _batch(self, chunks: Seq[Chunk]) -> tuple[Batch, Tensor | None]:
-        if all(chunk.count == 1 and chunk.sequence.computed >= len(chunk.sequence.prompt.tokens) for chunk in chunks):
+        if all(_decodes(chunk) for chunk in chunks):
             return self._decoding([chunk.sequence for chunk in chunks]), None
         tokens: list[int] = []
         places, rows, features = [], [], []
@@ -151,6 +151,11 @@ class Runner:
 
     def _ends(self, sampling: Sampling) -> frozenset[int]:
         return frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos)
+
+
+def _decodes(chunk: Chunk) -> bool:
+    """Whether it is the last token of a sequence, which the model chose; others may be one token of what is computed again."""
+    return chunk.count == chunk.rows == 1 and bool(chunk.sequence.tokens)
 
 
 def _rows(chunks: Seq[Chunk]) -> np.ndarray | None:
