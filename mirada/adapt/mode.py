@@ -1,12 +1,13 @@
-"""Precision modes: how the matrices of a plain checkpoint are kept on a CPU, chosen when the model is loaded.
+"""Precision modes: how the matrices of a plain checkpoint are kept, chosen when the model is loaded.
 
-``exact``  as they are stored, with float32 activations: bfloat16 matrices stay bfloat16 and are widened where they are used.
+``exact``  on a CPU only: as they are stored, with float32 activations: bfloat16 matrices stay bfloat16 and are widened where
+           they are used.
 ``int8``   8 bits, a float16 scale for every 128 columns.
 ``int4``   4 bits, a float16 scale for every 32 columns; the head of the vocabulary takes 8 bits, as it decides near ties.
 
-In the last two the activations in front of integers are rounded to 8 bits in blocks of 32, so neither another row nor an
-outlier in another block changes a result. Vision tower, projector, embeddings, norms, routers and the latent's ``kv_b`` are
-never rounded.
+In the last two the activations in front of integers are rounded to 8 bits in blocks of 32 on a CPU, so neither another row nor
+an outlier in another block changes a result; on a GPU they stay as they are. Vision tower, projector, embeddings, norms,
+routers and the latent's ``kv_b`` are never rounded.
 """
 
 from __future__ import annotations

@@ -236,29 +236,62 @@ class PackedLinear(nn.Module):
 
 
 class PackedStack(nn.Module):
-    """Stands where a parameter [E, R, C] stood: ``stack[e]`` is matrix e, widened in the type the parameter had."""
+    """Stands where a parameter [E, R, C] stood: ``stack[e]`` is matrix e, widened in the type the parameter had.
+
+    Its matrices are ``parts`` of their own as they come from a checkpoint, or, once ``joined``, the rows of one.
+    """
 
     def __init__(self, parts: Sequence[nn.Module], shape: Sequence[int], dtype: torch.dtype) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
+        self.joined: PackedRows | None = None
         self.shape, self.dtype = torch.Size(shape), dtype
+
+    def join(self) -> None:
+        """All parts as one matrix [E R, C], which kernels for many experts read, if they are of one form. On their device."""
+        forms = [part.packed if isinstance(part, PackedRows) and part.matrix is None else None for part in self.parts]
+        whole = _one_below_another(forms)
+        if whole is not None:
+            self._take(whole)
+
+    def _take(self, whole: Packed) -> None:
+        self.joined = PackedRows(whole.rows, whole.columns)
+        self.joined.fill(whole, whole.values.device)
+        self.parts = nn.ModuleList()
+
+    def _rows_of(self, index: int) -> Packed | None:
+        """Matrix ``index`` of those that are joined, as views."""
+        if self.joined is None:
+            return None
+        whole, begin = self.joined.packed, range(len(self))[index] * self.shape[1]
+        of = slice(begin, begin + self.shape[1])
+        return replace(
+            whole, values=whole.values[of], scales=whole.scales[of], zeros=None if whole.zeros is None else whole.zeros[of]
+        )
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, index: int) -> Tensor:
         """[R, C], made anew at each use."""
+        rows = self._rows_of(index)
+        if rows is not None:
+            return rows.widen().to(self.dtype)
         return torch.cat([part.weight.to(self.dtype) for part in self._of(index)])  # pyright: ignore
 
     def product(self, index: int, x: Tensor) -> Tensor:
         """x [.., C] times matrix ``index`` transposed -> [.., R]."""
+        rows = self._rows_of(index)
+        if rows is not None:
+            made = fused.packed(x, rows)
+            return linear(x, rows.widen().to(x.dtype)) if made is None else made
         if any(getattr(part, "matrix", None) is None for part in self._of(index)):
             return linear(x, self[index])
         return torch.cat([part(x) for part in self._of(index)], -1)
 
     def compiled_matrices(self, index: int) -> list[Matrix] | None:
         """The stored matrices one below another that are matrix ``index``, if compiled kernels multiply by all of them."""
-        return _compiled(self._of(index))
+        return None if self.joined is not None else _compiled(self._of(index))
 
     def _of(self, index: int) -> list[nn.Module]:
         if not -len(self) <= index < len(self):
@@ -266,6 +299,22 @@ class PackedStack(nn.Module):
         each = len(self.parts) // len(self)
         begin = index % len(self) * each
         return [self.parts[i] for i in range(begin, begin + each)]
+
+
+def _one_below_another(forms: Sequence[Packed | None]) -> Packed | None:
+    """Matrices of the same columns as one; None if their forms differ, or are more than integers in groups of columns."""
+    given = [form for form in forms if form is not None]
+    if not given or len(given) < len(forms):
+        return None
+    kinds = {
+        (f.bits, f.group_size, f.columns, f.scales.shape[1], f.scales.dtype, f.values.dtype, f.zeros is None) for f in given
+    }
+    if len(kinds) > 1 or any(f.groups is not None or f.row_block != 1 or f.values.is_floating_point() for f in given):
+        return None
+    zeros = None if given[0].zeros is None else torch.cat([f.zeros for f in given])  # pyright: ignore
+    return replace(
+        given[0], values=torch.cat([f.values for f in given]), scales=torch.cat([f.scales for f in given]), zeros=zeros
+    )
 
 
 def _compiled(parts: Iterable[nn.Module]) -> list[Matrix] | None:

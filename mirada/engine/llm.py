@@ -68,8 +68,8 @@ class VLM(Sleeper):
     GPU only), eager (as it is written; slow), auto (sdpa).
     ``min_pixels`` / ``max_pixels`` bound the resized area of every picture, or ``max_image_tokens`` in the model's own measure
     (see ``load.area_of``). ``widen``: matrices of a quantised checkpoint take
-    ``dtype`` on load (faster, larger) instead of staying packed. ``quant`` says how matrices are kept on a CPU: ``exact`` (as
-    stored, with float32 activations), ``int8``, ``int4`` or, with groups of 64, ``int4:64``; see docs/quantise.md.
+    ``dtype`` on load (faster, larger) instead of staying packed. ``quant`` says how matrices are kept: ``int8``, ``int4`` or,
+    with groups of 64, ``int4:64``, and on a CPU ``exact`` (as stored, with float32 activations); see docs/quantise.md.
     ``load_in_8bit`` and ``load_in_4bit`` are other names of int8 and int4. ``limits`` say what may be fetched, and from where.
     ``adapters``: names and directories of LoRA adapters, see ``load_adapter``. ``tensor_parallel``: processes that share the
     model, of which this is the first; the others call ``follow`` (docs/parallel.md).

@@ -18,6 +18,7 @@ from mirada.engine import memory
 from mirada.engine.parallel import check_alone, join, load_shared, own_device, spec_of
 from mirada.engine.place import Plan, Room, install, measure, plan, rooms
 from mirada.errors import CheckpointError, NotAvailable, SettingsError
+from mirada.layers import fused
 from mirada.layers.attention import check_kind, set_kind
 from mirada.layers.kernels import library
 from mirada.media.grid import GridRule
@@ -84,8 +85,8 @@ def load(
 
     ``widen``: packed (quantised) matrices take ``dtype`` on load, for speed, instead of staying packed. ``device_map="auto"``
     spreads layers over all GPUs and the CPU instead of taking one ``device``. ``attn``: see ``layers.attention.check_kind``.
-    ``quant``: how matrices are kept on a CPU, see ``adapt.mode`` and ``check_mode``; without it and without a ``dtype``
-    (None or ``auto``) see ``unasked_mode``.
+    ``quant``: how matrices are kept, see ``adapt.mode`` and ``check_mode``; without it and without a ``dtype`` (None or
+    ``auto``) see ``unasked_mode``.
 
     ``tensor_parallel``: so many processes hold a share each, see ``engine.parallel``.
 
@@ -194,22 +195,34 @@ def _with_files(model: Any, family: Any, directory: Path, name: str | Path) -> P
 def check_mode(
     mode: Mode | None, scheme: Any, device: torch.device, dtype: torch.dtype, spread: bool, widen: bool
 ) -> Mode | None:
-    """``mode`` where it can be had. On a checkpoint that is packed already it can only be the one of its own bits, and means
-    that the compiled kernels multiply its integers as they are, with activations rounded to 8 bits.
+    """``mode`` where it can be had: on a CPU, and on a GPU with Triton's kernels. On a checkpoint that is packed already it can
+    only be the one of its own bits, and means that the integers are multiplied as they are: on a CPU by the compiled kernels,
+    with activations rounded to 8 bits; on a GPU they are in any case.
 
-    NotAvailable off the CPU; SettingsError beside other types than float32, ``device_map`` or ``widen``, or for other bits.
+    NotAvailable on other devices and for ``exact`` off a CPU, where matrices are kept in a ``dtype``; SettingsError beside
+    ``device_map`` or ``widen``, on a CPU beside other types than float32, or for other bits.
     """
     if mode is None:
         return None
     name = f"quant={str(mode)!r}"
-    if device.type != "cpu" or spread:
+    if spread or (device.type != "cpu" and not fused.packs(device)):
+        where = "several devices" if spread else str(device)
+        why = f" with Triton's kernels ({fused.status().why})" if device.type == "cuda" and not spread else ""
         raise NotAvailable(
-            f"{name} on {'several devices' if spread else device}: precision modes are for one CPU",
-            "use device='cpu', or a checkpoint that is stored quantised (AWQ, GPTQ, compressed-tensors, fp8)",
+            f"{name} on {where}: precision modes are for one device, a CPU or a GPU{why}",
+            (fused.status().fix if why else "")
+            or "use device='cpu', or a checkpoint that is stored quantised (AWQ, GPTQ, compressed-tensors, fp8)",
         )
-    if dtype != torch.float32 or widen:
+    if device.type != "cpu" and not mode.rounds:
+        raise NotAvailable(f"{name} on {device}: there matrices are multiplied in a dtype", "leave quant out, or give a dtype")
+    if (dtype != torch.float32 and not fused.packs(device)) or widen:
         other = "widen=True" if widen else f"dtype={str(dtype).removeprefix('torch.')!r}"
-        raise SettingsError(f"{name} beside {other}", f"leave {other.partition('=')[0]} out: activations are float32 there")
+        raise SettingsError(
+            f"{name} beside {other}",
+            "leave widen out: rounded matrices are never widened"
+            if widen
+            else "leave dtype out: activations are float32 there",
+        )
     if scheme is not None and not scheme.widens and _bits(scheme) != {"int8": {8}, "int4": {4}}.get(mode.name):
         raise SettingsError(
             f"{name}: the checkpoint is stored as {scheme.method} already", "leave quant out: it stays as it is stored"
@@ -314,7 +327,7 @@ def check_weights(
     layout = family.layout(family.config(mapping))
     stored = layout.released(shards.read_all(shards.find(directory)))
     if mode is not None and (scheme is None or scheme.widens):
-        needed = precision.resident_bytes(layout, mode, stored, dtype)
+        needed = precision.resident_bytes(layout, mode, stored, dtype, mode.rounds and fused.packs(device))
     else:
         needed = resident_bytes(layout, stored, scheme, dtype, wide)
     smaller = "use dtype='bfloat16', " if dtype.itemsize > 2 else "use "

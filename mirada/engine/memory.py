@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from mirada.adapt.packed import PackedLinear, PackedRows
 from mirada.engine.sequence import Sequence
 from mirada.engine.settings import EngineSettings
 from mirada.errors import OutOfMemory
@@ -89,6 +90,7 @@ class Budget:
         weight = next(model.parameters())
         self._main, self._size = weight.device, weight.dtype.itemsize
         self._mapped: int = getattr(model, "mapped_bytes", 0)
+        self._widened = 0 if self._main.type == "cpu" else widest(model) * self._size
         self._bounded: list[tuple[weakref.ref[Any], int]] = []
 
     def bounded(self, cache: Any, most: int) -> None:
@@ -149,7 +151,17 @@ class Budget:
         # Per token: residual, normed, q, k, v, mixed and the two halves of the gated MLP with their product.
         wide = 4 * text.hidden_size + 3 * text.num_attention_heads * text.head_dim + 3 * text.intermediate_size
         tall = 8 * vision.hidden_size + 2 * vision.intermediate_size
-        return tokens * wide * self._size + rows * 3 * 4 * text.vocab_size + patches * (8 * pixels + tall * self._size)
+        made = tokens * wide * self._size + rows * 3 * 4 * text.vocab_size + patches * (8 * pixels + tall * self._size)
+        return made + self._widened
+
+
+def widest(model: Any) -> int:
+    """Weights of the largest matrix that is held as integers: off a CPU many tokens are multiplied by it widened."""
+    return max((m.rows * m.columns for p in model.modules() if isinstance(p, PackedLinear) for m in _packed(p)), default=0)
+
+
+def _packed(linear: PackedLinear) -> list[PackedRows]:
+    return [part for part in linear.parts if isinstance(part, PackedRows)]
 
 
 def say(size: int) -> str:

@@ -58,6 +58,11 @@ def status() -> Status:
     return Status(("cuda",), "Triton is installed")
 
 
+def packs(device: torch.device) -> bool:
+    """Whether matrices that are rounded while a model is loaded are kept as integers for these kernels (``packed``)."""
+    return device.type in status().devices
+
+
 def on(x: Tensor) -> bool:
     """Whether kernels compute with ``x``."""
     return (

@@ -17,6 +17,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ FROM_BYTES = 128 << 20
 """A model that takes less is rounded in a moment: it is not kept."""
 _MAGIC = b"MIRADAF2"
 _ALIGN = 64
-_DTYPES = {"U8": torch.uint8, "BF16": torch.bfloat16, "F32": torch.float32}
+_DTYPES = {"U8": torch.uint8, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _ROUNDING = "__rounding__"
 """Key of the header beside the names of tensors: stored name -> [bits, error], see ``rounding``."""
@@ -61,11 +62,12 @@ def bound() -> int:
     return int(size * 1e9)
 
 
-def place(files: Sequence[Path], config_text: str, mode: Mode, size: int) -> Path | None:
-    """The file that belongs to a checkpoint in ``mode``, there or not; None if a model of ``size`` bytes is not kept."""
+def place(files: Sequence[Path], config_text: str, mode: Mode, size: int, form: str = "") -> Path | None:
+    """The file that belongs to a checkpoint in ``mode``, there or not; None if a model of ``size`` bytes is not kept. ``form``
+    tells apart what is kept of the same mode in different ways."""
     if size < FROM_BYTES or size > bound() or library.library() is None:
         return None
-    made = hashlib.sha256(f"{_MAGIC!r} {library.VERSION} {mode} {config_text}".encode())
+    made = hashlib.sha256(f"{_MAGIC!r} {library.VERSION} {mode} {form} {config_text}".encode())
     for file in sorted(files):
         facts = file.stat()
         made.update(f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode())
@@ -79,6 +81,9 @@ def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of ``model``, once: parameters under their names, matrices as ``name.values`` and ``name.scales``."""
     for name, parameter in model.named_parameters():
         yield name, parameter.detach()
+    for path, holder in _rounded(model):
+        yield f"{path}.values", holder.packed.values
+        yield f"{path}.scales", holder.packed.scales
     seen = {parameter.data_ptr() for parameter in model.parameters()}
     for path, module in model.named_modules():
         found = [(path, module.matrix)] if isinstance(module, MatrixLinear) else []
@@ -114,7 +119,7 @@ def write(file: Path, model: nn.Module) -> None:
             start = _start(len(text))
             for name, tensor in held.items():
                 handle.seek(start + header[name]["at"])
-                handle.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+                handle.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
             handle.truncate(start + at)
         part.replace(file)
     except OSError as error:
@@ -182,6 +187,30 @@ class Kept:
                     if kept is not None:  # else: tied to another
                         module._parameters[name] = nn.Parameter(kept, held.requires_grad)
 
+    def fill(self, model: Any, device: torch.device) -> None:
+        """The same for a model whose rounded matrices are canonical integers (``precision.replace`` with ``packed``): all goes
+        to ``device``, and what was kept exact becomes plain again."""
+        for path, holder in list(_rounded(model)):
+            values = self._tensors.get(f"{path}.values")
+            if values is not None:
+                scales = self._tensors[f"{path}.scales"]
+                holder.packed = replace(holder.packed, values=values.to(device), scales=scales.to(device))
+            else:
+                linear = hasattr(model.get_submodule(path), "in_features")  # else a stack
+                owner, attribute = (path, "weight") if linear else path.rpartition(".")[::2]
+                rounding.put_plain(model, owner, attribute, torch.float32, torch.device("meta"))
+        self.install(model)
+        for name, parameter in model.named_parameters():
+            if name in self._tensors:
+                parameter.data = parameter.data.to(device)
+
+
+def _rounded(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Path and holder of every matrix, or stack, that takes canonical integers."""
+    for path, module in model.named_modules():
+        if getattr(module, "holder", None) is not None:
+            yield path, module.holder
+
 
 def _start(length: int) -> int:
     """Where the data begin behind a header of that length."""
@@ -189,8 +218,8 @@ def _start(length: int) -> int:
 
 
 def _checksum(tensor: Tensor) -> int:
-    kernels: Any = library.library()
-    return kernels.mr_checksum(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+    kernels, held = library.library(), tensor.cpu()
+    return kernels.mr_checksum(held.data_ptr(), held.numel() * held.element_size())  # pyright: ignore
 
 
 def _make_room(folder: Path, size: int) -> None:

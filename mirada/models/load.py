@@ -22,6 +22,7 @@ from mirada.adapt.mode import Mode
 from mirada.adapt.rows import NAME as INT8_ROWS
 from mirada.adapt.rows import SCALE
 from mirada.errors import CheckpointError, ConfigError, NotAvailable, TensorError
+from mirada.layers import fused
 from mirada.layers.linear import quantise_rows
 from mirada.models import formed, precision, quantised, rounding, shards
 from mirada.models.family import Family, family_of
@@ -59,8 +60,9 @@ def load_model(
     or each parameter where ``place`` says.
 
     Matrices that the checkpoint packs stay packed and are widened tile by tile as they are used; with ``widen`` they take
-    ``dtype`` on load: faster, but as large as if they had never been packed. ``mode`` (CPU and float32 only): how plain
-    matrices are kept, see ``adapt.mode``; a large model is written so to a cache on disk and mapped from there the next time.
+    ``dtype`` on load: faster, but as large as if they had never been packed. ``mode`` (on a CPU with float32, or where
+    ``fused.packs`` says so): how plain matrices are kept, see ``adapt.mode``; a large model is written so to a cache on disk
+    and read from there the next time.
     Raises CheckpointError and its kinds, each naming the file, key or tensor.
     """
     directory, device = Path(directory), torch.device(device)
@@ -75,12 +77,17 @@ def load_model(
     packed = quantised.check(layout, stored, scheme)  # first: a checkpoint that does not fit must not cost its size
     keep = scheme is not None and not widen and not scheme.widens
     if mode is not None and not keep:
-        model = _in_mode(directory, mapping, layout, stored, scheme, mode)
+        if mode.rounds and fused.packs(device):
+            model = _in_integers(directory, mapping, layout, stored, scheme, mode, dtype, device)
+        else:
+            model = _in_mode(directory, mapping, layout, stored, scheme, mode)
         model.config_text = where.read_text(encoding="utf-8")  # pyright: ignore[reportArgumentType]
         return model.eval()
     change = (lambda model: quantised.replace(model, packed, mode is not None)) if keep else None
     model = build(mapping, dtype, device, str(where), change, place)
     load_weights(model, layout, stored, scheme)
+    if keep:
+        quantised.join(model)
     if scheme is None or scheme.widens or keep:
         model.config_text = where.read_text(encoding="utf-8")  # pyright: ignore[reportArgumentType]
     else:  # what is in memory is plain now, and so is what a save writes
@@ -116,12 +123,53 @@ def _in_mode(
     return model
 
 
-def _keep_exact(model: Any, layout: Layout, stored: Mapping[str, Stored], scheme: Scheme | None) -> None:
-    """Reads once more, as they are stored, the matrices that rounding changed too much."""
+def _in_integers(
+    directory: Path,
+    mapping: Mapping[str, Any],
+    layout: Layout,
+    stored: Mapping[str, Stored],
+    scheme: Scheme | None,
+    mode: Mode,
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> nn.Module:
+    """The model with canonical integers on ``device`` for what ``mode`` rounds and ``dtype`` for the rest, from the cache on
+    disk or into it."""
+    where, dtype = str(directory / "config.json"), dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    size = precision.resident_bytes(layout, mode, stored, dtype, packed=True)
+    file = formed.place(shards.find(directory), json.dumps(mapping), mode, size, f"integers beside {dtype}")
+    kept = formed.read(file)
+    home = torch.device("meta") if kept is not None else device
+    change = lambda model: precision.replace(model, layout, mode, stored, packed=home)  # noqa: E731
+    model: Any = build(mapping, dtype, home, where, change)
+    if kept is None:
+        load_weights(model, layout, stored, scheme)
+        _keep_exact(model, layout, stored, scheme, (dtype, device))
+    else:
+        kept.fill(model, device)
+        model.tie_weights()
+        model.rounding = kept.rounding
+    if kept is None:
+        precision.finish_head(model)
+        if file is not None:
+            formed.write(file, model)
+    precision.hand_over(model)
+    rounding.say(model, directory.name)
+    return model
+
+
+def _keep_exact(
+    model: Any,
+    layout: Layout,
+    stored: Mapping[str, Stored],
+    scheme: Scheme | None,
+    plain: tuple[torch.dtype, torch.device] | None = None,
+) -> None:
+    """Reads once more, as they are stored (or ``plain``), the matrices that rounding changed too much."""
     precision.measured(model)
     again = rounding.spoilt(layout, rounding.of(model))
     for rule in again:
-        rounding.restore(model, rule, stored)
+        rounding.restore(model, rule, stored, plain)
     if again:
         load_weights(
             model, layout, stored, scheme, there=layout.stored().keys() - {n for rule in again for n, _ in rule.tensors}

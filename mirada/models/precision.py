@@ -28,8 +28,8 @@ Make = Callable[[str, Format, int, int, int], Matrix]
 """(name, format, rows, columns, group) -> the matrix, to be filled or filled already."""
 HEAD_NAME = "lm_head"
 _CHUNK_ROWS = 4096
-_MEASURED_BYTES = 512 << 10
-"""Of rows that are compared at once: they stay in a core's own cache."""
+_MEASURED_BYTES = {"cpu": 512 << 10}
+"""Of rows that are compared at once: on a CPU they stay in a core's own cache, elsewhere each piece costs calls."""
 
 
 @dataclass
@@ -44,10 +44,11 @@ class Rows:
 
     def fill(self, begin: int, rows: Tensor) -> None:
         begin += self.begin
+        rows = rows.to(getattr(self.holder, "device", rows.device))  # rounded where they will stay
         self.holder.fill(begin, rows)
         if self.measure is None:
             return
-        step = max(1, _MEASURED_BYTES // (4 * self.shape[1]))
+        step = max(1, _MEASURED_BYTES.get(rows.device.type, 64 << 20) // (4 * self.shape[1]))
         for start in range(0, len(rows), step):
             piece = rows[start : start + step]
             self.measure.add(piece, self.holder.widen(begin + start, begin + start + len(piece)))
@@ -104,30 +105,38 @@ class Filed:
         return view
 
 
-def replace(model: Any, layout: Layout, mode: Mode, stored: Mapping[str, Stored], make: Make = made) -> None:
+def replace(
+    model: Any,
+    layout: Layout,
+    mode: Mode,
+    stored: Mapping[str, Stored],
+    make: Make = made,
+    packed: torch.device | None = None,
+) -> None:
     """Puts modules that hold the forms of ``mode`` where plain Linears and stacks stand, before these take memory.
 
-    Without compiled kernels int8 is torch's (``adapt.fbgemm``), int4 and stacks of int8 are widened tile by tile.
-    What is rounded from now on is measured, see ``measured``.
+    On a CPU: without compiled kernels int8 is torch's (``adapt.fbgemm``), int4 and stacks of int8 are widened tile by tile.
+    ``packed``: the device where all that is rounded becomes canonical integers instead (see ``fused.packs``); the rest stays
+    plain there. What is rounded from now on is measured, see ``measured``.
     """
     model.measures = {}
     table = model.decoder.embed
-    if stored[_first(layout, "decoder.embed.weight")].dtype == "BF16":
+    if packed is None and stored[_first(layout, "decoder.embed.weight")].dtype == "BF16":
         table.to(torch.bfloat16)
     for rule in layout.rules:
-        kind = _mode_of(rule, mode, stored)
+        kind = _mode_of(rule, mode, stored, packed is not None)
         owner, _, attribute = rule.parameter.rpartition(".")
         module = model.get_submodule(owner)
         if kind is None:
             continue
         if isinstance(module, nn.Linear) and attribute == "weight" and not getattr(module, "stays_float", False):
-            _put(model, owner, _linear(owner, kind, module, make))
+            _put(model, owner, _linear(owner, kind, module, make, packed))
         elif rule.how == "stack" and getattr(module, attribute).ndim == 3 and _by_rows(rule, getattr(module, attribute)):
             held = getattr(module, attribute)
             delattr(module, attribute)
-            setattr(module, attribute, _stack(rule, kind, held, make))
+            setattr(module, attribute, _stack(rule, kind, held, make, packed))
     if model.config.text.tie_word_embeddings and mode.rounds:
-        _put(model, HEAD_NAME, _linear(HEAD_NAME, HEAD, model.lm_head, make))
+        _put(model, HEAD_NAME, _linear(HEAD_NAME, HEAD, model.lm_head, make, packed))
 
 
 def measured(model: Any) -> None:
@@ -137,11 +146,21 @@ def measured(model: Any) -> None:
 
 
 def finish(model: Any, fill: bool = True) -> None:
-    """What comes after all else is loaded: integers to the modules that widen them, and a head that is the table of embeddings
-    in another form, or the same as it lies."""
-    for module in model.modules():
+    """What comes after all else is loaded: a head that is the table of embeddings in another form, or the same as it lies, and
+    integers to the modules that widen them."""
+    finish_head(model, fill)
+    hand_over(model)
+
+
+def hand_over(model: nn.Module) -> None:
+    """Integers to the modules that compute with them."""
+    for module in list(model.modules()):
         if isinstance(module, RoundedLinear | RoundedStack):
             module.finish()
+
+
+def finish_head(model: Any, fill: bool = True) -> None:
+    """The rows of a head that is the table of embeddings in another form."""
     if not model.config.text.tie_word_embeddings:
         return
     table = model.decoder.embed.weight
@@ -149,13 +168,22 @@ def finish(model: Any, fill: bool = True) -> None:
         if table.dtype == torch.bfloat16:
             model.lm_head = MatrixLinear(Matrix.of(table))
     elif fill:
-        holder = model.lm_head.matrix if isinstance(model.lm_head, MatrixLinear) else model.lm_head
-        rows = _rows(model, f"{HEAD_NAME}.weight", holder, 0, tuple(table.shape))
-        for begin in range(0, len(table), _CHUNK_ROWS):  # (a RoundedLinear is never a head: that takes 8 bits)
+        rows = _rows(model, f"{HEAD_NAME}.weight", _holder(model.lm_head), 0, tuple(table.shape))
+        for begin in range(0, len(table), _CHUNK_ROWS):
             rows.fill(begin, table.detach()[begin : begin + _CHUNK_ROWS])
         measured(model)
-        if rounding.of(model)[f"{HEAD_NAME}.weight"].too_much:
+        if rounding.of(model)[f"{HEAD_NAME}.weight"].too_much and isinstance(model.lm_head, RoundedLinear):
+            rounding.put_plain(model, HEAD_NAME, "weight", table.dtype, torch.device("meta"))
+            model.tie_weights()
+        elif rounding.of(model)[f"{HEAD_NAME}.weight"].too_much:
             model.lm_head = MatrixLinear(Matrix.of(table))
+
+
+def _holder(module: Any) -> Any:
+    """What takes the rows of a Linear in another form."""
+    if isinstance(module, MatrixLinear):
+        return module.matrix
+    return module.holder if isinstance(module, RoundedLinear) else module
 
 
 def bits(model: nn.Module) -> set[int]:
@@ -180,15 +208,13 @@ def target(model: nn.Module, rule: Rule, index: int) -> Rows | None:
     name, shape = rule.tensors[index]
     if attribute != "weight":  # a stack, or a table of something
         module = getattr(module, attribute)
-    if isinstance(module, MatrixLinear):
-        return _rows(model, name, module.matrix, _before(rule, 0, index), shape)
-    if isinstance(module, Int8Linear | RoundedLinear):
-        holder = module if isinstance(module, Int8Linear) else module.holder
-        return _rows(model, name, holder, _before(rule, 0, index), shape)
-    if isinstance(module, MatrixStack | RoundedStack):
+    if isinstance(module, MatrixLinear | Int8Linear | RoundedLinear):
+        return _rows(model, name, _holder(module), _before(rule, 0, index), shape)
+    if isinstance(module, MatrixStack):
         each = len(rule.tensors) // len(module)
-        holder = module[index // each] if isinstance(module, MatrixStack) else module.holders[index // each]
-        return _rows(model, name, holder, _before(rule, index // each * each, index), shape)
+        return _rows(model, name, module[index // each], _before(rule, index // each * each, index), shape)
+    if isinstance(module, RoundedStack):
+        return _rows(model, name, module.holder, _before(rule, 0, index), shape)
     return None
 
 
@@ -201,11 +227,11 @@ def _rows(model: Any, name: str, holder: Any, begin: int, shape: tuple[int, ...]
     return Rows(holder, begin, shape, measures.setdefault(name, Measure(bits, shape[1])))
 
 
-def resident_bytes(layout: Layout, mode: Mode, stored: Mapping[str, Stored], dtype: torch.dtype) -> int:
-    """Bytes of the weights once loaded, about: the head of a tied table is counted beside it."""
+def resident_bytes(layout: Layout, mode: Mode, stored: Mapping[str, Stored], dtype: torch.dtype, packed: bool = False) -> int:
+    """Bytes of the weights once loaded, about: the head of a tied table is counted beside it. ``packed``: see ``replace``."""
     total = 0
     for rule in layout.rules:
-        kind = _mode_of(rule, mode, stored)
+        kind = _mode_of(rule, mode, stored, packed)
         count = sum(math.prod(shape) for _, shape in rule.tensors)
         total += int(count * (dtype.itemsize if kind is None else _bytes(kind)))
     table = layout.stored()[_first(layout, "decoder.embed.weight")][2]
@@ -214,39 +240,59 @@ def resident_bytes(layout: Layout, mode: Mode, stored: Mapping[str, Stored], dty
 
 
 class RoundedLinear(PackedLinear):
-    """Integers of one matrix that are widened tile by tile: 4 bits without compiled kernels."""
+    """Canonical integers of one matrix: what Triton's kernels multiply by, and, in 4 bits, a CPU without compiled ones, where
+    they are widened tile by tile."""
 
-    def __init__(self, rows: int, columns: int, bits: int, group: int, bias: nn.Parameter | None) -> None:
+    def __init__(
+        self, rows: int, columns: int, bits: int, group: int, bias: nn.Parameter | None, device: torch.device | str = "cpu"
+    ) -> None:
         super().__init__([PackedRows(rows, columns)], bias, columns)
-        self.holder = _Rounded(rows, columns, bits, group)
-
-    def fill(self, begin: int, rows: Tensor) -> None:
-        self.holder.fill(begin, rows)
+        self.holder: _Rounded | None = _Rounded.empty(rows, columns, bits, group, device)
+        """Takes the rows, until ``finish``."""
 
     def finish(self) -> None:
-        self.parts[0].fill(self.holder.packed, "cpu")  # pyright: ignore[reportCallIssue]
+        """All rows are there."""
+        if self.holder is not None:
+            self.parts[0].fill(self.holder.packed, self.holder.device)  # pyright: ignore[reportCallIssue]
+        self.holder = None
 
 
 class RoundedStack(PackedStack):
-    """The same for a stack."""
+    """The same for a stack [E, R, C]."""
 
-    def __init__(self, shape: torch.Size, bits: int, group: int, dtype: torch.dtype) -> None:
-        super().__init__([PackedRows(shape[1], shape[2]) for _ in range(shape[0])], shape, dtype)
-        self.holders = [_Rounded(shape[1], shape[2], bits, group) for _ in self.parts]
+    def __init__(
+        self, shape: torch.Size, bits: int, group: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__([], shape, dtype)
+        self.holder: _Rounded | None = _Rounded.empty(shape[0] * shape[1], shape[2], bits, group, device)
+        """Takes the rows of all matrices, one below another, until ``finish``."""
 
     def finish(self) -> None:
-        for part, holder in zip(self.parts, self.holders, strict=True):
-            part.fill(holder.packed, "cpu")  # pyright: ignore[reportCallIssue]
+        """All rows are there."""
+        if self.holder is not None:
+            self._take(self.holder.packed)
+        self.holder = None
 
 
+@dataclass
 class _Rounded:
     """Canonical integers that are filled row by row."""
 
-    def __init__(self, rows: int, columns: int, bits: int, group: int) -> None:
+    packed: Packed
+
+    @classmethod
+    def empty(cls, rows: int, columns: int, bits: int, group: int, device: torch.device | str) -> _Rounded:
         groups = -(-columns // group) if group else 1
-        values = torch.zeros(rows, columns if bits == 8 else -(-columns // 2), dtype=torch.uint8)
-        self.bits = bits
-        self.packed = Packed(values, torch.zeros(rows, groups, dtype=torch.float16), columns, bits, group)
+        values = torch.zeros(rows, columns if bits == 8 else -(-columns // 2), dtype=torch.uint8, device=device)
+        return cls(Packed(values, torch.zeros(rows, groups, dtype=torch.float16, device=device), columns, bits, group))
+
+    @property
+    def bits(self) -> int:
+        return self.packed.bits
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.values.device
 
     def widen(self, begin: int, end: int) -> Tensor:
         """Rows [begin, end) as float32."""
@@ -262,7 +308,7 @@ def _first(layout: Layout, parameter: str) -> str:
     return next(rule.tensors[0][0] for rule in layout.rules if rule.parameter == parameter)
 
 
-def _mode_of(rule: Rule, mode: Mode, stored: Mapping[str, Stored]) -> Mode | None:
+def _mode_of(rule: Rule, mode: Mode, stored: Mapping[str, Stored], packed: bool) -> Mode | None:
     """The mode that a parameter is kept in, or None: as a plain float tensor."""
     matrix = all(len(shape) == 2 for _, shape in rule.tensors)
     if not matrix or "patches" in rule.parameter or rule.parameter == "decoder.embed.weight":
@@ -272,7 +318,7 @@ def _mode_of(rule: Rule, mode: Mode, stored: Mapping[str, Stored]) -> Mode | Non
     if mode.rounds and rule.parameter == f"{HEAD_NAME}.weight":
         return HEAD
     # What is not rounded stays as it is stored; other types than bfloat16 would be rounded by it, so they are widened.
-    return Mode("exact") if all(stored[name].dtype == "BF16" for name, _ in rule.tensors) else None
+    return Mode("exact") if not packed and all(stored[name].dtype == "BF16" for name, _ in rule.tensors) else None
 
 
 def _group(kind: Mode, columns: int) -> int:
@@ -280,8 +326,11 @@ def _group(kind: Mode, columns: int) -> int:
     return kind.group if columns % (kind.group or 1) == 0 else BLOCK
 
 
-def _linear(name: str, kind: Mode, plain: nn.Linear, make: Make) -> nn.Module:
+def _linear(name: str, kind: Mode, plain: nn.Linear, make: Make, packed: torch.device | None) -> nn.Module:
     rows, columns = plain.weight.shape
+    if packed is not None:
+        bits = 8 if kind.name == "int8" else 4
+        return RoundedLinear(rows, columns, bits, _group(kind, columns), plain.bias, packed)
     if not kind.rounds or library.library() is not None:
         return MatrixLinear(make(name, kind.format, rows, columns, _group(kind, columns) if kind.rounds else 0), plain.bias)
     if kind.name == "int8":
@@ -289,12 +338,12 @@ def _linear(name: str, kind: Mode, plain: nn.Linear, make: Make) -> nn.Module:
     return RoundedLinear(rows, columns, 4, _group(kind, columns), plain.bias)
 
 
-def _stack(rule: Rule, kind: Mode, held: Tensor, make: Make) -> nn.Module:
+def _stack(rule: Rule, kind: Mode, held: Tensor, make: Make, packed: torch.device | None) -> nn.Module:
     count, rows, columns = held.shape
     group = _group(kind, columns) if kind.rounds else 0
-    if not kind.rounds or library.library() is not None:
+    if packed is None and (not kind.rounds or library.library() is not None):
         return MatrixStack([make(f"{rule.parameter}.{e}", kind.format, rows, columns, group) for e in range(count)])
-    return RoundedStack(held.shape, 8 if kind.name == "int8" else 4, group, held.dtype)
+    return RoundedStack(held.shape, 8 if kind.name == "int8" else 4, group, held.dtype, packed or "cpu")
 
 
 def _by_rows(rule: Rule, held: Tensor) -> bool:

@@ -18,6 +18,7 @@ from mirada.adapt.fbgemm import Int8Linear
 from mirada.adapt.method import Field, Scheme, module_of
 from mirada.adapt.packed import Packed, PackedLinear, PackedRows, PackedStack
 from mirada.errors import TensorError
+from mirada.layers import fused
 from mirada.layers.linear import MatrixLinear, MatrixStack
 from mirada.models import precision
 from mirada.models.layout import Layout, Rule
@@ -183,6 +184,14 @@ def load(model: nn.Module, source: Source, scheme: Scheme, stored: Mapping[str, 
         place.fill(packed, device_of(model, source.rule.parameter))
     else:
         _widen(packed, place)
+
+
+def join(model: nn.Module) -> None:
+    """Stacked matrices one below another, where kernels for many experts read them so."""
+    for module in model.modules():
+        held = next(module.buffers(), None) if isinstance(module, PackedStack) else None
+        if held is not None and fused.packs(held.device):
+            module.join()  # pyright: ignore[reportCallIssue]
 
 
 def device_of(model: nn.Module, parameter: str) -> torch.device:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mirada.layers.kernels.matrix import Format, Matrix
-from mirada.layers.linear import MatrixLinear, MatrixStack
+from mirada.layers.linear import Linear, MatrixLinear, MatrixStack
 from mirada.models.layout import Layout, Rule
 from mirada.models.shards import Stored
 
@@ -47,10 +47,10 @@ class Measure:
         self._lost, self._held = (torch.zeros(columns, dtype=torch.float64) for _ in range(2))
 
     def add(self, exact: Tensor, made: Tensor) -> None:
-        """Rows [n, C] as they were, and, in float32, as they are now."""
+        """Rows [n, C] as they were, and, in float32, as they are now; both on one device."""
         exact = exact.float()
-        self._held += exact.square().sum(0)
-        self._lost += made.sub_(exact).square_().sum(0)
+        self._held += exact.square().sum(0).cpu()
+        self._lost += made.sub_(exact).square_().sum(0).cpu()
 
     def result(self) -> Rounding:
         """Columns of zeros lose nothing and do not count."""
@@ -75,9 +75,15 @@ def spoilt(layout: Layout, made: Mapping[str, Rounding]) -> list[Rule]:
     return [rule for rule in layout.rules if any(name in made and made[name].too_much for name, _ in rule.tensors)]
 
 
-def restore(model: Any, rule: Rule, stored: Mapping[str, Stored]) -> None:
-    """Puts matrices to be filled with what is stored where rounded ones stand: bfloat16 where it is that, else float32."""
+def restore(
+    model: Any, rule: Rule, stored: Mapping[str, Stored], plain: tuple[torch.dtype, torch.device] | None = None
+) -> None:
+    """Puts matrices to be filled with what is stored where rounded ones stand: bfloat16 where it is that, else float32; with
+    ``plain`` parameters of that type and device."""
     owner, _, attribute = rule.parameter.rpartition(".")
+    if plain is not None:
+        put_plain(model, owner, attribute, *plain)
+        return
     narrow = all(stored[name].dtype == "BF16" for name, _ in rule.tensors if name in stored) and rule.tensors[0][0] in stored
     module = model.get_submodule(owner)
     if attribute == "weight":
@@ -88,6 +94,22 @@ def restore(model: Any, rule: Rule, stored: Mapping[str, Stored]) -> None:
     count, rows, columns = getattr(module, attribute).shape
     delattr(module, attribute)
     setattr(module, attribute, MatrixStack([_floats(rows, columns, narrow) for _ in range(count)]))
+
+
+def put_plain(model: Any, owner: str, attribute: str, dtype: torch.dtype, device: torch.device) -> None:
+    """A Linear, or a stacked parameter, to be filled, where a rounded one stands."""
+    module = model.get_submodule(owner)
+    if attribute == "weight":
+        with torch.device("meta"):
+            made = Linear(module.in_features, module.out_features)
+        made.weight = nn.Parameter(torch.empty(made.weight.shape, dtype=dtype, device=device))
+        made.bias = module.bias
+        parent, _, child = owner.rpartition(".")
+        setattr(model.get_submodule(parent), child, made)
+        return
+    shape = getattr(module, attribute).shape
+    delattr(module, attribute)
+    setattr(module, attribute, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
 
 
 def say(model: Any, name: str) -> None:

@@ -13,6 +13,7 @@ from mirada import VLM, Image, Message, Sampling, Text
 from mirada.adapt.mode import Mode
 from mirada.engine.load import check_mode
 from mirada.errors import NotAvailable, SettingsError
+from mirada.layers import fused
 from mirada.layers.kernels import library as compiled
 from mirada.models import precision, quantised
 from mirada.models.load import load_model, save_model
@@ -28,12 +29,22 @@ def folder(tmp_path_factory):
     return make_tiny(tmp_path_factory.mktemp("tiny"), "qwen2_vl")
 
 
-@pytest.mark.parametrize("device", ["cuda", "mps"])
-def test_only_on_a_cpu(device):
-    with pytest.raises(NotAvailable, match="for one CPU"):
-        check_mode(INT4, None, torch.device(device), torch.float32, False, False)
+def test_on_a_cpu_and_a_gpu_with_kernels(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(fused, "status", lambda: fused.Status(("cuda",), "Triton is installed"))
+    assert check_mode(INT4, None, cuda, torch.bfloat16, False, False) == INT4
+    with pytest.raises(SettingsError, match="widen=True"):
+        check_mode(INT4, None, cuda, torch.bfloat16, False, True)
+    with pytest.raises(NotAvailable, match="multiplied in a dtype"):
+        check_mode(Mode("exact"), None, cuda, torch.bfloat16, False, False)
+    with pytest.raises(NotAvailable, match="one device"):
+        check_mode(INT4, None, torch.device("mps"), torch.float32, False, False)
     with pytest.raises(NotAvailable, match="several devices"):
         check_mode(INT4, None, CPU, torch.float32, True, False)
+    monkeypatch.setattr(fused, "status", lambda: fused.Status((), "Triton is not installed", "install it"))
+    with pytest.raises(NotAvailable, match="Triton is not installed") as refused:
+        check_mode(INT4, None, cuda, torch.bfloat16, False, False)
+    assert refused.value.fix == "install it"
 
 
 def test_not_beside_another_type(folder):

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import TINY, tiny_config, write_tokenizer
+from tiny import TINY, make_tiny, tiny_config, write_tokenizer
 from tiny_deepseek import KIMI_CONTROL, write_tiktoken
 
+from mirada.adapt.mode import parse
 from mirada.layers import fused
 from mirada.layers.batch import Batch
 from mirada.layers.cache import make_cache
 from mirada.models.family import FAMILIES
-from mirada.models.load import build
+from mirada.models.load import build, load_model
 
 PIECES = ({0: 2, 1: 1}, {0: 1, 1: 5}, {0: 1, 1: 1})
 
 
-def play(model, cache, calls: list[str] | None = None) -> list[torch.Tensor]:
+def play(model, cache, pieces=PIECES) -> list[torch.Tensor]:
     """Logits of prompts in pieces and single tokens of two sequences, in company."""
     random, past, made = torch.Generator().manual_seed(0), {0: 0, 1: 0}, []
     for slot in past:
         cache.allocate(slot)
-    for piece in PIECES:
+    for piece in pieces:
         places = torch.cat([torch.arange(past[slot], past[slot] + n) for slot, n in piece.items()])
         tokens = torch.randint(0, 90, (len(places),), generator=random)
         batch = Batch(tokens, places.expand(3, -1), tuple(piece.values()), tuple(past[s] for s in piece), tuple(piece))
@@ -54,6 +55,28 @@ def test_models_through_the_kernels(kind, tmp_path, monkeypatch):
         assert used == expected | {"rms_norm", "add_norm", "swiglu"}
         monkeypatch.setattr(fused, "on", lambda x: False)
         theirs = play(model, make_cache(spec, torch.float32, "cpu", layout="slab"))
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() < 2e-4 * b.std() + 1e-5
+
+
+def test_a_mode_through_the_kernels(tmp_path, monkeypatch):
+    """Loading makes integers for the kernels, and single tokens and several are multiplied by them as they lie."""
+    model, pieces = load_model(make_tiny(tmp_path, "kimi_vl"), mode=parse("int4")), ({0: 2, 1: 1}, {0: 1})
+    spec, calls = FAMILIES["kimi_vl"].cache_spec(model.config), {"packed": 0}
+    for name in calls:
+        real = getattr(fused, name)
+
+        def counted(*args, real=real, name=name):
+            out = real(*args)
+            calls[name] += out is not None
+            return out
+
+        monkeypatch.setattr(fused, name, counted)
+    with torch.inference_mode():
+        ours = play(model, make_cache(spec, torch.float32, "cpu", layout="paged", budget=1 << 20), pieces)
+        assert calls["packed"] >= len(pieces) * 10
+        monkeypatch.setattr(fused, "on", lambda x: False)
+        theirs = play(model, make_cache(spec, torch.float32, "cpu", layout="slab"), pieces)
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).abs().max() < 2e-4 * b.std() + 1e-5
 
