@@ -210,6 +210,7 @@ def download(
 
 @app.command()
 def doctor(
+    file: Annotated[Path | None, typer.Argument(help="With --parity: a recording to compare with.", show_default=False)] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="What a model is and needs, from its config: a folder, or org/name.")
     ] = None,
@@ -217,10 +218,30 @@ def doctor(
     quant: Annotated[
         str | None, typer.Option("--quant", help="int8 or int4 (int4:64): what rounding does to each matrix of --model.")
     ] = None,
+    parity: Annotated[bool, typer.Option("--parity", help="A picture through --model, stage by stage, beside FILE.")] = False,
+    record: Annotated[Path | None, typer.Option("--record", help="With --parity: keep the stages in this file.")] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", help="With --parity: eager, float32 or transformers instead of FILE.")
+    ] = None,
+    image: Annotated[str | None, typer.Option("--image", help="With --parity: another picture than the drawn one.")] = None,
+    question: Annotated[str | None, typer.Option("--question", help="With --parity: another question.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="With --parity: another type than float32.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Debug = False,
 ) -> None:
     """Show versions, devices, decoders, threads and memory, and how to mend what is missing; or what a model needs."""
+    if parity:
+        if model is None or verify:
+            raise SettingsError(
+                "--parity needs a model, and no --verify", "add --model FOLDER, and ask for one thing at a time"
+            )
+        from mirada.cli.doctor_parity import Asked
+        from mirada.cli.doctor_parity import run as run_parity
+
+        asked = Asked(model, file, record, against, image, question, quant, dtype)
+        raise typer.Exit(run_parity(asked, as_json=json))
+    if any(value is not None for value in (file, record, against, image, question, dtype)):
+        raise SettingsError("a file, --record, --against, --image, --question and --dtype are for --parity", "add --parity")
     if quant is not None:
         if model is None or verify:
             raise SettingsError("--quant needs a model, and no --verify", "add --model FOLDER, and ask for one thing at a time")
