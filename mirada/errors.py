@@ -41,7 +41,9 @@ Each carries ``problem`` (what is wrong, naming the thing) and ``fix`` (what to 
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Iterable
+from typing import Any
 
 
 class MiradaError(Exception):
@@ -54,6 +56,10 @@ class MiradaError(Exception):
 
     def __str__(self) -> str:
         return f"{self.problem}. {self.fix}" if self.fix else self.problem
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and sent between processes as it is: a kind whose constructor takes more is not made by calling it again."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class InputError(MiradaError, ValueError):

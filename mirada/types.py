@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from numbers import Integral, Real
 from typing import Any, Literal, Protocol
 
@@ -27,7 +28,8 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A picture: path, ``file://``, ``http(s)://``, ``data:`` URI, bytes, PIL image or uint8 array [H, W] / [H, W, 3|4].
+    """A picture: path, ``file://``, ``http(s)://``, ``data:`` URI, bytes (also those of a ``BytesIO``, wherever it stands), PIL
+    image or uint8 array [H, W] / [H, W, 3|4].
 
     ``min_pixels`` / ``max_pixels`` bound the resized area (pixels); ``resized_height`` / ``resized_width`` ask for an
     exact size, snapped to the model's factor.
@@ -43,10 +45,14 @@ class Image:
     resized_width: int | None = None
     id: str | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.source, BytesIO):
+            object.__setattr__(self, "source", self.source.getvalue())
+
 
 @dataclass(frozen=True, slots=True)
 class Video:
-    """A video: path, URL, bytes, or a list of pictures (then ``fps`` is the rate at which they were taken).
+    """A video: path, URL, bytes (or a ``BytesIO``), or a list of pictures (then ``fps`` is the rate at which they were taken).
 
     ``fps`` frames per second to sample, or ``nframes`` in all, not both; ``video_start`` / ``video_end`` seconds;
     ``total_pixels`` bounds the sum over frames. ``None`` takes the model's own default.
@@ -65,6 +71,10 @@ class Video:
     resized_height: int | None = None
     resized_width: int | None = None
     min_frame_similarity: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.source, BytesIO):
+            object.__setattr__(self, "source", self.source.getvalue())
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import copy
+import io
+import pickle
 import re
 import subprocess
 import sys
@@ -112,6 +115,24 @@ def test_an_error_says_problem_and_fix():
 def test_capacity_carries_its_numbers():
     error = errors.ContextOverflow("too long", "shorten it", needed=9, available=4, unit="tokens")
     assert (error.needed, error.available, error.unit) == (9, 4, "tokens")
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))], ids=["copied", "sent"])
+def test_an_error_reaches_another_process_whole(twin):
+    for error in (
+        errors.ParameterError("n=0 is too few", "ask for one", param="n"),
+        errors.ContextOverflow("too long", "shorten it", needed=9, available=4, unit="tokens"),
+        errors.RemoteBusy("it has no room", status=503),
+    ):
+        found = twin(error)
+        assert type(found) is type(error) and str(found) == str(error) and vars(found) == vars(error)
+
+
+def test_media_in_memory_are_taken_as_their_bytes():
+    for kind in (types.Image, types.Video):
+        file = io.BytesIO(b"content")
+        file.read(3)
+        assert kind(file).source == b"content" and kind(file) == kind(b"content")
 
 
 def test_the_layers_contract_names_every_room():

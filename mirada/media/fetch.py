@@ -145,9 +145,7 @@ def locate(
     if isinstance(source, os.PathLike):
         return _path(os.fspath(source), limits)
     if not isinstance(source, str):
-        raise MediaUnsupported(
-            f"a media source is a {type(source).__name__}", "give a path, an http(s), file or data address, bytes, or a picture"
-        )
+        raise MediaUnsupported(f"a media source is a {type(source).__name__}", _instead(source))
     scheme = match[1].lower() if (match := _SCHEME.match(source)) else ""
     if scheme in ("http", "https"):
         from mirada.media.download import download  # httpx takes 0.1 s to load
@@ -162,6 +160,17 @@ def locate(
             f"{show(source)}: the scheme {scheme or 'before ://'} is not handled", "use http, https, file or data"
         )
     return _path(source, limits)
+
+
+def _instead(source: object) -> str:
+    """What to give in the place of an object that is no source."""
+    if hasattr(source, "read"):
+        return "give the bytes that its read() returns"
+    if hasattr(source, "__array__"):
+        return (
+            "give a numpy array of uint8, [H, W, 3]; of a tensor [3, H, W] of that type: tensor.permute(1, 2, 0).cpu().numpy()"
+        )
+    return "give a path, an http(s), file or data address, bytes, or a picture"
 
 
 def show(source: object) -> str:

@@ -112,6 +112,13 @@ def url(path: str) -> Callable[[World], str]:
     return lambda world: world.web.url(path)
 
 
+class Tensor:
+    """As numpy sees one of torch's."""
+
+    def __array__(self, *_: object) -> np.ndarray:
+        return np.zeros((3, 8, 8), np.uint8)
+
+
 def rooted(world: World) -> FetchLimits:
     return FetchLimits.serving(world.folder / "root")
 
@@ -166,7 +173,8 @@ ROWS = (
     Row("a link out of the root", file("root/link.png"), MediaRefused, ("outside the allowed folder",), rooted),
     Row("None", None, MediaUnsupported, ("NoneType", "path")),
     Row("a mapping", {"url": "a.png"}, MediaUnsupported, ("dict", "address")),
-    Row("an open file", io.BytesIO(PICTURE), MediaUnsupported, ("BytesIO", "bytes")),
+    Row("an open file", io.BufferedReader(io.BytesIO(PICTURE)), MediaUnsupported, ("BufferedReader", "read()")),
+    Row("a tensor", Tensor(), MediaUnsupported, ("Tensor", "permute(1, 2, 0)", "numpy")),
     Row("a float array", np.zeros((8, 8, 3), np.float32), MediaUnsupported, ("float32", "255")),
     Row("a 16-bit array", np.zeros((8, 8, 3), np.uint16), MediaUnsupported, ("uint16", "257")),
     Row("channels first", np.zeros((3, 8, 8), np.uint8), MediaUnsupported, ("(3, 8, 8)", "transpose(1, 2, 0)")),
