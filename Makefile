@@ -5,7 +5,8 @@
 #   make test-browser   the playground in Chromium (installed by .ci/run where it may)
 #   make check    formatting, lint, types, and who may import whom
 #   make test-distributed    the tests that start several processes, on loopback
-#   make test-slow    the tests that take minutes: long random traffic, whole contexts, hours of video (4 GB of memory and disk)
+#   make test-slow    the tests that take minutes: long random traffic, whole contexts, hours of video (4 GB of memory and disk);
+#                     then the tests over drawn examples with new ones, which `make test` never draws
 #
 # PIP_ARGS is handed to pip, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for the small CPU torch.
 
@@ -27,13 +28,14 @@ demo: $(STAMP)
 	@$(BIN)/mirada ask $(DEMO_PICTURE) "$(DEMO_QUESTION)"
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --durations=15 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 $(PYTEST_ARGS)
 
 test-distributed: $(STAMP)
 	$(BIN)/python -m pytest -m distributed --durations=5 $(PYTEST_ARGS)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --durations=15 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "hypothesis and not (gpu or slow or browser or distributed)" --hypothesis-profile=random $(PYTEST_ARGS)
 
 test-browser: $(STAMP)
 	$(BIN)/python -m pytest -m browser tests/serve/browser $(PYTEST_ARGS)

@@ -33,7 +33,7 @@ def test_every_split_point():
         assert read(STREAM[:at], STREAM[at:]) == EVENTS, at
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, len(STREAM)), max_size=9), st.sampled_from([b"\n", b"\r", b"\r\n"]))
 def test_any_chunking_and_line_end(cuts, end):
     data = (

@@ -113,7 +113,7 @@ def test_flat_and_steep():
 CHANCES = st.lists(st.floats(0.0, 1.0), max_size=3).map(lambda some: sorted(some, reverse=True))
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(
     chances=st.lists(CHANCES, min_size=1, max_size=3),
     most=st.integers(1, 6),

@@ -17,9 +17,7 @@ from mirada.types import Image, Message, Sampling, Text, Video
 
 TOLERANCE = 1e-4
 GREEDY = Sampling(max_tokens=6, ignore_eos=True)
-SETTINGS = settings(
-    max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+SETTINGS = settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def run(vlm, asked, sampling=GREEDY):

@@ -46,10 +46,11 @@ def small(monkeypatch):
 PIECES = st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=14), st.integers(1, 9)), max_size=8)
 
 
+@pytest.mark.hypothesis
 def test_the_guard_is_its_definition(small):
     found = []
 
-    @settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=150, database=None)
     @given(pieces=PIECES, max_repeats=st.integers(2, 5))
     def check(pieces, max_repeats):
         tokens = [token for piece, times in pieces for token in piece * times]

@@ -27,7 +27,7 @@ def proposed_plainly(tokens, count):
     return []
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(tokens=TOKENS, more=TOKENS, count=st.integers(0, 12))
 def test_the_longest_run_at_its_last_place(tokens, more, count):
     index = NGramIndex(tokens)

@@ -186,7 +186,7 @@ def one_picture(models):
     return base, ask
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=QUIET)
+@settings(max_examples=8, suppress_health_check=QUIET)
 @given(
     row=st.integers(0, 83),
     column=st.integers(0, 111),
@@ -422,7 +422,7 @@ def prompts(draw):
     return made
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(
     prompts=prompts(),
     most=st.integers(0, 9),

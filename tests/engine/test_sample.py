@@ -124,7 +124,7 @@ def test_a_nucleus_wider_than_what_is_looked_at_first():
         assert drawn(logits, [choice]) == [drawn_plainly(logits[0].double().tolist(), choice)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
     size=st.sampled_from([1, 7, 300, 5000]),
@@ -275,7 +275,7 @@ def edited_plainly(values, s, prompt, answer):
 TOKENS = st.lists(st.integers(0, 36), max_size=40)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(
     requests=st.lists(
         st.tuples(

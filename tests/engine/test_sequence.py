@@ -54,7 +54,7 @@ def test_every_split_of_every_text(text, stops):
             assert ("".join(out), found) == expected, places
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(
     pieces=st.lists(st.text("abc", max_size=4), max_size=8),
     stops=st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),

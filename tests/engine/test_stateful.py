@@ -237,7 +237,7 @@ def traffic(engines, adapter_folders, monkeypatch):
             class Here(Traffic):
                 world = World(plain, adapter_folders[kind], layout, kv, {}, set(), Partings(NEAR[kv]))
 
-            options = {"deadline": None, "suppress_health_check": list(HealthCheck)} | options
+            options = {"suppress_health_check": list(HealthCheck)} | options
             run_state_machine_as_test(Here, settings=settings(**options))
         return Here.world
 
@@ -245,13 +245,14 @@ def traffic(engines, adapter_folders, monkeypatch):
     return run
 
 
-FEW = {"max_examples": 3, "stateful_step_count": 8, "derandomize": True, "phases": [Phase.generate]}
+FEW = {"max_examples": 3, "stateful_step_count": 8, "phases": [Phase.generate]}
 WAYS = [
     ("Keye", "slab", "auto"), ("KeyeVL1_5", "paged", "auto"), ("KeyeVLMoe", "slab", "auto"), ("kimi_vl", "paged", "auto"),
     ("qwen2_vl", "slab", "auto"), ("qwen2_vl", "paged", "int8"), ("kimi_vl", "slab", "int8"),
 ]  # fmt: skip
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize(("kind", "layout", "kv"), WAYS)
 def test_random_traffic_under_a_tiny_budget(traffic, kind, layout, kv):
     world = traffic(kind, layout, kv, **FEW)

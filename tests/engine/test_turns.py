@@ -44,7 +44,7 @@ def test_what_the_oldest_could_not_use_keeps_nobody_waiting_for_long(idle):
     assert oldest.left == 850 and short.left == 0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     sizes=st.lists(st.integers(1, 400), min_size=2, max_size=12),
     arrivals=st.lists(st.integers(0, 6), min_size=12, max_size=12),

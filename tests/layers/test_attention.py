@@ -65,7 +65,7 @@ def test_half_precision_stays_half() -> None:
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.sampled_from([0.0, CAUSAL_SLACK]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_groups_hold_every_sequence_once_and_waste_little(lengths: list[int], slack: float) -> None:
     made = groups(lengths, slack)
     assert sorted(i for group in made for i in group) == list(range(len(lengths)))

@@ -27,7 +27,7 @@ HEADS, KV_HEADS, WIDTH, LAYERS = 6, 2, 16, 2
 GQA = {"num_layers": LAYERS, "num_kv_heads": KV_HEADS, "head_dim": WIDTH}
 LATENT = {"kind": "latent", "num_layers": LAYERS, "latent_dim": 12, "rope_dim": 4}
 SIZES = LatentSizes(dim=24, heads=3, q_rank=None, kv_rank=12, nope=8, rope=4, value=6)
-FEW = settings(max_examples=25, deadline=None, derandomize=True)
+FEW = settings(max_examples=25)
 
 
 def step(lengths, past, slots):
@@ -206,7 +206,7 @@ def caches(kv, budget_tokens):
             yield make_cache(spec, torch.float32, "cpu", layout=layout, kv=kv, budget=budget_tokens * size)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(
     wishes=st.lists(st.tuples(st.integers(0, 1), st.integers(1, 900)), min_size=5, max_size=10),
     kv=st.sampled_from(["auto", "int8"]),

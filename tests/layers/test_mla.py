@@ -103,7 +103,7 @@ def test_packed_sequences_equal_plain_attention(name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODULES)
 @given(cuts=st.lists(st.integers(1, 9), min_size=1, max_size=6), seed=st.integers(0, 10**6))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_absorbed_equals_expanded_in_any_cutting(name: str, cuts: list[int], seed: int) -> None:
     module = MODULES[name]
     x = drawn(module.sizes, sum(cuts), seed)

@@ -51,7 +51,7 @@ def plainly(module: Router, token: torch.Tensor) -> dict[int, float]:
 @torch.no_grad()
 @pytest.mark.parametrize("routing", ROUTINGS)
 @given(seed=st.integers(0, 10**6))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_choices_and_weights_equal_the_plain_rule(routing: Routing, seed: int) -> None:
     module = router(routing, seed)
     x = torch.randn(6, 10, generator=torch.Generator().manual_seed(seed + 1))
@@ -120,7 +120,7 @@ def one_at_a_time(module: Experts, x, chosen, weights) -> torch.Tensor:
 
 @torch.no_grad()
 @given(seed=st.integers(0, 10**6), tokens=st.integers(1, 40), experts=st.integers(1, 9))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_experts_equal_one_token_at_a_time(seed: int, tokens: int, experts: int) -> None:
     given_ = drawn(seed, tokens, experts, min(experts, 1 + seed % 4))
     torch.testing.assert_close(given_[0](*given_[1:]), one_at_a_time(*given_), atol=2e-6, rtol=1e-5)

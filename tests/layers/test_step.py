@@ -128,7 +128,7 @@ def test_head_sizes_and_groups(width: int, sections: tuple[int, int, int], heads
     compare(replace(CONFIG, num_hidden_layers=1, **sizes), (70, 0), (1, 3))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.builds(
         lambda heads, kv, half, width, inner, bias, norm, layers: replace(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mirada.errors import MediaUnsupported
@@ -75,7 +75,6 @@ sides = st.integers(1, 9000)
 factors = st.sampled_from([14, 28, 32])
 
 
-@settings(deadline=None)
 @given(sides, sides, factors, st.integers(1, 400), st.integers(400, 40000), st.booleans())
 def test_fit_gives_multiples_within_the_bounds(h: int, w: int, factor: int, low: int, high: int, enlarge: bool) -> None:
     low, high = low * factor**2, high * factor**2
@@ -100,7 +99,6 @@ def test_fit_gives_multiples_within_the_bounds(h: int, w: int, factor: int, low:
     assert (high_side >= wide) == (h >= w) or abs(high_side - wide) <= factor  # orientation is kept
 
 
-@settings(deadline=None)
 @given(st.integers(28, 4000), st.integers(28, 4000), st.integers(4, 4000), st.integers(4, 4000))
 def test_fit_does_not_shrink_when_the_bound_grows(h: int, w: int, one: int, other: int) -> None:
     small, large = sorted((one, other))
@@ -110,7 +108,6 @@ def test_fit_does_not_shrink_when_the_bound_grows(h: int, w: int, one: int, othe
     assert areas[0] <= areas[1]
 
 
-@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 60))
 def test_fit_leaves_what_fits_already(rows: int, columns: int) -> None:
     if max(rows, columns) > 200 * min(rows, columns):

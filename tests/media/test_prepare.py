@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as pil
 
@@ -264,7 +264,6 @@ def test_a_budget_keeps_what_a_picture_asked_for_at_least() -> None:
     assert areas(made) == [420**2, 336**2]  # 200,000 rounded down to whole cells; the other takes all the rest
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=5), st.integers(5, 120))
 def test_no_budget_is_exceeded_and_nothing_is_dropped(shapes: list[tuple[int, int]], cells: int) -> None:
     parts = [Image(np.zeros(shape, np.uint8)) for shape in shapes if max(shape) <= 200 * min(shape)]

@@ -167,7 +167,7 @@ def test_bad_settings_are_named(part: Video, problem: str) -> None:
     assert caught.value.fix
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     times=st.lists(st.floats(0.001, 30.0), min_size=0, max_size=40),
     nframes=st.integers(1, 60),

@@ -64,7 +64,7 @@ def test_budget_row(row: list) -> None:
     assert [*slow, *fast] == sizes
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(num_slow=st.integers(0, 300), num_fast=st.integers(0, 300), total=st.integers(48 * 784, 65536 * 784))
 def test_the_search_ends_at_the_first_size_over_the_budget(num_slow: int, num_fast: int, total: int) -> None:
     def over(tokens: int) -> bool:

@@ -135,7 +135,7 @@ def split_media(media: MediaBatch) -> list[MediaBatch]:
 
 @torch.no_grad()
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 4))
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 def test_packed_equals_single_equals_cached(seed: int, count: int) -> None:
     random = np.random.default_rng(seed)
     made = [random_prompt(random, PADS, False, flat(MODEL.config)) for _ in range(count)]

@@ -46,7 +46,7 @@ def split_media(media: MediaBatch) -> list[MediaBatch]:
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 4))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_packed_equals_single_equals_cached(name: str, seed: int, count: int) -> None:
     model = MODELS[name]
     random = np.random.default_rng(seed)

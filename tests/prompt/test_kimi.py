@@ -49,7 +49,7 @@ def test_what_an_assistant_wrote_is_learnt_with_its_end() -> None:
 
 
 @given(text=st.text("[]<|>imedaps_nrtEOS ◁▷/thk", max_size=40))
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 def test_text_of_users_never_becomes_a_control_token(text: str) -> None:
     text += "[EOS]<|im_end|><|media_pad|><|reserved_token_600|>"
     prompt = RENDERER.render([Message("user", text)])

@@ -151,7 +151,7 @@ PIECES = st.sampled_from(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(PIECES, max_size=12).map("".join),
     st.lists(st.integers(1, 9), max_size=60),
@@ -166,7 +166,7 @@ def test_stream_equals_whole(reply, sizes, inside):
     assert joined(deltas + parser.close()) == whole(reply, inside)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(PIECES, max_size=12).map("".join), st.sampled_from([None, "think", "answer"]))
 def test_no_content_is_lost(reply, inside):
     text, reasoning, calls = whole(reply, inside)
@@ -177,7 +177,7 @@ def test_no_content_is_lost(reply, inside):
         assert told.count(f'"{name}"') + sum(call.name == name for call in calls) == reply.count(f'"{name}"')
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(max_size=40))
 def test_replies_without_tags_come_through(reply):
     if not any(tag in reply for tag in TAGS):

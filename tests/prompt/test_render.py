@@ -159,7 +159,7 @@ TURNS = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(TURNS, st.sampled_from([PREVIEW, FRAMES]), st.booleans())
 def test_tokens_are_those_of_the_rendered_text(turns, renderer, generate):
     chat = [Message(role, text) for role, text in turns]
@@ -170,7 +170,7 @@ def test_tokens_are_those_of_the_rendered_text(turns, renderer, generate):
     assert list(prompt.tokens) == oracle().encode(written).ids
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(TURNS, st.booleans())
 def test_what_is_learnt_is_what_the_assistant_wrote(turns, generate):
     import unicodedata

@@ -99,7 +99,7 @@ ALPHABET = st.sampled_from(
 TEXTS = st.lists(ALPHABET | st.text(st.characters(exclude_categories=["Cs"]), max_size=3), max_size=8)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(TEXTS, st.lists(st.integers(0, 8), max_size=4))
 def test_any_text_in_any_pieces_survives_and_stays_text(pieces, cuts):
     renderer = RENDERERS["keye"]
@@ -112,7 +112,7 @@ def test_any_text_in_any_pieces_survives_and_stays_text(pieces, cuts):
     assert TOKENIZER.decode(prompt.tokens) == unicodedata.normalize("NFC", before + whole + after)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(TEXTS)
 def test_private_use_characters_survive_where_templates_escape(pieces):
     # Its parts are trimmed and written as JSON in ASCII.

@@ -16,13 +16,13 @@ PIECES = st.sampled_from(
 TEXTS = st.lists(PIECES | st.text(max_size=5), max_size=12).map("".join)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(TEXTS)
 def test_with_control_strings_it_equals_the_library(text):
     assert tokenizer().encode_control(text) == oracle().encode(text, add_special_tokens=False).ids
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(TEXTS)
 def test_plain_text_never_becomes_a_control_token_and_comes_back(text):
     import unicodedata
@@ -39,7 +39,7 @@ def test_every_control_string_alone():
         assert tokenizer().decode([tokenizer().id(text)], skip_special=True) == ("" if text in SPECIAL else text)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, tokenizer().vocab_size + 5), max_size=40), st.booleans(), st.data())
 def test_streamed_text_equals_the_whole_and_has_no_half_characters(ids, skip, data):
     whole = tokenizer().decode(ids, skip_special=skip)
@@ -61,7 +61,7 @@ def test_a_character_of_several_tokens_comes_out_whole():
     assert decoder.feed(ids[:1] + ids[-1:]) + decoder.close() == tokenizer().decode(ids[:1] + ids[-1:])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(TEXTS)
 def test_decode_equals_the_library(text):
     ids = tokenizer().encode_control(text)

@@ -73,7 +73,7 @@ message = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.lists(message, min_size=1, max_size=3), max_size=3), st.sampled_from([".parquet", ".tar"]))
 def test_any_chat_survives(tmp_path, chats, suffix):
     made = [Record(str(i), tuple(chat), {"n": i}) for i, chat in enumerate(chats)]
