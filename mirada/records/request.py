@@ -39,17 +39,23 @@ _OWN = (
     "thinking", "reasoning_effort", "include_reasoning", "adapter", "chat_template_kwargs", "mm_processor_kwargs",
     "media_io_kwargs", "return_token_ids", "request_id",
 )  # fmt: skip
-LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
-"""Known, and of no effect on an answer: names that a caller gives to its requests, for services that keep them."""
+LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_options", "prediction")
+"""Known, and of no effect on an answer: names that a caller gives to its requests, for services that keep them, and hints that
+speed up a service and change nothing of what it says."""
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 HONOURED: dict[str, tuple[Any, ...]] = {
-    "store": (False,),  # nothing is kept
-    "service_tier": ("auto", "default"),
-    "prompt_cache_retention": ("in_memory", "in-memory"),
+    "store": (False, True),  # nothing is kept, and a response says so
+    "service_tier": ("auto", "default", "flex", "scale", "priority"),  # there is one, and the answer names it
+    "prompt_cache_retention": ("in_memory", "in-memory", "24h"),  # at most so long
+    "verbosity": ("low", "medium", "high"),
+    "modalities": (["text"],),
     "priority": (0,),
     "skip_special_tokens": (True,),
     "guided_decoding_backend": ("auto", "guidance", "llguidance"),
 }
-"""Parameters of which these values alone can be kept to; any other is an error."""
+"""Parameters of which these values alone are taken; any other is an error."""
+TOLD: dict[str, tuple[Any, ...]] = {"verbosity": ("low", "high"), "truncation": ("auto",)}
+"""Wishes that programs send as a matter of course and that cannot be kept to: the answer comes, and ``unknown`` names them."""
 KNOWN = frozenset((*_OWN, *LABELS, *HONOURED, *_SAMPLING, *_MEDIA, *_GUIDES))
 """Every parameter that is understood."""
 
@@ -84,7 +90,7 @@ class RequestOptions:
     request_id: str | None = None
     """What the answer's ``id`` ends with."""
     unknown: tuple[str, ...] = ()
-    """Parameters that were not understood, where that is allowed."""
+    """Parameters that were left aside: not understood, where that is allowed, and wishes (``TOLD``)."""
 
 
 class ChatRequest(NamedTuple):
@@ -108,6 +114,7 @@ def request_from_openai(
     left = Unknown(allow_unknown)
     left.check(given, KNOWN)
     _check_honoured(given)
+    left.names += wishes(given)
     if "messages" not in given:
         raise ParameterError("the request has no messages", "give a list of objects with role and content", param="messages")
     messages = messages_from_openai(given["messages"], left.key if allow_unknown else None)
@@ -174,6 +181,11 @@ def _check_honoured(given: Mapping[str, Any]) -> None:
         value = given.get(name)
         if value is not None and not any(type(value) is type(one) and value == one for one in values):
             raise _wrong(name, value, " or ".join(map(json.dumps, values)) + ", or leave it out: nothing else can be kept to")
+
+
+def wishes(given: Mapping[str, Any]) -> list[str]:
+    """Which of ``TOLD`` a body has."""
+    return [name for name, values in TOLD.items() if given.get(name) in values]
 
 
 def _request_id(given: Mapping[str, Any]) -> str | None:
@@ -259,8 +271,8 @@ def _thinking(given: Mapping[str, Any], left: Unknown) -> tuple[Thinking, str | 
     kwargs = _take(given, "chat_template_kwargs", dict, {})
     left.check(kwargs, ("enable_thinking", "thinking"), "chat_template_kwargs")
     effort = _take(given, "reasoning_effort", str)
-    if effort not in (None, "none", "minimal", "low", "medium", "high", "xhigh"):
-        raise _wrong("reasoning_effort", effort, "none, minimal, low, medium, high or xhigh")
+    if effort not in (None, *EFFORTS):
+        raise _wrong("reasoning_effort", effort, f"{', '.join(EFFORTS[:-1])} or {EFFORTS[-1]}")
     enable = _take(kwargs, "enable_thinking", bool, None, "chat_template_kwargs.")
     said: Thinking = "auto"
     by: str | None = None

@@ -26,6 +26,7 @@ _SOURCES = {"image": Image, "image_url": Image, "video": Video, "video_url": Vid
 _TYPES = ("text", "refusal", *_SOURCES)
 _MESSAGE_KEYS = (
     "role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "refusal", "annotations",
+    "provider_specific_fields",
 )  # fmt: skip
 MOST_ID = 256
 """Characters of a picture's ``uuid``."""
@@ -43,8 +44,8 @@ def messages_from_openai(messages: Sequence[Mapping[str, Any]], left: Left | Non
 
     Raises MessageError naming the message, the part and the key: unknown keys (and what they may have meant; with ``left``
     they are told and left aside), wrong types, parts of no or two kinds. A picture whose ``detail`` is low has at most
-    ``LOW_DETAIL`` pixels; the other details are the model's own size. A refusal is what was said. ``name``, and the
-    ``annotations`` of an earlier answer, are accepted and have no effect.
+    ``LOW_DETAIL`` pixels; the other details are the model's own size. A refusal is what was said. ``name``, the
+    ``annotations`` of an earlier answer, and what LiteLLM notes in one (``provider_specific_fields``) have no effect.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise MessageError(f"the messages are a {type(messages).__name__}", "give a list of objects with role and content")
@@ -173,11 +174,11 @@ def _number(key: str, value: Any, where: str) -> int | float:
 def _call(call: Any, where: str, left: Left | None) -> ToolCall:
     if not isinstance(call, Mapping):
         raise MessageError(f"{where} is a {type(call).__name__}", "give an object with function and id")
-    _known(call, ("id", "type", "function", "index"), where, left)
+    _known(call, ("id", "type", "function", "index", "provider_specific_fields"), where, left)
     function = call.get("function")
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise MessageError(f"{where} names no function", "give {'function': {'name': ..., 'arguments': ...}}")
-    _known(function, ("name", "arguments"), where, left)
+    _known(function, ("name", "arguments", "provider_specific_fields"), where, left)
     arguments = function.get("arguments") or "{}"
     if not isinstance(arguments, str):
         try:

@@ -68,14 +68,14 @@ async def complete(request: Request, body: Mapping[str, Any], desk: Desk) -> Res
     id = f"chatcmpl-{options.request_id or secrets.token_hex(12)}"
     choices = await submit(asked)
     if options.stream:
-        return await _streamed(request, choices, asked, id, desk)
+        return await _streamed(request, choices, asked, id, desk, openai.tier_of(body))
     outputs = await whole(request, choices, asked, desk)
     made = completion_to_openai(
         [openai.with_ids(output, id, index) for index, output in enumerate(outputs)],
         model=asked.name, id=id, created=int(time.time()), token_bytes=token_bytes(asked.vlm),
         return_token_ids=options.return_token_ids, reasoning=options.include_reasoning,
     )  # fmt: skip
-    return reply(made, headers=asked.headers)
+    return reply(made | openai.tier_of(body), headers=asked.headers)
 
 
 def read(body: Mapping[str, Any], desk: Desk, tenant: str) -> Asked:
@@ -110,11 +110,13 @@ def note(request: Request, outputs: list[Output], asked: Asked, desk: Desk) -> N
     ticket.facts["completion_tokens"] = sum(output.usage.completion_tokens for output in outputs)
 
 
-async def _streamed(request: Request, choices: Choices, asked: Asked, id: str, desk: Desk) -> EventStream:
+async def _streamed(
+    request: Request, choices: Choices, asked: Asked, id: str, desk: Desk, tier: Mapping[str, str]
+) -> EventStream:
     options = asked.chat.options
     chunks = openai.Chunks(
         id, int(time.time()), asked.name, options.include_usage, asked.chat.sampling.logprobs is not None,
-        token_bytes(asked.vlm), options.return_token_ids, options.include_reasoning, options.continuous_usage,
+        token_bytes(asked.vlm), options.return_token_ids, options.include_reasoning, options.continuous_usage, tier,
     )  # fmt: skip
     events = _events(request, choices, chunks, asked, desk)
     return await first_then_all(request, events, choices, asked, desk)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mirada.errors import ParameterError, nearest
@@ -114,6 +114,8 @@ class Chunks:
     """Say what is thought too."""
     usages: bool = False
     """Say in every chunk what was used so far (``continuous_usage_stats``)."""
+    tier: Mapping[str, str] = field(default_factory=dict)
+    """``tier_of`` the request."""
 
     def __post_init__(self) -> None:
         self._num_calls: dict[int, int] = {}
@@ -160,7 +162,7 @@ class Chunks:
         return {"index": number, **call_to_openai(replace(call, id=call_id(self.id, index, number)), number)}
 
     def _head(self) -> dict[str, Any]:
-        return {"id": self.id, "object": "chat.completion.chunk", "created": self.created, "model": self.model}
+        return {"id": self.id, "object": "chat.completion.chunk", "created": self.created, "model": self.model, **self.tier}
 
     def _chunk(self, index: int, delta: dict[str, Any], **beside: Any) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **beside}
@@ -172,6 +174,11 @@ class Chunks:
         completion = sum(self._num_tokens.values())
         total = self.num_prompt + completion
         return {"prompt_tokens": self.num_prompt, "completion_tokens": completion, "total_tokens": total}
+
+
+def tier_of(body: Mapping[str, Any]) -> dict[str, str]:
+    """What an answer says of ``service_tier``, where the request does: there is one for all."""
+    return {"service_tier": "default"} if body.get("service_tier") is not None else {}
 
 
 def model_card(name: str, created: int, context: int, adapters: Sequence[str]) -> dict[str, Any]:

@@ -8,25 +8,33 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mirada.errors import ContextOverflow, InputError, ParameterError, nearest
-from mirada.records.request import LABELS, Unknown
+from mirada.records.request import HONOURED, LABELS, Unknown, wishes
 from mirada.serve.errors import http_error
 
 _RENAMED = {"max_output_tokens": "max_completion_tokens"}
 _KEPT = (
-    *LABELS, "model", "stream", "temperature", "top_p", "parallel_tool_calls", "service_tier", "store",
-    "prompt_cache_retention", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "stop",
-    "stop_token_ids", "include_stop_str_in_output", "min_tokens", "logit_bias", "ignore_eos", "max_repeats",
+    *(n for n in LABELS if n != "prediction"), "model", "stream", "temperature", "top_p", "parallel_tool_calls", "service_tier",
+    "store", "prompt_cache_retention", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
+    "stop", "stop_token_ids", "include_stop_str_in_output", "min_tokens", "logit_bias", "ignore_eos", "max_repeats",
     "skip_special_tokens", "priority", "thinking", "thinking_budget", "include_reasoning", "fps", "nframes", "min_pixels",
     "max_pixels", "adapter", "chat_template_kwargs", "mm_processor_kwargs", "media_io_kwargs", "guided_json", "guided_regex",
     "guided_choice", "guided_grammar", "guided_whitespace_pattern", "guided_decoding_backend", "structured_outputs",
 )  # fmt: skip
 _OWN = (
     "input", "instructions", "tools", "tool_choice", "reasoning", "text", "truncation", "include", "background",
-    "top_logprobs", "stream_options",
+    "top_logprobs", "stream_options", "max_tool_calls",
 )  # fmt: skip
 KNOWN = (*_KEPT, *_OWN, *_RENAMED)
 LOGPROBS = "message.output_text.logprobs"
-"""What ``include`` may name."""
+INCLUDES = (
+    LOGPROBS, "reasoning.encrypted_content", "message.input_image.image_url", "file_search_call.results",
+    "web_search_call.results", "web_search_call.action.sources", "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+)  # fmt: skip
+"""What ``include`` may name. But for the first, answers hold none of it: what was thought comes in clear, nothing is kept, and
+there are no tools but the caller's."""
+SUMMARIES = ("auto", "concise", "detailed")
+TRUNCATIONS = ("disabled", "auto")
 # Parameters of chat completions as this API says them; the first that fits counts.
 _BACK = (
     (r"max_(?:completion_)?tokens$", "max_output_tokens"), (r"messages$", "input"), (r"reasoning_effort", "reasoning.effort"),
@@ -40,6 +48,7 @@ _ITEM_KEYS = {
 }
 _PART_KEYS = {
     "input_text": ("type", "text"),
+    "text": ("type", "text"),
     "output_text": ("type", "text", "annotations", "logprobs"),
     "refusal": ("type", "refusal"),
     "input_image": ("type", "image_url", "detail", "file_id"),
@@ -112,7 +121,10 @@ def as_chat(body: Mapping[str, Any], allow_unknown: bool = False) -> Form:
     left.check(given, KNOWN)
     made = {_RENAMED.get(key, key): value for key, value in given.items() if key in _KEPT or key in _RENAMED}
     _only(given, "background", (False,))
-    _only(given, "truncation", ("disabled",))
+    _only(given, "truncation", TRUNCATIONS)
+    most = given.get("max_tool_calls")  # of tools that a service runs itself: here there are none
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        raise ParameterError(f"max_tool_calls={repr(most)[:80]} is no count", "leave it out", param="max_tool_calls")
     if not all(isinstance(value, str) for value in _typed(given, "metadata", dict, {}).values()):  # it comes back
         raise ParameterError("metadata holds what is no text", "give an object of texts", param="metadata")
     options = _typed(given, "stream_options", dict, {})
@@ -122,11 +134,13 @@ def as_chat(body: Mapping[str, Any], allow_unknown: bool = False) -> Form:
     made["messages"] = turns.messages
     made["tools"] = [_tool(tool, index) for index, tool in enumerate(_typed(given, "tools", list, []))] or None
     reasoning, text = (_typed(given, name, dict, {}) for name in ("reasoning", "text"))
-    left.check(reasoning, ("effort", "summary", "generate_summary"), "reasoning")
+    left.check(reasoning, ("effort", "summary", "generate_summary", "context"), "reasoning")
     left.check(text, ("format", "verbosity"), "text")
     for name in ("summary", "generate_summary"):  # what was thought is told whole, and no summary of it is made
-        _only(reasoning, name, ("auto",), "reasoning.")
-    _only(text, "verbosity", ("medium",), "text.")
+        _only(reasoning, name, SUMMARIES, "reasoning.")
+    _only(reasoning, "context", ("auto", "all_turns"), "reasoning.")  # what is sent back is shown
+    _only(text, "verbosity", HONOURED["verbosity"], "text.")
+    left.names += [*wishes(given), *(f"text.{name}" for name in wishes(text))]
     made |= {
         "tool_choice": _choice(given.get("tool_choice")),
         "reasoning_effort": reasoning.get("effort"),
@@ -157,13 +171,13 @@ def _typed(given: Mapping[str, Any], name: str, kind: type, default: Any, where:
 def _logprobs(given: Mapping[str, Any]) -> dict[str, Any]:
     names = _typed(given, "include", list, [])
     for index, name in enumerate(names):
-        if name != LOGPROBS:
+        if name not in INCLUDES:
             param = f"include[{index}]"
             raise ParameterError(
                 f"{param}={repr(name)[:80]} cannot be included", f"leave it out, or give {LOGPROBS!r}", param=param
             )
     top = given.get("top_logprobs")
-    return {"logprobs": True, "top_logprobs": top} if names or top is not None else {}
+    return {"logprobs": True, "top_logprobs": top} if LOGPROBS in names or top is not None else {}
 
 
 def _format(value: Any) -> Any:

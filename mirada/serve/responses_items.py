@@ -17,6 +17,7 @@ from mirada.records.answer import (
 )
 from mirada.serve import chat
 from mirada.serve.errors import http_error
+from mirada.serve.openai import tier_of
 from mirada.types import Delta, Logprob, Output, Sampling, ToolCall
 
 
@@ -119,6 +120,7 @@ class Items:
         body, sampling = self._body, self._sampling
         cut = output is not None and output.finish in ("length", "repetition")
         ended: dict[str, Any] = {}
+        said = body.get("text") or {}
         if output is not None:
             ended = {"usage": _usage([output]), **stop_reason_to_openai(output), **notes_to_openai([output])}
         return {
@@ -130,12 +132,12 @@ class Items:
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None, **(body.get("reasoning") or {})}, "store": False,
             "temperature": sampling.temperature if sampling.temperature <= 2 else None,  # OpenAI's schema ends at 2
-            "text": {"format": {"type": "text"}, **(body.get("text") or {})},
+            "text": {"format": {"type": "text"}, **said, **({"verbosity": "medium"} if "verbosity" in said else {})},
             "tool_choice": body.get("tool_choice") or "auto",
             "tools": [{"parameters": None, "strict": None, **tool} for tool in body.get("tools") or ()],
             "top_logprobs": min(sampling.logprobs or 0, 20),  # where OpenAI's schema ends
             "top_p": 1.0 if sampling.top_p is None else sampling.top_p, "truncation": "disabled",
-            "metadata": body.get("metadata") or {}, **ended,
+            "metadata": body.get("metadata") or {}, **tier_of(body), **ended,
         }  # fmt: skip
 
     def _logprobs_of(self, delta: Delta) -> list[dict[str, Any]]:

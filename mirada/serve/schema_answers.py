@@ -100,11 +100,11 @@ def answers() -> dict[str, Schema]:
         "MediaUsage": _media(count),
         "ChatCompletion": told(
             {**head, "object": one_of("chat.completion"), "choices": many(choice), "usage": ref("Usage")},
-            {"notes": many(text())},
+            {"notes": many(text()), "service_tier": text()},
         ),
         "ChatCompletionChunk": told(
             {**head, "object": one_of("chat.completion.chunk"), "choices": many(grown)},
-            {"usage": maybe({"anyOf": [ref("Usage"), OBJECT]}), "notes": many(text())},
+            {"usage": maybe({"anyOf": [ref("Usage"), OBJECT]}), "notes": many(text()), "service_tier": text()},
         ),
         "Response": _response(count, frames),
         "ResponseEvent": told({"type": text(pattern=r"^response\."), "sequence_number": count}),
@@ -169,5 +169,5 @@ def _response(count: Schema, frames: Mapping[str, Schema]) -> Schema:
             "error": maybe(OBJECT),
             "incomplete_details": maybe(told({"reason": one_of("max_output_tokens")})),
         },
-        {"usage": usage, "stop_reason": {"anyOf": [text(), count]}, "notes": many(text())},
+        {"usage": usage, "stop_reason": {"anyOf": [text(), count]}, "notes": many(text()), "service_tier": text()},
     )

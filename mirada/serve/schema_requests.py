@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mirada.records.request import HONOURED, LABELS, MOST_CHOICES
+from mirada.records.request import EFFORTS, HONOURED, LABELS, MOST_CHOICES
 from mirada.records.wire import MOST_ID
-from mirada.serve.responses_body import LOGPROBS
+from mirada.serve.responses_body import INCLUDES, KNOWN, SUMMARIES, TRUNCATIONS
 from mirada.serve.schema_words import ANYTHING, OBJECT, Schema, flag, loose, many, number, one_of, ref, text, thing, whole
 
 _POSITIVE = number(exclusiveMinimum=0)
@@ -75,7 +75,7 @@ _ALLOWED = loose(
         "allowed_tools": loose({"mode": one_of("auto", "required"), "tools": many(_NAMED, minItems=1)}),
     }
 )
-_EFFORT = one_of("none", "minimal", "low", "medium", "high", "xhigh")
+_EFFORT = one_of(*EFFORTS)
 _FORMAT = {
     "anyOf": [
         loose({"type": one_of("text", "json_object")}),
@@ -115,17 +115,18 @@ def responses_parameters(names: Sequence[str]) -> Schema:
     )
     named = loose({"name": text()}, {"type": one_of("function")})
     allowed = loose({"type": one_of("allowed_tools"), "mode": one_of("auto", "required"), "tools": many(named, minItems=1)})
-    said = thing({}, {"format": _TEXT_FORMAT, "verbosity": one_of("medium")})
-    thought = thing({}, {"effort": _EFFORT, "summary": one_of("auto"), "generate_summary": one_of("auto")})
+    said = thing({}, {"format": _TEXT_FORMAT, "verbosity": one_of(*HONOURED["verbosity"])})
+    summary = one_of(*SUMMARIES)
+    thought = {"effort": _EFFORT, "summary": summary, "generate_summary": summary, "context": one_of("auto", "all_turns")}
     return thing(
         {"model": one_of(*names), "input": {"anyOf": [text(minLength=1), many(ref("InputItem"), minItems=1)]}},
         {
             "stream": flag(), "instructions": text(), "max_output_tokens": whole(1), "tools": many(function),
             "tool_choice": {"anyOf": [one_of("auto", "none", "required"), named, allowed]}, "parallel_tool_calls": flag(),
-            "reasoning": thought, "text": said, "truncation": one_of("disabled"),
-            "background": one_of(False), "include": many(one_of(LOGPROBS)), "top_logprobs": whole(0, 100),
+            "reasoning": thing({}, thought), "text": said, "truncation": one_of(*TRUNCATIONS), "max_tool_calls": whole(1),
+            "background": one_of(False), "include": many(one_of(*INCLUDES)), "top_logprobs": whole(0, 100),
             "stream_options": thing({}, {"include_obfuscation": one_of(False)}), "structured_outputs": thing({}, _STRUCTURED),
-            **_FORMS, **SAMPLING, **MODES, **MEDIA, **IDLE, **LIMITED,
+            **_FORMS, **SAMPLING, **MODES, **MEDIA, **{n: one for n, one in {**IDLE, **LIMITED}.items() if n in KNOWN},
             "metadata": {"type": "object", "additionalProperties": text()},
         },
         description="OpenAI's responses, for text and pictures; nothing is stored.",
@@ -158,16 +159,17 @@ def _content() -> Schema:
 
 def parts() -> dict[str, Schema]:
     """What requests are made of."""
-    called = thing({"name": text(minLength=1)}, {"arguments": {"anyOf": [text(), OBJECT]}})
-    call = thing({"function": called}, {"id": text(), "type": one_of("function"), "index": whole()})
+    noted = {"provider_specific_fields": ANYTHING}
+    called = thing({"name": text(minLength=1)}, {"arguments": {"anyOf": [text(), OBJECT]}, **noted})
+    call = thing({"function": called}, {"id": text(), "type": one_of("function"), "index": whole(), **noted})
     content = _content()
     messages = [
-        thing({"role": one_of(role), "content": content}, {"name": text(), "annotations": ANYTHING})
+        thing({"role": one_of(role), "content": content}, {"name": text(), "annotations": ANYTHING, **noted})
         for role in ("system", "developer", "user")
     ]
-    messages.append(thing({"role": one_of("tool"), "content": content}, {"name": text(), "tool_call_id": text()}))
+    messages.append(thing({"role": one_of("tool"), "content": content}, {"name": text(), "tool_call_id": text(), **noted}))
     thoughts = {"reasoning_content": text(), "reasoning": text(), "refusal": text(), "annotations": ANYTHING}
-    assistant = {"name": text(), "tool_calls": many(call), **thoughts}
+    assistant = {"name": text(), "tool_calls": many(call), **thoughts, **noted}
     messages.append(thing({"role": one_of("assistant"), "content": content}, assistant))
     messages += [
         thing({"role": one_of("assistant"), key: schema}, {**assistant, "content": content})
@@ -180,7 +182,7 @@ def _items() -> list[Schema]:
     """What ``input`` of responses is made of."""
     said = {
         "anyOf": [
-            thing({"type": one_of("input_text"), "text": text()}),
+            thing({"type": one_of("input_text", "text"), "text": text()}),
             thing({"type": one_of("output_text"), "text": text()}, {"annotations": ANYTHING, "logprobs": ANYTHING}),
             thing({"type": one_of("refusal"), "refusal": text()}),
             thing({"type": one_of("input_image"), "image_url": text(minLength=1)}, {"detail": _DETAIL}),

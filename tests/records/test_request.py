@@ -50,6 +50,7 @@ SAMPLED = [
      {"min_tokens": 3, "stop_token_ids": (5, 7), "include_stop_str_in_output": True}),
     ({"store": False, "service_tier": "default", "priority": 0, "skip_special_tokens": True}, {}),
     ({"prompt_cache_retention": "in_memory", "guided_decoding_backend": "auto"}, {}),
+    ({"store": True, "service_tier": "flex", "modalities": ["text"], "prediction": {"type": "content", "content": "x"}}, {}),
 ]  # fmt: skip
 
 
@@ -136,10 +137,12 @@ WRONG = [
     ({"include_stop_str_in_output": 1}, "include_stop_str_in_output", "True or False"),
     ({"include_reasoning": "no"}, "include_reasoning", "true or false"),
     ({"request_id": "a b"}, "request_id", "letters"),
-    ({"store": True}, "store", "false, or leave it out"),
+    ({"store": 1}, "store", "true, or leave it out"),
     ({"store": 0}, "store", "false"),
-    ({"service_tier": "flex"}, "service_tier", "default"),
-    ({"prompt_cache_retention": "24h"}, "prompt_cache_retention", "in_memory"),
+    ({"service_tier": "fast"}, "service_tier", "default"),
+    ({"prompt_cache_retention": "48h"}, "prompt_cache_retention", "in_memory"),
+    ({"verbosity": "loud"}, "verbosity", "medium"),
+    ({"modalities": ["text", "audio"]}, "modalities", "text"),
     ({"priority": 3}, "priority", "0"),
     ({"skip_special_tokens": False}, "skip_special_tokens", "true"),
     ({"guided_decoding_backend": "xgrammar"}, "guided_decoding_backend", "llguidance"),

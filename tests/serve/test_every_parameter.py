@@ -57,7 +57,8 @@ TAKES = {
     "return_token_ids": FLAG, "request_id": NONEMPTY, "reasoning": {"object"}, "text": {"object"}, "truncation": set(),
     "background": {"false"}, "include": {"list"},
     # of one value or none
-    "store": {"false"}, "priority": {"zero"}, "skip_special_tokens": {"true"},
+    "store": FLAG, "max_tool_calls": LENGTH, "verbosity": set(), "modalities": set(),
+    "priority": {"zero"}, "skip_special_tokens": {"true"},
     "service_tier": set(), "prompt_cache_retention": set(), "guided_decoding_backend": set(),
     **dict.fromkeys(LABELS, ANY),
 }  # fmt: skip

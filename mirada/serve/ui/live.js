@@ -87,14 +87,20 @@ export class Live {
     address.protocol = address.protocol === "https:" ? "wss:" : "ws:";
     this.socket = new WebSocket(address, protocols());
     this.socket.binaryType = "arraybuffer";
-    this.socket.onopen = () => this.say({ type: "start", model: this.model() });
+    this.unsent = [];
+    this.socket.onopen = () => {
+      if (!this.unsent.length) this.say({ type: "start", model: this.model() });
+      for (const message of this.unsent.splice(0)) this.say(message);
+    };
     this.socket.onmessage = (event) => this.hear(JSON.parse(event.data));
     this.socket.onclose = (event) => this.lost(event.reason || "The live connection ended.");
     this.changed();
   }
 
+  /** Sends a message; while the socket still connects, it waits for that. */
   say(message) {
     if (this.socket?.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify(message));
+    else if (this.socket?.readyState === WebSocket.CONNECTING) this.unsent.push(message);
   }
 
   hear(message) {

@@ -521,3 +521,37 @@ def test_the_page_is_asked_for_again_only_when_it_changed(server, open_page):
     assert (first.status_code, again.status_code, again.content) == (200, 304, b"")
     for wrong in ("ui/../page.py", "ui/%2e%2e/page.py", "ui/nothing.js", "ui/index.html"):
         assert httpx.get(server.url + wrong).status_code == 404
+
+
+def test_a_live_question_while_the_socket_connects_waits_for_it(server, open_page):
+    """What is asked before it is open goes out when it opens, in order, and no other greeting before it."""
+    page = open_page(server.url)
+    told = page.evaluate(
+        """async () => {
+            class Slow {
+                static CONNECTING = 0;
+                static OPEN = 1;
+                readyState = 0;
+                sent = [];
+                send(message) { this.sent.push(JSON.parse(message)); }
+                close() {}
+            }
+            window.WebSocket = Slow;
+            const { Live } = await import(new URL("ui/live.js", location.href));
+            const live = new Live(document.createElement("div"), () => "mini", () => {});
+            live.open();
+            live.connect();
+            live.ask("What?", [], { system: "Be brief." }, new AbortController().signal).next();
+            const before = live.socket.sent.length;
+            live.socket.readyState = Slow.OPEN;
+            live.socket.onopen();
+            const first = live.socket.sent;
+            live.connect();
+            live.socket.readyState = Slow.OPEN;
+            live.socket.onopen();
+            return { before, first, second: live.socket.sent };
+        }"""
+    )
+    assert told["before"] == 0 and [one["type"] for one in told["first"]] == ["start", "question"]
+    assert (told["first"][0]["system"], told["first"][1]["text"]) == ("Be brief.", "What?")
+    assert told["second"] == [{"type": "start", "model": "mini"}]
