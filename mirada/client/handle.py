@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
@@ -15,6 +16,7 @@ from mirada.types import Delta, Message, Output, Text, ToolCall, Usage, joined_c
 
 Listener = Callable[[bool], None]
 """Called by whoever makes a reply when it has news; the flag says that they were the last."""
+_log = logging.getLogger(__name__)
 
 
 class Reply(Protocol):
@@ -161,6 +163,15 @@ def _cancel(reply: Reply) -> None:
         stop()
 
 
+def tell(listeners: Iterable[Listener], done: bool) -> None:
+    """Call all ``listeners``, also where one of them fails: whoever waits behind it would wait for ever."""
+    for listener in tuple(listeners):
+        try:
+            listener(done)
+        except BaseException:  # of whoever listens, and no failure of the reply
+            _log.exception("a call at the news of a reply failed")
+
+
 def _to(loop: asyncio.AbstractEventLoop, event: asyncio.Event, last: bool = False) -> Listener:
     """A listener that sets ``event`` in its ``loop``."""
 
@@ -199,8 +210,7 @@ class Growing:
         if delta.finish is not None:
             self.stop = None
             self.done = True  # last: whoever sees it may read all the rest
-        for listener in tuple(self.listeners):
-            listener(self.done)
+        tell(self.listeners, self.done)
 
     def fail(self, error: MiradaError) -> None:
         self.error = error

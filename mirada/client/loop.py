@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import threading
 from collections.abc import Callable, Coroutine
@@ -22,6 +23,10 @@ class Loop:
 
     def __init__(self, web: httpx.AsyncClient) -> None:
         self._loop = asyncio.new_event_loop()
+        self._ended = False
+        self._lock = threading.RLock()
+        """Held while something is handed to the loop or ends it, so that nothing comes behind its end and is never begun. The
+        garbage collector may call ``end`` anywhere, so it is one that may be taken again."""
         self._thread = threading.Thread(target=_run, args=(self._loop, web), name="mirada-client", daemon=True)
         self._thread.start()
 
@@ -40,24 +45,36 @@ class Loop:
                 self._loop.call_soon_threadsafe(lambda: tasks and tasks[0].cancel())
 
         reply.stop = stop
-        try:
-            self._loop.call_soon_threadsafe(begin)
-        except RuntimeError:
-            reply.fail(RequestFailed("the client is closed", "make a new one"))
+        with self._lock:
+            ended = self._ended
+            if not ended:
+                self._loop.call_soon_threadsafe(begin)
+        if ended:
+            reply.fail(_closed())
 
     def wait(self, work: Coroutine[Any, Any, T]) -> T:
-        """What ``work`` returns, from any thread but the loop's own."""
-        try:
-            return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-        except RuntimeError as error:
+        """What ``work`` returns, from any thread but the loop's own. RequestFailed if the client is closed, or is meanwhile."""
+        with self._lock:
+            coming = None if self._ended else asyncio.run_coroutine_threadsafe(work, self._loop)
+        if coming is None:
             work.close()
-            raise RequestFailed("the client is closed", "make a new one") from error
+            raise _closed()
+        try:
+            return coming.result()
+        except concurrent.futures.CancelledError:
+            raise _closed() from None
 
     def end(self) -> None:
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._loop.stop)
+        with self._lock:
+            if not self._ended:
+                self._ended = True
+                self._loop.call_soon_threadsafe(self._loop.stop)
         if threading.current_thread() is not self._thread:  # the garbage collector may come along in any thread
             self._thread.join(10)
+
+
+def _closed() -> RequestFailed:
+    return RequestFailed("the client is closed", "make a new one")
 
 
 def _run(loop: asyncio.AbstractEventLoop, web: httpx.AsyncClient) -> None:

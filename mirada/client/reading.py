@@ -16,6 +16,8 @@ from mirada.records.answer import annotation_from_openai, media_from_openai
 from mirada.types import Annotation, Delta, Finish, Logprob, ToolCall, Usage
 
 _FINISH: dict[str, Finish] = {"stop": "stop", "length": "length", "tool_calls": "tool_calls", "function_call": "tool_calls"}
+_WRONG = (TypeError, ValueError, LookupError, AttributeError, OverflowError)
+"""What reading a value of another form raises; OverflowError: a count that is infinite."""
 
 
 def read_json(text: str | bytes) -> dict[str, Any]:
@@ -61,7 +63,7 @@ class AnswerReader:
         """What one ``chat.completion.chunk`` adds; an empty Delta if nothing."""
         try:
             return self._read(value, "delta")
-        except (TypeError, ValueError, KeyError, AttributeError, LookupError) as error:
+        except _WRONG as error:
             raise _malformed(value, error) from error
 
     def completion(self, value: Mapping[str, Any]) -> Delta:
@@ -70,7 +72,7 @@ class AnswerReader:
             if not value.get("choices"):
                 raise KeyError("choices")
             return self._read(value, "message")
-        except (TypeError, ValueError, KeyError, AttributeError, LookupError) as error:
+        except _WRONG as error:
             raise _malformed(value, error) from error
 
     def close(self) -> Delta:

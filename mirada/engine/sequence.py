@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from mirada.client.handle import Listener, fold, join
+from mirada.client.handle import Listener, fold, join, tell
 from mirada.engine.loops import LoopGuard
 from mirada.engine.thinking import ThinkingBudget
 from mirada.errors import MiradaError
@@ -20,8 +19,6 @@ from mirada.types import Annotation, Delta, Finish, Logprob, Output, Prompt, Sam
 
 if TYPE_CHECKING:
     from mirada.media.grid import Patches
-
-_log = logging.getLogger(__name__)
 
 
 class StopStrings:
@@ -360,11 +357,7 @@ class Sequence:
             self.media, self.positions, self.chooser, self.features, self.ngrams = (), None, None, None, None
             self.lora = None
             self.done = True  # last: whoever sees it may read all the rest
-        for listener in tuple(self.listeners):
-            try:
-                listener(self.done)
-            except BaseException:  # of whoever listens; the others are to be told all the same
-                _log.exception("a call at the end of a request failed")
+        tell(self.listeners, self.done)
 
     def output(self) -> Output:
         """The whole reply: the fold of the deltas, with what was used."""

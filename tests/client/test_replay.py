@@ -38,6 +38,15 @@ def test_what_was_recorded_is_replayed_whole(tmp_path):
     assert output == WHOLE and "".join(delta.text for delta in handle) == "é"
 
 
+def test_a_log_that_is_closed_meanwhile_ends_the_request(tmp_path):
+    """Its answer cannot be written down any more: that is said, and nobody waits for ever."""
+    client = ReplayClient(tmp_path / "log.jsonl", FakeClient(["eins zwei"], latency=0.05))
+    handle = client.submit(HI)
+    client.close()
+    error = handle.result(5).error
+    assert isinstance(error, errors.RemoteError) and "cannot be written down" in error.problem
+
+
 def test_recording_streams_and_asks_only_once(tmp_path):
     inner = FakeClient(["eins zwei"], latency=0.005)
     with ReplayClient(tmp_path / "log.jsonl", inner) as client:

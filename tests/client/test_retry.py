@@ -50,3 +50,9 @@ def test_retry_after(value, seconds):
 def test_what_is_no_policy(wrong):
     with pytest.raises(SettingsError, match=next(iter(wrong))):
         Retry(**wrong)
+
+
+@pytest.mark.parametrize("year", ["9" * 20, "2020 00:00:00 +" + "9" * 14])
+def test_a_date_of_any_length_says_nothing(year):
+    """And is no defect of ours: the server's error is what is told."""
+    assert retry_after(f"Mon, 01 Jan {year} 00:00:00 GMT") is None
