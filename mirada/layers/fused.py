@@ -258,9 +258,12 @@ product for more. A guess that no GPU has checked: ``benchmarks/gpu_kernels.py``
 
 
 def experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, tokens: Tensor, shares: Tensor, order: Tensor, counts: Tensor
+    x: Tensor, gate_up: Any, down: Any, tokens: Tensor, shares: Tensor, order: Tensor, counts: Tensor
 ) -> Tensor | None:
-    """See ``triton_moe.grouped_experts``; None where no kernel computes, or for so many rows that torch's is better."""
+    """See ``triton_moe.grouped_experts``; None where no kernel computes, or for so many rows that torch's is better. Stacks that
+    are held as integers (``adapt.packed.PackedStack``) are multiplied as they lie."""
+    if not (isinstance(gate_up, Tensor) and isinstance(down, Tensor)):
+        return _packed_experts(x, gate_up, down, tokens, shares, order, counts)
     grouped = x.device.type == "cuda" and x.dtype == torch.bfloat16
     if not on(x) or x.dtype != gate_up.dtype or not x.numel() or (grouped and len(tokens) > MOST_GROUPED):
         return None
@@ -269,26 +272,39 @@ def experts(
     return triton_moe.grouped_experts(x, gate_up, down, tokens, shares, order, counts)
 
 
+def _packed_experts(x: Tensor, gate_up: Any, down: Any, *sorted_by_expert: Tensor) -> Tensor | None:
+    joined = [getattr(stack, "joined", None) for stack in (gate_up, down)]
+    if not on(x) or not x.numel() or any(one is None for one in joined):
+        return None
+    forms = [one.packed for one in joined]
+    if not all(map(_reads, forms)):
+        return None
+    from mirada.layers.kernels import triton_moe_packed
+
+    return triton_moe_packed.grouped_packed_experts(x, *forms, *sorted_by_expert)
+
+
 def packed(x: Tensor, form: Any) -> Tensor | None:
     """x [.., C] times ``adapt.packed.Packed`` [R, C] transposed -> [.., R]; None where no kernel reads its form."""
-    if (
-        not on(x)
-        or form.values.dtype != torch.uint8
-        or form.groups is not None
-        or form.row_block != 1
-        or form.bits not in (4, 8)
-    ):
-        return None
-    group, rest = divmod(form.columns, form.scales.shape[1])
-    if rest or form.group_size not in (0, group):
+    if not on(x) or not _reads(form):
         return None
     from mirada.layers.kernels import triton_packed
 
-    if not triton_packed.takes(form.columns, group):
-        return None
     rows = x.reshape(-1, form.columns).contiguous()
     made = triton_packed.packed_linear(rows, form.values, form.scales, form.zeros, form.columns, form.bits)
     return made.view(*x.shape[:-1], -1)
+
+
+def _reads(form: Any) -> bool:
+    """Whether kernels multiply by an ``adapt.packed.Packed`` as it lies."""
+    if form.values.dtype != torch.uint8 or form.groups is not None or form.row_block != 1 or form.bits not in (4, 8):
+        return False
+    group, rest = divmod(form.columns, form.scales.shape[1])
+    if rest or form.group_size not in (0, group):
+        return False
+    from mirada.layers.kernels import triton_packed
+
+    return triton_packed.takes(form.columns, group)
 
 
 @cache

@@ -107,11 +107,11 @@ class Experts(nn.Module):
         order = chosen.flatten().argsort(stable=True)
         tokens, shares = order // chosen.shape[1], weights.flatten()[order].to(x.dtype)[:, None]
         counts = self._counts(chosen.flatten())
-        if isinstance(self.gate_up, Tensor) and isinstance(self.down, Tensor) and self.first is None and not self.adapted:
+        if self.first is None and not self.adapted:
             made = fused.experts(x, self.gate_up, self.down, tokens, shares[:, 0], order, counts)
             if made is not None:
                 return made
-        # Experts that are held packed (adapt.packed.PackedStack) stand in place of the parameters; they come one at a time.
+        # What no kernel takes comes one expert at a time: also what is held packed (adapt.packed.PackedStack) in other forms.
         if x.device.type == "cuda" and x.dtype == torch.bfloat16 and isinstance(self.gate_up, Tensor) and not self.adapted:
             return self._grouped(x, tokens, shares, order, counts)
         return self._one_by_one(x, tokens, shares, counts.tolist())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirada.adapt.packed import Packed
-from mirada.layers.kernels import triton_mla, triton_moe, triton_norm, triton_packed, triton_paged, triton_rope
+from mirada.layers.kernels import (
+    triton_mla,
+    triton_moe,
+    triton_moe_packed,
+    triton_norm,
+    triton_packed,
+    triton_paged,
+    triton_rope,
+)
 from mirada.layers.kv_int8 import Quantised, quantise
 from mirada.layers.mla import attend_latents
 from mirada.layers.moe import Experts
@@ -195,6 +204,15 @@ def test_many_tokens_widen_the_matrix_once():
     near(triton_packed.packed_linear(x, p.values, p.scales, p.zeros, 96, 4), F.linear(x, p.widen()), 2)
 
 
+def sorted_by_expert(tokens: int, experts: int, top: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, shares, order and counts, see ``grouped_experts``."""
+    random = torch.Generator().manual_seed(0)
+    chosen = torch.stack([torch.randperm(experts, generator=random)[:top] for _ in range(tokens)]).to(DEVICE)
+    order = chosen.flatten().argsort(stable=True)
+    shares = torch.rand(tokens, top, generator=random).to(DEVICE).flatten()[order].to(dtype)
+    return order // top, shares, order, torch.bincount(chosen.flatten(), minlength=experts)
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("tokens", "experts", "top"), ((1, 5, 3), (9, 5, 2), (70, 1, 1)))
 def test_experts(dtype, tokens, experts, top):
@@ -202,10 +220,24 @@ def test_experts(dtype, tokens, experts, top):
     module.gate_up.copy_(noise(experts, 48, 40, seed=6) / 6)
     module.down.copy_(noise(experts, 40, 24, seed=7) / 5)
     x = noise(tokens, 40, dtype=dtype)
-    random = torch.Generator().manual_seed(0)
-    chosen = torch.stack([torch.randperm(experts, generator=random)[:top] for _ in range(tokens)]).to(DEVICE)
-    weights = torch.rand(tokens, top, generator=random).to(DEVICE)
-    order = chosen.flatten().argsort(stable=True)
-    shares, counts = weights.flatten()[order].to(dtype), torch.bincount(chosen.flatten(), minlength=experts)
-    made = triton_moe.grouped_experts(x, module.gate_up, module.down, order // top, shares, order, counts)
-    near(made, module._one_by_one(x, order // top, shares[:, None], counts.tolist()), 2)
+    rows, shares, order, counts = sorted_by_expert(tokens, experts, top, dtype)
+    made = triton_moe.grouped_experts(x, module.gate_up, module.down, rows, shares, order, counts)
+    near(made, module._one_by_one(x, rows, shares[:, None], counts.tolist()), 2)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top", "bits", "group", "zeros", "dtype"),
+    ((1, 5, 3, 4, 32, True, TYPES[1]), (9, 5, 2, 8, 64, False, TYPES[0]), (70, 1, 1, 4, 32, False, TYPES[1])),
+)
+def test_packed_experts(tokens, experts, top, bits, group, zeros, dtype):
+    """Against the same matrices widened, by the modules' own code."""
+    width, inner = (96, 32) if bits == 4 else (128, 64)
+    forms = [packed(experts * 2 * inner, width, group, bits, zeros), packed(experts * width, inner, group, bits, zeros)]
+    forms = [replace(form, scales=form.scales * 0.02) for form in forms]
+    module = Experts(experts, width, inner).to(DEVICE, dtype)
+    for parameter, form in zip((module.gate_up, module.down), forms, strict=True):
+        parameter.data = form.widen().view(parameter.shape)
+    x = noise(tokens, width, dtype=dtype)
+    rows, shares, order, counts = sorted_by_expert(tokens, experts, top, dtype)
+    made = triton_moe_packed.grouped_packed_experts(x, *forms, rows, shares, order, counts)
+    near(made, module._one_by_one(x.float(), rows, shares[:, None].float(), counts.tolist()).to(dtype), 2)

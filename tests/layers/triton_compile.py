@@ -14,7 +14,16 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mirada.layers.kernels import triton_mla, triton_moe, triton_norm, triton_packed, triton_paged, triton_rope
+from mirada.adapt.packed import Packed
+from mirada.layers.kernels import (
+    triton_mla,
+    triton_moe,
+    triton_moe_packed,
+    triton_norm,
+    triton_packed,
+    triton_paged,
+    triton_rope,
+)
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
          torch.uint8: "u8", torch.int8: "i8"}  # fmt: skip
@@ -61,8 +70,14 @@ def t(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def packed(rows: int, columns: int, bits: int, group: int, zeros: bool) -> Packed:
+    scales = t(rows, columns // group, dtype=F16)
+    zero = t(rows, columns // group, dtype=U8) if zeros else None
+    return Packed(t(rows, columns * bits // 8, dtype=U8), scales, columns, bits, group, zero)
+
+
 def main() -> None:
-    for module in (triton_mla, triton_moe, triton_norm, triton_packed, triton_paged, triton_rope):
+    for module in (triton_mla, triton_moe, triton_moe_packed, triton_norm, triton_packed, triton_paged, triton_rope):
         module.launch = compile_launch
     triton_paged.processors = triton_packed.processors = lambda x: 132
     triton_norm.rms_norm(t(1, 3584), t(3584), 1e-6)
@@ -90,6 +105,11 @@ def main() -> None:
             zeros = t(4608, 3584 // group, dtype=U8) if bits == 4 else None
             triton_packed.packed_linear(t(tokens, 3584), t(4608, 448 * bits, dtype=U8), scales, zeros, 3584, bits)
     triton_packed.widen(t(4608, 1792, dtype=U8), t(4608, 28, dtype=F16), None, 3584, 4, BF16)
+    for bits, group, zeros in ((4, 32, True), (4, 128, False), (8, 128, False)):
+        forms = [packed(64 * rows, columns, bits, group, zeros) for rows, columns in ((2816, 2048), (2048, 1408))]
+        for tokens in (1, 1024):
+            rows = t(tokens * 6, dtype=I64)
+            triton_moe_packed.grouped_packed_experts(t(tokens, 2048), *forms, rows, t(tokens * 6), rows, t(64, dtype=I64))
     for tokens in (1, 64, 1024):
         rows = t(tokens * 6, dtype=I64)
         triton_moe.grouped_experts(
