@@ -32,7 +32,7 @@ from mirada.engine.sleeper import Sleeper
 from mirada.engine.step import Engine
 from mirada.engine.structure import Structures, ToolChoice, check_choice, counted
 from mirada.engine.thread import EngineThread
-from mirada.engine.together import Together, follow
+from mirada.engine.together import Follower, Together
 from mirada.engine.vision import EncoderCache
 from mirada.errors import MessageError, MiradaError, NotAvailable, RequestFailed, SettingsError
 from mirada.layers.cache import make_cache
@@ -437,7 +437,9 @@ class VLM(Sleeper):
             if together is not None and not isinstance(chat, Prompt):
                 if not together.lead():
                     if self._engine.announce(sequence):
-                        together.then(partial(follow, sequence, self._engine.line, self._requests.fill))
+                        follower = Follower(sequence, self._engine.line, self._requests.fill, together)
+                        self._preparing.watch(sequence, follower.leave)
+                        follower.wait()
                     return EngineHandle(sequence, (self._engine, self._preparing))
                 # Either would be kept, with its pixels, for as long as somebody holds the reply.
                 sequence.listen(partial(_ended, weakref.ref(sequence), weakref.ref(together)))

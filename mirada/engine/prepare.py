@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from mirada.engine.sequence import Sequence
@@ -69,8 +70,13 @@ class Preparing:
     def submit(self, sequence: Sequence, work: Work, most: int, remote: bool = False) -> None:
         """Have ``work`` make ``sequence`` ready, which the line was told to expect; it becomes about ``most`` bytes.
         ``remote``: it fetches from other machines."""
-        sequence.stop = _Stop(self._state, sequence)
+        sequence.stop = _Stop(self._state.cancels, partial(self._state.end_cancelled, weakref.ref(sequence)))
         self._state.enter(_Item(sequence, work, most, remote))
+
+    def watch(self, sequence: Sequence, end: Callable[[], None]) -> None:
+        """Have ``end`` called, in a thread of this one's, if ``sequence`` is cancelled while its ``stop`` is what this sets."""
+        self._state.watch()
+        sequence.stop = _Stop(self._state.cancels, end)
 
     @property
     def bytes_held(self) -> int:
@@ -88,15 +94,16 @@ class Preparing:
         self.pool.close()
 
 
+@dataclass(eq=False)
 class _Stop:
-    """Tells the threads that a sequence was cancelled. It takes no lock: the garbage collector may call it anywhere."""
+    """Tells the thread that watches that a sequence was cancelled. It takes no lock: the garbage collector may call it
+    anywhere."""
 
-    def __init__(self, state: _State, sequence: Sequence) -> None:
-        self._cancels, self._sequence = state.cancels, weakref.ref(sequence)
+    cancels: queue.SimpleQueue[Callable[[], None] | None]
+    end: Callable[[], None]
 
     def __call__(self) -> None:
-        if (sequence := self._sequence()) is not None:
-            self._cancels.put(sequence)
+        self.cancels.put(self.end)
 
 
 class _State:
@@ -109,7 +116,7 @@ class _State:
         """What waits: with media that are here, and with remote ones."""
         self.running: set[_Item] = set()
         self.threads: list[threading.Thread] = []
-        self.cancels: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
+        self.cancels: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.held = 0
         self.idle = 0
         self.closed = False
@@ -119,8 +126,7 @@ class _State:
             closed = self.closed
             if not closed:
                 self.lines[item.remote].append(item)
-                if not self.threads:
-                    self._start(self._watch, "mirada-cancel")
+                self.watch()
                 if self.idle < sum(map(len, self.lines)) and len(self.threads) <= self._num_useful():
                     self._start(self._work, "mirada-prepare")
                 self.changed.notify_all()
@@ -213,20 +219,31 @@ class _State:
             self.held -= size
             self.changed.notify_all()
 
+    def watch(self) -> None:
+        """Have a thread that ends what is cancelled."""
+        with self.changed:
+            if not self.threads and not self.closed:
+                self._start(self._watch, "mirada-cancel")
+
     def _watch(self) -> None:
-        """Ends what is cancelled: in line at once, under preparation as soon as its worker is ended or its fetch is through."""
-        while (sequence := self.cancels.get()) is not None:
-            with self.changed:
-                waiting = next((item for line in self.lines for item in line if item.sequence is sequence), None)
-                if waiting is not None:
-                    self.lines[waiting.remote].remove(waiting)
-                    self.changed.notify_all()
-                under_way = [item for item in self.running if item.sequence is sequence]
+        while (end := self.cancels.get()) is not None:
+            end()
+            del end
+
+    def end_cancelled(self, cancelled: weakref.ref[Sequence]) -> None:
+        """In line at once, under preparation as soon as its worker is ended or its fetch is through."""
+        if (sequence := cancelled()) is None:
+            return
+        with self.changed:
+            waiting = next((item for line in self.lines for item in line if item.sequence is sequence), None)
             if waiting is not None:
-                self._end(waiting, None)
-            for item in under_way:
-                item.cancel.now()
-            del sequence, waiting, under_way
+                self.lines[waiting.remote].remove(waiting)
+                self.changed.notify_all()
+            under_way = [item for item in self.running if item.sequence is sequence]
+        if waiting is not None:
+            self._end(waiting, None)
+        for item in under_way:
+            item.cancel.now()
 
     def close(self) -> None:
         with self.changed:

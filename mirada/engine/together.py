@@ -69,22 +69,55 @@ class Together:
         if outcome is not None:
             call(outcome)
 
+    def leave(self, call: Callable[[Outcome], None]) -> bool:
+        """Forget ``call``, whether it was still to be called."""
+        with self._lock:
+            waits = call in self._waiting
+            if waits:
+                self._waiting.remove(call)
+        return waits
 
-def follow(sequence: Sequence, line: Line, fill: Callable[[Sequence, Prepared], None], outcome: Outcome) -> None:
-    """Put ``sequence``, which ``line`` was told to expect, into it with what its leader made; or end it as its leader ended."""
-    error = outcome if isinstance(outcome, MiradaError) else None
-    if isinstance(outcome, Prepared) and not sequence.cancelled:
-        try:
-            fill(sequence, outcome)
-        except MiradaError as failure:
-            error = failure
-        except BaseException as failure:  # of this one alone: the others go on
-            error = RequestFailed(f"preparing the request failed: {failure!r}", "this is a defect, please report it")
-    if error is None and not sequence.cancelled:
-        line.submit(sequence, announced=True)
-        return
-    line.retract()
-    if sequence.cancelled or error is None:
-        sequence.cancel()
-    else:
-        sequence.fail(error.with_traceback(None))
+
+@dataclass(eq=False)
+class Follower:
+    """``sequence``, which ``line`` was told to expect, until its leader has made what it needs (``fill`` makes it whole with
+    that), has failed, or ``leave`` is called."""
+
+    sequence: Sequence
+    line: Line
+    fill: Callable[[Sequence, Prepared], None]
+    together: Together
+
+    def wait(self) -> None:
+        self.together.then(self)
+
+    def leave(self) -> None:
+        """It was cancelled: end at once, unless it waits no more."""
+        if self.together.leave(self):
+            self._end(None)
+
+    def __call__(self, outcome: Outcome) -> None:
+        """Go into the line with what the leader made; or end as the leader ended."""
+        sequence = self.sequence
+        sequence.stop = None
+        error = outcome if isinstance(outcome, MiradaError) else None
+        if isinstance(outcome, Prepared) and not sequence.cancelled:
+            try:
+                self.fill(sequence, outcome)
+            except MiradaError as failure:
+                error = failure
+            except BaseException as failure:  # of this one alone: the others go on
+                error = RequestFailed(f"preparing the request failed: {failure!r}", "this is a defect, please report it")
+        if error is None and not sequence.cancelled:
+            self.line.submit(sequence, announced=True)
+        else:
+            self._end(error)
+
+    def _end(self, error: MiradaError | None) -> None:
+        """It will not come to the engine."""
+        self.sequence.stop = None  # which refers to this
+        self.line.retract()
+        if self.sequence.cancelled or error is None:
+            self.sequence.cancel()
+        else:
+            self.sequence.fail(error.with_traceback(None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 
 import numpy as np
@@ -94,6 +95,29 @@ def test_who_is_cancelled_meanwhile_ends_alone_unless_it_leads(vlm, prepared):
     assert ends[0].finish == "cancelled"
     assert all(end.finish == "length" or isinstance(end.error, RequestFailed) for end in ends[1:])
     assert vlm._engine.wait_idle(20) and vlm.stats()["waiting"] == 0
+
+
+def test_a_follower_that_is_cancelled_ends_at_once(vlm, prepared):
+    prepared.gate.clear()
+    handles = several(vlm, asking(), 3)
+    assert prepared.begun.wait(20)
+    gone = weakref.ref(handles[2]._reply)
+    handles[1].cancel()
+    assert handles[1].result(5).finish == "cancelled"  # while its leader still prepares
+    assert vlm.stats()["waiting"] == 2 and not handles[0].done
+    del handles[2]  # nobody reads it
+    gc.collect()
+    assert until(lambda: gone() is None and vlm.stats()["waiting"] == 1)
+    prepared.gate.set()
+    assert handles[0].result(30).finish == "length" and handles[1].result().finish == "cancelled"
+    assert vlm._engine.wait_idle(20) and vlm.stats()["waiting"] == 0
+
+
+def until(fact, seconds: float = 5.0) -> bool:
+    end = time.monotonic() + seconds
+    while not (found := fact()) and time.monotonic() < end:
+        time.sleep(0.01)
+    return found
 
 
 def test_a_leader_that_is_cancelled_in_line_ends_those_who_wait_for_it(vlm, prepared):
