@@ -528,7 +528,7 @@ def test_one_connection_more_is_told_why_and_closed(bounded):
 
 
 def test_who_keeps_silent_is_closed_but_not_while_it_waits_for_an_answer(tmp_path):
-    with start_command(tmp_path, {"live": {"idle_seconds": 0.3}}) as running, open_socket(running[1]) as socket:
+    with start_command(tmp_path, {"live": {"idle_seconds": 0.6}}) as running, open_socket(running[1]) as socket:
         say(socket, type="start", model="mini")
         socket.send(frame(1))
         say(socket, type="question", id="long", text="Go on.", max_tokens=3900, ignore_eos=True)
@@ -538,7 +538,7 @@ def test_who_keeps_silent_is_closed_but_not_while_it_waits_for_an_answer(tmp_pat
         with pytest.raises(ConnectionClosed) as closed:
             socket.recv(timeout=20)
         assert closed.value.rcvd is not None and closed.value.rcvd.code == 1001
-        assert waited > 0.3, "the answer was too short to show anything"
+        assert waited > 0.6, "the answer was too short to show anything"
 
 
 def test_who_does_not_read_is_closed(bounded):
