@@ -131,10 +131,9 @@ class _Line:
         if self._fails_forked(sequence):
             return False
         with self._news:
-            error = self._refusal()
+            error = self._refusal() or self._start()
             if error is None:
                 self._announced += 1
-                self._start()
         if error is not None:
             sequence.fail(error)
         return error is None
@@ -160,21 +159,23 @@ class _Line:
             return
         with self._news:
             self._announced -= announced
-            error = self._refusal(announced)
+            error = self._refusal(announced) or self._start()
             if error is None:
                 sequence.queued = time.perf_counter()
                 self._fresh.append(sequence)
-                self._start()
                 self._news.notify()
         if error is not None:
             sequence.fail(error)
 
     def _refusal(self, announced: bool = False) -> MiradaError | None:
+        """Why a request is not taken. One that was announced has its place, whoever was put back in line meanwhile."""
         if self._stopped:
             return RequestFailed("the engine is closed", "open the model again")
         if self._died:
             return RequestFailed("the engine's thread has died, and its log says of what", "open the model again")
-        if self.refusing and not announced:
+        if announced:
+            return None
+        if self.refusing:
             return asleep()
         if self.num_waiting >= self.most:
             return QueueFull(
@@ -190,12 +191,17 @@ class _Line:
         """Whether this process has a copy of the state, and the thread stayed behind."""
         return self._thread is not None and os.getpid() != self._pid
 
-    def _start(self) -> None:
+    def _start(self) -> MiradaError | None:
+        """Begin the thread, if there is none yet; why that cannot be."""
         if self._thread is None:
-            self._pid = os.getpid()
-            self._thread = threading.Thread(target=self._run, name="mirada-engine", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="mirada-engine", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the next request tries again
+                return RequestFailed(f"the engine's thread cannot begin ({error})", "end other threads, or raise their limit")
+            self._pid, self._thread = os.getpid(), thread
             _RUNNING.add(self)
+        return None
 
     def stop(self) -> None:
         """Have the thread end after the step under way. It may be called by the garbage collector, so it takes no lock that
