@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
-from pathlib import Path
 
 from mirada.cli import show
 from mirada.cli.options import How, Who
@@ -16,14 +16,14 @@ from mirada.types import Output
 
 
 def run(words: list[str], who: Who, how: How, as_json: bool) -> None:
-    """Answer ``words[-1]`` about the media ``words[:-1]``; print the answer, or one JSON object."""
-    *sources, question = words
-    if Path(question).is_file():
+    """Answer ``words[-1]`` about the media ``words[:-1]``; print the answer, or one JSON object. ``-`` is standard input."""
+    sources, question = show.piped(words)
+    if os.path.isfile(question):  # unlike Path's, it takes a question that is too long for a path
         raise InputError(
             f"the last word, {question!r}, is a file, so there is no question", 'end with one: mirada ask a.png "What is it?"'
         )
-    show.check_paths(sources)
-    turn = inputs.question(tuple(words), None, how.media, FetchLimits())
+    show.check_paths(source for source in sources if isinstance(source, str))
+    turn = inputs.question(tuple(sources), question, how.media, FetchLimits())
     # One question has nothing to protect, and starting processes takes long.
     client, adapter = who.open(workers=0)
     with client:

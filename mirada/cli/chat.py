@@ -59,7 +59,7 @@ class Conversation:
 
 def run(media: list[str], who: Who, how: How) -> None:
     """Read lines until /quit or the end of input."""
-    show.check_paths(media)
+    show.check_paths(media, "check the path; questions are typed once the chat has begun")
     client, adapter = who.open()
     with client:
         talk = Conversation(client, how, adapter)
@@ -107,7 +107,7 @@ def _turn(talk: Conversation, line: str) -> None:
 def _command(talk: Conversation, command: str, argument: str) -> None:
     if command in ("/image", "/video"):
         source = _source(argument)
-        show.check_paths([source])
+        show.check_paths([source], "check the path")
         talk.media.append(talk.how.part(Image if command == "/image" else Video, source))
         print(f"({len(talk.media)} added to the next question)")
     elif command == "/drop":

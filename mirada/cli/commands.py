@@ -53,7 +53,12 @@ def _mirada(
 
 @app.command()
 def ask(
-    words: Annotated[list[str], typer.Argument(metavar="MEDIA... QUESTION", help="Paths or addresses, then the question.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MEDIA... QUESTION", help="Paths or addresses, then the question; - reads one of them from a pipe."
+        ),
+    ],
     model: options.Model = None,
     max_tokens: options.MaxTokens = 256,
     temperature: options.Temperature = 0.0,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
-from mirada.errors import MediaNotFound
+from mirada.errors import InputError, MediaNotFound
+from mirada.media import fetch
 from mirada.types import Delta, Output
 
 
@@ -37,8 +38,26 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160))
 
 
-def check_paths(sources: Iterable[str]) -> None:
+def check_paths(sources: Iterable[str], fix: str = "check the path; the question comes last, in quotes") -> None:
     """Raise MediaNotFound for a path where nothing lies: before the model is opened, so that a slip costs no time."""
     for source in sources:
-        if "://" not in source and not source.startswith("data:") and not Path(source).exists():
-            raise MediaNotFound(f"nothing lies at {source!r}", "check the path; the question comes last, in quotes")
+        # os.path.exists, unlike Path's, takes what is too long for a path.
+        if "://" not in source and not source.startswith("data:") and not os.path.exists(source):
+            raise MediaNotFound(f"nothing lies at {fetch.show(source)}", fix)
+
+
+def piped(words: Sequence[str]) -> tuple[list[str | bytes], str]:
+    """What comes before the question, and the question, with standard input in the place of ``-``. Raises InputError."""
+    if "-" not in words:
+        return list(words[:-1]), words[-1]
+    if words.count("-") > 1:
+        raise InputError("'-' is standard input, which can be read only once", "give it once; a file of that name is ./-")
+    if sys.stdin.isatty():
+        raise InputError("'-' is standard input, and nothing is piped into it", 'write: cat a.png | mirada ask - "What is it?"')
+    data = sys.stdin.buffer.read(fetch.FetchLimits().video_bytes + 1)
+    if words[-1] != "-":
+        return [data if word == "-" else word for word in words[:-1]], words[-1]
+    try:
+        return list(words[:-1]), data.decode().strip()
+    except UnicodeDecodeError as error:
+        raise InputError(f"the question on standard input is not UTF-8 ({error})", "media come before the question") from error

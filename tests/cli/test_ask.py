@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -48,6 +49,31 @@ def test_settings_reach_the_model(mirada, tiny, picture):
     assert counts[2] < counts[0] < counts[1]  # suffixes /think and /no_think, and none
 
 
+def test_a_picture_or_the_question_comes_through_a_pipe(mirada, tiny, picture, monkeypatch):
+    def piped(data, *words):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+        return mirada("ask", *words, "-m", tiny, "--max-tokens", 8)
+
+    whole = mirada("ask", picture, "What is it?", "-m", tiny, "--max-tokens", 8)
+    assert piped(picture.read_bytes(), "-", "What is it?") == whole
+    assert piped(b"What is it?\n", picture, "-") == whole
+    for data, words, said in (
+        (b"", ("-", "What?"), "the data is empty"),
+        (b"", (picture, "-"), "question is empty"),
+        (b"\xff", (picture, "-"), "not UTF-8"),
+        (b"", ("-", "-"), "only once"),
+    ):
+        done = piped(data, *words)
+        assert (done.code, done.out) == (2, "") and said in done.err
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert "nothing is piped" in mirada("ask", "-", "What?", "-m", tiny).err
+
+
+def test_a_question_may_be_longer_than_a_path(mirada, tiny, picture):
+    done = mirada("ask", picture, "What? " * 60, "-m", tiny, "--max-tokens", 1)
+    assert (done.code, done.err) == (0, "")
+
+
 WRONG = [
     (("ask",), 2, "Missing argument"),
     (("ask", "--max-token", "3", "x"), 2, "No such option"),
@@ -55,6 +81,7 @@ WRONG = [
     (("ask", "--max-tokens", "0", "y"), 2, "max_tokens=0 is out of range"),
     (("ask", "--temperature", "-1", "y"), 2, "temperature=-1.0 is out of range"),
     (("ask", "none.png", "What?"), 2, "nothing lies at 'none.png'"),
+    (("ask", "{long}", "What?"), 2, "nothing lies at 'xxx"),
     (("ask", "{picture}"), 2, "is a file, so there is no question"),
     (("ask", "{picture}", " "), 2, "question is empty"),
     (("ask", "{picture}", "What?", "--fps", "2"), 2, "fps is for a video"),
@@ -71,7 +98,7 @@ WRONG = [
 def test_what_is_wrong_is_said_once_without_a_traceback(mirada, tiny, picture, tmp_path, words, code, said):
     broken = tmp_path / "broken.png"
     broken.write_bytes(picture.read_bytes()[:60])
-    names = {"picture": picture, "broken": broken, "tiny": tiny}
+    names = {"long": "x" * 300, "picture": picture, "broken": broken, "tiny": tiny}
     words = [word.format(**names) for word in words]
     if "-m" not in words:
         words += ["-m", str(tiny)]

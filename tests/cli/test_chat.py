@@ -84,9 +84,7 @@ def test_lines_from_a_pipe(mirada, monkeypatch, tiny, vlm, picture, tmp_path):
     first = printable(vlm.ask(str(picture), "What is it?", max_tokens=6))
     again = printable(vlm.ask("Again?", max_tokens=6))
     assert done.code == 0
-    assert (
-        done.err == f"mirada: nothing lies at '{tmp_path / 'none.png'}'. check the path; the question comes last, in quotes\n"
-    )
+    assert done.err == f"mirada: nothing lies at '{tmp_path / 'none.png'}'. check the path\n"
     assert "(1 added to the next question)\n" + first + "\n(there is no /rest; did you mean '/reset'?" in done.out
     assert "/quit    end" in done.out
     assert done.out.endswith("(everything is forgotten)\n" + again + "\n")
