@@ -25,7 +25,7 @@ from mirada.layers.linear import FEW, Linear, MatrixLinear, MatrixStack
 _FLOATS = {torch.float32: Format.F32, torch.bfloat16: Format.BF16}
 
 
-class _Expert(ctypes.Structure):
+class Expert(ctypes.Structure):
     """``mr_expert`` of experts.h."""
 
     _fields_ = tuple((name, compiled.Matrix) for name in ("gate", "up", "down"))
@@ -44,8 +44,8 @@ class Table:
     def __init__(self) -> None:
         self._of: tuple[Any, ...] = ()
         """What the addresses rest on, held so that it cannot be replaced by another of the same identity."""
-        self._array: ctypes.Array[_Expert] | None = None
-        self._shared: _Expert | None = None
+        self._array: ctypes.Array[Expert] | None = None
+        self._shared: Expert | None = None
 
     def __reduce__(self) -> tuple[type[Table], tuple[()]]:
         return Table, ()
@@ -58,7 +58,7 @@ class Table:
         ``gate_up`` and ``down``: parameters [E, R, C], or what stands in their place. Numbers outside 0 .. E - 1 are left out.
         None, and nothing computed, where this is not for compiled code. OutOfMemory if there is no room.
         """
-        if not self._suits(x) or not self._read(gate_up, down, shared):
+        if not self._suits(x) or self.addresses(gate_up, down, shared) is None:
             return None
         x, chosen, weights = x.contiguous(), chosen.contiguous(), weights.float().contiguous()
         out = torch.empty_like(x)
@@ -74,8 +74,8 @@ class Table:
     def _suits(self, x: Tensor) -> bool:
         return x.dtype == torch.float32 and 0 < len(x) <= FEW and fused.compiles(x)
 
-    def _read(self, gate_up: Any, down: Any, shared: nn.Module | None) -> bool:
-        """Whether the addresses are there, for these matrices."""
+    def addresses(self, gate_up: Any, down: Any, shared: nn.Module | None) -> tuple[ctypes.Array[Expert], Expert | None] | None:
+        """Of each expert, and of ``shared``; None for matrices that the kernels do not read."""
         of = (gate_up, down, *_places(gate_up), *_places(down), *_parts(shared))
         if len(of) != len(self._of) or any(
             a is not b and (type(a) is not int or a != b) for a, b in zip(of, self._of, strict=True)
@@ -85,10 +85,10 @@ class Table:
                 made = [_struct(*both) for both in zip(_matrices(gate_up), _matrices(down), strict=True)]
                 self._shared = None if shared is None else _shared(shared)
                 _check([*made, *([self._shared] if self._shared else [])])
-                self._array = (_Expert * len(made))(*made)
+                self._array = (Expert * len(made))(*made)
             except _Refused:
                 pass
-        return self._array is not None
+        return None if self._array is None else (self._array, self._shared)
 
 
 def _places(stack: Any) -> tuple[int, ...]:
@@ -130,15 +130,15 @@ def _gates(matrices: list[Matrix]) -> list[Matrix]:
     return matrices
 
 
-def _struct(gate_up: list[Matrix], down: list[Matrix]) -> _Expert:
+def _struct(gate_up: list[Matrix], down: list[Matrix]) -> Expert:
     if len(down) != 1:
         raise _Refused
-    made, (gate, up) = _Expert(), _gates(gate_up)
+    made, (gate, up) = Expert(), _gates(gate_up)
     made.gate, made.up, made.down = gate.struct, up.struct, down[0].struct
     return made
 
 
-def _shared(shared: Any) -> _Expert:
+def _shared(shared: Any) -> Expert:
     return _struct(_matrix(shared.gate_up), _matrix(shared.down))
 
 
@@ -155,7 +155,7 @@ def _matrix(linear: Any) -> list[Matrix]:
     return made
 
 
-def _check(made: Sequence[_Expert]) -> None:
+def _check(made: Sequence[Expert]) -> None:
     """All that the compiled code takes for granted."""
     width = made[0].down.rows
     for e in made:

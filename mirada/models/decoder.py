@@ -23,7 +23,8 @@ from mirada.layers.linear import Linear
 from mirada.layers.mlp import GatedMLP
 from mirada.layers.norm import RMSNorm, norm_heads
 from mirada.layers.rope import Rotation, inverse_frequencies, mrope_angles, rotate, rotation
-from mirada.layers.step import Block, Parts, Shape, Step, Unplannable
+from mirada.layers.step import Step
+from mirada.layers.step_parts import Block, Heads, Parts, Shape, Unplannable
 from mirada.models.layout import Rule
 from mirada.parallel.plan import FIRST, WHOLE, Column, Plan, Row, Share, Units
 
@@ -152,9 +153,9 @@ def _block(layer: nn.Module) -> Block:
     """The parts of a layer, for ``layers.step``; Unplannable if it, or one of them, is of another kind than here."""
     if type(layer) is not DecoderLayer or type(layer.attention) is not DecoderAttention or type(layer.mlp) is not GatedMLP:
         raise Unplannable
-    a, m = layer.attention, layer.mlp
+    a = layer.attention
     norms = (a.q_norm, a.k_norm) if a.qk_norm else None
-    return Block(layer.norm1, a.qkv, norms, a.out, layer.norm2, m.gate_up, m.down)
+    return Block(layer.norm1, Heads(a.qkv, norms, a.out), layer.norm2, layer.mlp)
 
 
 def cache_spec(config: DecoderConfig) -> dict[str, int]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mirada.errors import ConfigError
@@ -21,6 +22,8 @@ from mirada.layers.mlp import GatedMLP
 from mirada.layers.moe import MoE, Routing
 from mirada.layers.norm import RMSNorm
 from mirada.layers.rope import Rotation, Yarn, inverse_frequencies, rotation, section_angles
+from mirada.layers.step import Step
+from mirada.layers.step_parts import Block, Parts, Shape, Unplannable
 from mirada.models.decoder import SUMS, shared_splits
 from mirada.models.family import Keys
 from mirada.models.layout import Rule
@@ -116,22 +119,26 @@ class DeepseekDecoder(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DeepseekLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.steps = Step()
 
     def forward(self, x: Tensor, batch: Batch, cache: LatentCache | None = None) -> Tensor:
-        """[T, D] embeddings -> [T, D] after the final norm."""
+        """[T, D] embeddings -> [T, D] after the final norm. Few tokens on a CPU: in one call, where ``layers.step`` can."""
+        made = self.steps.run(self, self._parts, x, batch, cache)
+        if made is not None and made[0] is not None:
+            return made[0]
         turn = self.turn(batch.positions)
         for layer in self.layers:
             x = layer(x, turn, batch, cache)
         return self.norm(x)
 
+    def logits(self, x: Tensor | None, batch: Batch, cache: LatentCache | None, head: nn.Module) -> Tensor | None:
+        """As ``models.decoder.Decoder.logits``."""
+        made = self.steps.run(self, self._parts, x, batch, cache, head)
+        return None if made is None else made[1]
+
     def turn(self, positions: Tensor) -> Rotation:
         """Of positions [3, T]."""
-        c = self.config
-        device = positions.device
-        if c.yarn is None:
-            frequencies = inverse_frequencies(c.qk_rope_head_dim, c.rope_theta, device)
-        else:
-            frequencies = c.yarn.frequencies(c.qk_rope_head_dim, c.rope_theta, device)
+        c, frequencies = self.config, self._frequencies(positions.device)
         if c.mrope_section is None:
             angles = positions[0, :, None].float() * frequencies
         else:
@@ -139,6 +146,29 @@ class DeepseekDecoder(nn.Module):
         cos, sin = rotation(angles)
         scale = c.yarn.turn_scale if c.yarn else 1.0
         return (cos, sin) if scale == 1.0 else (cos * scale, sin * scale)
+
+    def _frequencies(self, device: torch.device) -> Tensor:
+        c = self.config
+        if c.yarn is None:
+            return inverse_frequencies(c.qk_rope_head_dim, c.rope_theta, device)
+        return c.yarn.frequencies(c.qk_rope_head_dim, c.rope_theta, device)
+
+    def _parts(self) -> Parts:
+        c = self.config
+        sections = c.mrope_section or (c.qk_rope_head_dim // 2, 0, 0)
+        axes = [axis for axis, count in enumerate(sections) for _ in range(count)]
+        shape = Shape(
+            c.num_attention_heads, 1, c.qk_rope_head_dim, c.softmax_scale, self._frequencies(torch.device("cpu")), axes,
+            c.yarn.turn_scale if c.yarn else 1.0, c.sizes,
+        )  # fmt: skip
+        return Parts(shape, [_block(layer) for layer in self.layers], self.norm, self.embed)
+
+
+def _block(layer: nn.Module) -> Block:
+    """The parts of a layer, for ``layers.step``; Unplannable if it, or one of them, is of another kind than here."""
+    if type(layer) is not DeepseekLayer or type(layer.attention) is not MLA or type(layer.mlp) not in (MoE, GatedMLP):
+        raise Unplannable
+    return Block(layer.norm1, layer.attention, layer.norm2, layer.mlp)
 
 
 def cache_spec(config: DeepseekConfig) -> dict[str, int | str]:

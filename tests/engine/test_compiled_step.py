@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_deepseek
 from tiny import make_tiny
 
 from mirada import VLM, Image, Message, Sampling, Text
@@ -35,8 +37,11 @@ def test_pictures_asked_of_mini() -> None:
         assert vlm.parts.model.decoder.steps.planned
 
 
-@pytest.mark.parametrize("model_type", ["Keye", "KeyeVL1_5", "qwen2_vl"])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("model_type", "tied"),
+    [(kind, tied) for kind in ("Keye", "KeyeVL1_5", "qwen2_vl") for tied in (False, True)]
+    + [("KeyeVLMoe", False), ("KeyeVLMoe", True), ("kimi_vl", False)],
+)
 def test_families(tmp_path: Path, model_type: str, tied: bool) -> None:
     make_tiny(tmp_path, model_type, tie_word_embeddings=tied)
     with VLM(tmp_path, device="cpu", engine={"prefix_cache_bytes": 0, "speculate": 3}) as vlm:
@@ -44,16 +49,21 @@ def test_families(tmp_path: Path, model_type: str, tied: bool) -> None:
         assert vlm.parts.model.decoder.steps.planned
 
 
-@pytest.mark.parametrize("settings", [{"engine": {"kv": "int8"}}, {"quant": "int8"}, {"quant": "int4"}])
-def test_other_storage_is_planned_too(tmp_path: Path, settings: dict[str, Any]) -> None:
-    make_tiny(tmp_path, "qwen2_vl")
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [("qwen2_vl", {"engine": {"kv": "int8"}}), ("qwen2_vl", {"quant": "int8"}), ("qwen2_vl", {"quant": "int4"}),
+     ("kimi_vl", {"engine": {"kv": "int8"}}), ("kimi_vl", {"quant": "exact"}), ("kimi_vl", {"quant": "int8"}),
+     ("KeyeVLMoe", {"quant": "exact"}), ("KeyeVLMoe", {"quant": "int4"})],
+)  # fmt: skip
+def test_other_storage_is_planned_too(
+    tmp_path: Path, settings: dict[str, Any], model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Gate and up of an expert lie one below the other: as integers each must begin with a panel of sixteen rows.
+    monkeypatch.setattr(tiny_deepseek, "deepseek_text", partial(tiny_deepseek.deepseek_text, moe_intermediate_size=32))
+    make_tiny(tmp_path, model_type)
     with VLM(tmp_path, device="cpu", **settings) as vlm:
-        assert len(ids(vlm, True)) == len(chats())
+        made, wanted = ids(vlm, True), ids(vlm, False)
         assert vlm.parts.model.decoder.steps.planned
-
-
-def test_a_family_without_a_plan_answers_all_the_same(tmp_path: Path) -> None:
-    make_tiny(tmp_path, "kimi_vl")
-    with VLM(tmp_path, device="cpu") as vlm:
-        assert not hasattr(vlm.parts.model.decoder, "steps")
-        assert vlm.generate(chats(1), Sampling(max_tokens=3))[0].error is None
+    # What is rounded to integers falls to another step now and then, and a near tie with it: not in the first words.
+    words = 24 if settings.get("quant") == "exact" else 3
+    assert [reply[:words] for reply in made] == [reply[:words] for reply in wanted]

@@ -8,11 +8,14 @@ from __future__ import annotations
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_deepseek
 import torch
+from tiny import make_tiny
 from tiny_adapters import make_adapter
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -50,7 +53,7 @@ ADAPTED = {"calls": 27, "tensors": 12.5}
 """More in each layer, however many sequences have the adapter: its four fused matrices are seven of a checkpoint, each two
 products and what adds them where they belong."""
 LATENT = 18
-"""Calls of a layer with latent attention and a dense block, for one sequence."""
+"""Calls of a layer with latent attention and a dense block, for one sequence, by the modules."""
 EXPERTS = 7
 """More of them where the block is of experts: nine choose, and one makes room for what all chosen ones add."""
 
@@ -219,8 +222,49 @@ def test_an_adapter_in_the_batch(mini: Any, owners: tuple[bool, ...], tmp_path: 
     assert sum(counted(mini, cache, step).calls.values()) == COMPILED["calls"]
 
 
+FORMATS = (None, "exact", "int8", "int4")
+MIXED = ("kimi_vl", "KeyeVLMoe")
+"""Latent attention, a dense layer and then experts; the second with low-rank queries and groups of experts."""
+
+
+@pytest.fixture(scope="module", params=[(kind, quant) for kind in MIXED for quant in FORMATS], ids=str)
+def mixed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    kind, quant = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_deepseek, "deepseek_text", partial(tiny_deepseek.deepseek_text, moe_intermediate_size=32))
+        folder = make_tiny(tmp_path_factory.mktemp("mixed"), kind)
+    return load(folder, device="cpu", quant=quant).model
+
+
+def standing_latents(model: Any, lengths: tuple[int, ...], kv: str = "auto") -> tuple[Any, Batch]:
+    """As ``standing``."""
+    cache: Any = make_cache(cache_spec(model.decoder.config), torch.float32, "cpu", kv=kv)
+    for slot in range(len(lengths)):
+        cache.allocate(slot)
+        cache.grow(slot, 2 * PAST)
+    past = (PAST,) * len(lengths)
+    places = torch.cat([torch.arange(PAST, PAST + length) for length in lengths]).expand(3, -1)
+    batch = Batch(torch.full((sum(lengths),), 5), places, lengths, past)
+    with torch.inference_mode():
+        for layer in range(cache.num_layers):
+            for slot in range(len(lengths)):
+                cache.write(layer, slot, 0, torch.randn(PAST, 1, sum(cache._parts)))
+        for on in (False, True):  # first calls build plans and tables
+            model.decoder.steps.on = on
+            model.next_logits(batch, None, cache)
+    return cache, batch
+
+
 @pytest.mark.skipif(library() is None, reason="the CPU kernels are not compiled")
-def test_a_layer_of_latent_attention_and_experts() -> None:
+@pytest.mark.parametrize("kv", ["auto", "int8"])
+@pytest.mark.parametrize("step", ["one", "three", "sixteen", "a draft of seven"])
+def test_a_step_of_latents_and_experts_is_one_call(mixed: Any, step: str, kv: str) -> None:
+    calls = counted(mixed, *standing_latents(mixed, STEPS[step], kv))
+    assert (sum(calls.calls.values()), calls.tensors) == (COMPILED["calls"], COMPILED["tensors"]), calls.calls
+
+
+@pytest.mark.skipif(library() is None, reason="the CPU kernels are not compiled")
+def test_a_layer_of_latent_attention_and_experts_by_the_modules() -> None:
     def calls(layers: int, dense: int) -> int:
         config = DeepseekConfig(
             vocab_size=32, hidden_size=64, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=96,
@@ -229,6 +273,7 @@ def test_a_layer_of_latent_attention_and_experts() -> None:
             first_k_dense_replace=dense,
         )  # fmt: skip
         decoder, cache = DeepseekDecoder(config).eval(), make_cache(cache_spec(config), torch.float32, "cpu")
+        decoder.steps.on = False
         cache.allocate(0)
         cache.grow(0, 2 * PAST)
         step = Batch(torch.tensor([5]), torch.full((3, 1), PAST), (1,), (PAST,))

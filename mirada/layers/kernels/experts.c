@@ -25,20 +25,24 @@ typedef struct {
     float share;
 } pair;
 
-typedef struct {
+struct mr_block {
     job *jobs;
     pair *pairs;
     int count, n, cols;
-    float *y;
+    float *sums, *y; /* [n, D]; another one: sums are added to y */
+};
+
+typedef struct {
+    const mr_block *block;
     _Atomic int next[3];
-} block;
+} work;
 
 static int chunks(int rows) { return (rows + CHUNK - 1) / CHUNK; }
 
 static int end_of(int begin, int rows) { return begin + CHUNK < rows ? begin + CHUNK : rows; }
 
-static void inner_part(block *b) {
-    for (int at = 0, before = 0, unit; (unit = atomic_fetch_add(&b->next[0], 1)) >= 0;) {
+void mr_block_inner(const mr_block *b, _Atomic int *next) {
+    for (int at = 0, before = 0, unit; (unit = atomic_fetch_add(next, 1)) >= 0;) {
         while (at < b->count && unit >= before + chunks(b->jobs[at].expert->gate.rows)) before += chunks(b->jobs[at++].expert->gate.rows);
         if (at == b->count) return;
         const job *j = &b->jobs[at];
@@ -52,38 +56,46 @@ static void inner_part(block *b) {
     }
 }
 
-static void prepare_part(block *b) {
-    for (int at; (at = atomic_fetch_add(&b->next[1], 1)) < b->count;) {
+void mr_block_prepare(const mr_block *b, _Atomic int *next) {
+    for (int at; (at = atomic_fetch_add(next, 1)) < b->count;) {
         const job *j = &b->jobs[at];
         mr_prepare(j->expert->down.format, j->expert->down.group, j->gate, j->count, j->expert->down.cols, j->inner);
     }
 }
 
-static void out_part(block *b) {
-    for (int unit; (unit = atomic_fetch_add(&b->next[2], 1)) < chunks(b->cols);) {
-        int begin = unit * CHUNK, end = end_of(begin, b->cols);
-        for (int t = 0; t < b->n; t++) memset(b->y + (size_t)t * b->cols + begin, 0, (end - begin) * sizeof(float));
-        for (int at = 0; at < b->count; at++) {
-            const job *j = &b->jobs[at];
-            mr_rows(&j->expert->down, j->inner, j->count, begin, end, j->out);
-            for (int i = 0; i < j->count; i++) {
-                const pair *p = &b->pairs[j->first + i];
-                const float *from = j->out + (size_t)i * b->cols;
-                float *to = b->y + (size_t)p->token * b->cols;
-                for (int c = begin; c < end; c++) to[c] += from[c] * p->share;
-            }
+/* Channels [begin, end) of what all experts together make of each token: in `sums` [n, D]. */
+static void sum_part(const mr_block *b, int begin, int end, float *sums) {
+    for (int t = 0; t < b->n; t++) memset(sums + (size_t)t * b->cols + begin, 0, (end - begin) * sizeof(float));
+    for (int at = 0; at < b->count; at++) {
+        const job *j = &b->jobs[at];
+        mr_rows(&j->expert->down, j->inner, j->count, begin, end, j->out);
+        for (int i = 0; i < j->count; i++) {
+            const pair *p = &b->pairs[j->first + i];
+            const float *from = j->out + (size_t)i * b->cols;
+            float *to = sums + (size_t)p->token * b->cols;
+            for (int c = begin; c < end; c++) to[c] += from[c] * p->share;
         }
     }
 }
 
+void mr_block_out(const mr_block *b, _Atomic int *next) {
+    for (int unit; (unit = atomic_fetch_add(next, 1)) < chunks(b->cols);) {
+        int begin = unit * CHUNK, end = end_of(begin, b->cols);
+        sum_part(b, begin, end, b->sums);
+        if (b->sums == b->y) continue;
+        for (int t = 0; t < b->n; t++)
+            for (size_t c = (size_t)t * b->cols + begin; c < (size_t)t * b->cols + end; c++) b->y[c] += b->sums[c];
+    }
+}
+
 static void run(void *context, int part, int parts) {
-    block *b = context;
+    work *w = context;
     (void)part, (void)parts;
-    inner_part(b);
+    mr_block_inner(w->block, &w->next[0]);
     mr_barrier();
-    prepare_part(b);
+    mr_block_prepare(w->block, &w->next[1]);
     mr_barrier();
-    out_part(b);
+    mr_block_out(w->block, &w->next[2]);
 }
 
 /* Pairs in the order of experts, then tokens; those of `shared` (number `count`) last. Returns how many. */
@@ -110,7 +122,7 @@ static void *cut(char *memory, size_t *at, size_t bytes) {
 }
 
 /* Jobs and all that they point to, in `memory` of the size that a call without memory returns. */
-static size_t lay_out(char *memory, block *b, const mr_expert *experts, const mr_expert *shared, int count, int pairs, const float *x) {
+static size_t lay_out(char *memory, mr_block *b, const mr_expert *experts, const mr_expert *shared, int count, int pairs, const float *x) {
     size_t at = 0;
     b->jobs = cut(memory, &at, pairs * sizeof(job));
     b->count = 0;
@@ -140,20 +152,50 @@ static size_t lay_out(char *memory, block *b, const mr_expert *experts, const mr
     return at;
 }
 
+size_t mr_block_pair_bytes(const mr_expert *experts, int count, const mr_expert *shared) {
+    size_t most = 0;
+    for (int i = 0; i < count + (shared != NULL); i++) {
+        const mr_expert *e = i < count ? &experts[i] : shared;
+        const mr_matrix *g = &e->gate, *d = &e->down;
+        size_t bytes = ALIGN(mr_prepared_bytes(g->format, g->cols, g->group, 1), 64) + 2 * ALIGN(g->cols * sizeof(float), 64) +
+                       2 * ALIGN(g->rows * sizeof(float), 64) + ALIGN(mr_prepared_bytes(d->format, d->cols, d->group, 1), 64) +
+                       ALIGN(d->rows * sizeof(float), 64);
+        most = bytes > most ? bytes : most;
+    }
+    return most;
+}
+
+size_t mr_block_base_bytes(int pairs) {
+    return ALIGN(sizeof(mr_block), 64) + ALIGN(pairs * sizeof(pair), 64) + ALIGN(pairs * sizeof(job), 64);
+}
+
+mr_block *mr_block_open(void *memory, const mr_expert *experts, int count, const mr_expert *shared, const int64_t *chosen,
+                        const float *shares, int k, const float *x, int n, float *y) {
+    size_t at = 0;
+    mr_block *b = cut(memory, &at, sizeof *b);
+    *b = (mr_block){.n = n, .cols = (count ? experts : shared)->down.rows, .y = y};
+    b->pairs = cut(memory, &at, ((size_t)n * k + n) * sizeof(pair));
+    b->sums = cut(memory, &at, (size_t)n * b->cols * sizeof(float));
+    int pairs = sort_pairs(b->pairs, count, shared != NULL, chosen, shares, k, n);
+    lay_out((char *)memory + at, b, experts, shared, count, pairs, x);
+    return b;
+}
+
 int mr_experts(const mr_expert *experts, int count, const mr_expert *shared, const int64_t *chosen, const float *shares, int k,
                const float *x, int n, float *y) {
     const mr_expert *any = count ? experts : shared;
     if (n < 1 || !any) return 0;
-    block b = {.n = n, .cols = any->down.rows, .y = y};
+    mr_block b = {.n = n, .cols = any->down.rows, .sums = y, .y = y};
     b.pairs = malloc(((size_t)n * k + n) * sizeof(pair));
     if (!b.pairs) return 1;
     int pairs = sort_pairs(b.pairs, count, shared != NULL, chosen, shares, k, n);
     char *memory = malloc(lay_out(NULL, &b, experts, shared, count, pairs, x) + 63);
     if (memory) {
+        work w = {.block = &b};
         lay_out((char *)ALIGN((uintptr_t)memory, 64), &b, experts, shared, count, pairs, x);
-        int64_t work = 0;
-        for (int i = 0; i < b.count; i++) work += (int64_t)b.jobs[i].expert->gate.rows * b.cols;
-        mr_parallel_most(work < SERIAL_BYTES ? 1 : mr_threads(), run, &b);
+        int64_t size = 0;
+        for (int i = 0; i < b.count; i++) size += (int64_t)b.jobs[i].expert->gate.rows * b.cols;
+        mr_parallel_most(size < SERIAL_BYTES ? 1 : mr_threads(), run, &w);
     }
     free(memory);
     free(b.pairs);

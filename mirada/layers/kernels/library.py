@@ -11,7 +11,7 @@ from pathlib import Path
 from mirada import config
 from mirada.errors import SettingsError
 
-VERSION = 7
+VERSION = 9
 """What ``mr_version`` of gemm.c must say; counted up with every change of packed forms or of structures."""
 SETTING = "MIRADA_CPU_KERNELS"
 """Environment: auto (the best that the processor has), scalar, avx2, avx512, or off."""
@@ -101,6 +101,7 @@ def _declare(library: ctypes.CDLL) -> None:
         ("mr_set_threads", None, (whole,)),
         ("mr_linear", whole, (matrix, pointer, whole, whole, pointer)),
         ("mr_experts", whole, (pointer, whole, pointer, pointer, pointer, whole, pointer, whole, pointer)),
+        ("mr_block_pair_bytes", ctypes.c_size_t, (pointer, whole, pointer)),
         ("mr_swiglu_rows", None, (pointer, whole, whole, pointer)),
         ("mr_norm_heads", None, (pointer, whole, long, whole, long, whole, pointer, ctypes.c_float)),
         ("mr_turn_heads", whole, (pointer, whole, long, whole, long, whole, pointer, pointer, whole)),
