@@ -117,10 +117,10 @@ def attention(report: common.Report, ceiling: float) -> None:
     tables = torch.randperm(length // 32, device="cuda").view(1, -1).int()
     lengths = torch.full((1,), length, dtype=torch.int32, device="cuda")
     q = noise(2048, heads, 128)
-    places = triton_paged.tiles((2048,), heads, kv_heads, q.device)
+    places = triton_paged.tiles((2048,), triton_paged.queries(heads, kv_heads), q.device)
     k, v = (pool[tables[0].long()].flatten(0, 1).transpose(0, 1) for pool in (keys, values))
     timed(report, ceiling, "paged prefill 2048 after 6144", 2 * keys.nbytes + 2 * q.nbytes,
-          lambda: triton_paged.paged_prefill(q, keys, values, tables, lengths, places, 0.09),
+          lambda: triton_paged.paged_prefill(q, (keys, values), tables, lengths, places, 0.09),
           lambda: attend_one(q, k, v, 0.09))  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def latents(report: common.Report, ceiling: float) -> None:
         q = noise(count, 16, 576)
 
         def kernel(q=q, pages=pages, tables=tables, lengths=lengths) -> Tensor:
-            return triton_mla.latent_decode(q, pages, tables, lengths, 512, 0.07)
+            return triton_mla.latent_decode(q, (pages,), tables, lengths, 512, 0.07)
 
         def plain(q=q, pages=pages, tables=tables) -> Tensor:
             rows = [pages[tables[b].long()].flatten(0, 2) for b in range(len(q))]

@@ -123,8 +123,11 @@ class Graphs:
             return False
         if self.device.type != "cuda":
             return True
-        kernel = "cuda" in fused.status().devices and (cache.kv == "auto" or isinstance(cache, PagedCache))
-        return kernel and next(self.model.parameters()).dtype in (torch.float32, torch.bfloat16, torch.float16)
+        return "cuda" in fused.status().devices and next(self.model.parameters()).dtype in (
+            torch.float32,
+            torch.bfloat16,
+            torch.float16,
+        )
 
     def _make(self, size: int) -> _Bucket:
         pages = self._cache.num_pages

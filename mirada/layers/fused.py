@@ -226,30 +226,34 @@ def write(pool: Tensor, rows: Tensor, new: Tensor) -> None:
 
 def attend_pages(cache: PagedCache, layer: int, q: Tensor, tables: Tables, scale: float) -> Tensor | None:
     """Causal attention of new tokens whose keys and values are in their pages: q [T, H, d] -> [T, H, d]; None where no kernel
-    computes: for many tokens also where keys are kept as int8."""
+    computes."""
     decodes = max(tables.counts) == 1
-    if not on(q) or (cache.kv == "int8" and not decodes) or q.shape[1] // cache.num_kv_heads > 64:
+    if not on(q) or q.shape[1] // cache.num_kv_heads > 64:
         return None
     from mirada.layers.kernels import triton_paged
 
     tables, pools = tables.on(q.device), cache.pools(layer)
     if decodes:
         return triton_paged.paged_decode(q, pools, tables.block_tables, tables.lengths, scale)
-    if (made := _varlen_pages(q, pools, tables, scale)) is not None:
+    if cache.kv == "auto" and (made := _varlen_pages(q, pools, tables, scale)) is not None:
         return made
     if tables.places is None:
-        tables.places = triton_paged.tiles(tables.counts, q.shape[1], cache.num_kv_heads, q.device)
-    return triton_paged.paged_prefill(q, pools[0], pools[1], tables.block_tables, tables.lengths, tables.places, scale)
+        tables.places = triton_paged.tiles(tables.counts, triton_paged.queries(q.shape[1], cache.num_kv_heads), q.device)
+    return triton_paged.paged_prefill(q, pools, tables.block_tables, tables.lengths, tables.places, scale)
 
 
 def attend_latents(cache: PagedLatentCache, layer: int, q: Tensor, tables: Tables, rank: int, scale: float) -> Tensor | None:
-    """One new token of each sequence over latents in pages: q [B, H, W] -> [B, H, rank]; None where no kernel computes."""
-    if not on(q) or cache.kv != "auto":
+    """New tokens over latents in pages: q [T, H, W] -> [T, H, rank]; None where no kernel computes."""
+    if not on(q):
         return None
-    from mirada.layers.kernels import triton_mla
+    from mirada.layers.kernels import triton_mla, triton_paged
 
-    tables = tables.on(q.device)
-    return triton_mla.latent_decode(q, cache.pools(layer)[0], tables.block_tables, tables.lengths, rank, scale)
+    tables, pools = tables.on(q.device), cache.pools(layer)
+    if max(tables.counts) == 1:
+        return triton_mla.latent_decode(q, pools, tables.block_tables, tables.lengths, rank, scale)
+    if tables.places is None:
+        tables.places = triton_paged.tiles(tables.counts, triton_mla.QUERIES, q.device)
+    return triton_mla.latent_prefill(q, pools, tables.block_tables, tables.lengths, tables.places, rank, scale)
 
 
 MOST_GROUPED = 4096

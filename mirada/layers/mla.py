@@ -91,7 +91,7 @@ class MLA(nn.Module):
                 q, k, self._as_wide(v), batch.lengths, causal=True, scale=self.scale, kind=self.attention_kind
             )
             return self.out(mixed[..., : self.sizes.value].flatten(1))
-        if not self.variants and (made := self._decode(q, rows, batch, cache)) is not None:
+        if not self.variants and (made := self._over_pages(q, rows, batch, cache)) is not None:
             return self.out(made.flatten(1))
         so_far = cache.extend(self.index, rows, batch)
         attend = self._attend_variants if self.variants else self._attend
@@ -156,12 +156,32 @@ class MLA(nn.Module):
         """As ``attend_expanded``."""
         return self._leave(attend_latents(self._enter(q), rows, self.sizes.kv_rank, self.scale))
 
-    def _decode(self, q: Tensor, rows: Tensor, batch: Batch, cache: LatentCache) -> Tensor | None:
-        """A step of decoding over pages: [B, H, value]; None where the rows of each sequence are to be brought together."""
-        if not isinstance(cache, PagedLatentCache) or not cache.decodes(batch, q):
+    def _over_pages(self, q: Tensor, rows: Tensor, batch: Batch, cache: LatentCache) -> Tensor | None:
+        """[T, H, value]; None where the rows of each sequence are to be brought together: no pages, or no kernel reads them."""
+        if not isinstance(cache, PagedLatentCache):
             return None
-        mixed = cache.attend_kept(self.index, self._enter(q), rows, batch, self.sizes.kv_rank, self.scale)
-        return self._leave(mixed)
+        if cache.decodes(batch, q):
+            mixed = cache.attend_kept(self.index, self._enter(q), rows, batch, self.sizes.kv_rank, self.scale)
+            return self._leave(mixed)
+        return self._forms_over_pages(q, rows, batch, cache) if fused.on(q) else None
+
+    def _forms_over_pages(self, q: Tensor, rows: Tensor, batch: Batch, cache: PagedLatentCache) -> Tensor:
+        """As ``_attend``: the absorbed form reads pages where they lie, and what has no past needs but its own rows."""
+        cache.keep(self.index, rows, batch)
+        parts, news = q.split(batch.lengths), rows.split(batch.lengths)
+        ahead = list(zip(batch.lengths, batch.past, strict=True))
+        made: dict[int, Tensor] = {}
+        members = [i for i, (n, past) in enumerate(ahead) if self.absorbs(n, past + n)]
+        if members:
+            entered = self._enter(torch.cat([parts[i] for i in members]))
+            mixed = cache.attend_members(self.index, entered, members, batch, self.sizes.kv_rank, self.scale)
+            made.update(zip(members, self._leave(mixed).split([batch.lengths[i] for i in members]), strict=True))
+        for i, (n, past) in enumerate(ahead):
+            if i not in made:
+                fresh = not past and cache.kv == "auto"
+                held = news[i] if fresh else cache.kept(self.index, batch.slots[i], past + n)
+                made[i] = self.attend_expanded(parts[i], held)
+        return torch.cat([made[i] for i in range(len(parts))])
 
     def _attend(self, q: Tensor, so_far: list[Rows], lengths: tuple[int, ...]) -> Tensor:
         """Each sequence in the form that suits it; which one depends on nothing but that sequence."""

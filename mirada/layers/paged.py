@@ -17,7 +17,7 @@ from mirada.layers import fused
 from mirada.layers.attention import DEFAULT
 from mirada.layers.cache import Cache, KeysAndValues, Store
 from mirada.layers.kv_int8 import Quantised
-from mirada.layers.latent_cache import Latents
+from mirada.layers.latent_cache import Latents, Rows
 from mirada.layers.past import attend_one
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class Tables:
     """The tensors are refilled from step to step (``engine.graphs``): nothing but them may be read, and rows may be empty."""
     places: tuple[Tensor, ...] | None = None
     """What a kernel makes of the sizes, once for all layers."""
+    some: dict[tuple[int, ...], Tables] = field(default_factory=dict)
+    """Of some of the sequences, by their numbers; ``rows`` are all."""
     _elsewhere: dict[torch.device, Tables] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> Tables:
@@ -290,7 +292,32 @@ class PagedLatentCache(Latents, Pages):
 
     def decodes(self, batch: Batch, q: Tensor) -> bool:
         """Whether a step is attended by ``attend_kept``: one new token each, and a kernel or a fixed batch."""
-        return max(batch.lengths) == 1 and (self.tables(batch).fixed or (self.kv == "auto" and fused.on(q)))
+        return max(batch.lengths) == 1 and (self.tables(batch).fixed or fused.on(q))
+
+    def keep(self, layer: int, rows: Tensor, batch: Batch) -> None:
+        """Put the new ``rows`` [T, W] to their places."""
+        self.put(layer, self.tables(batch).rows, rows[:, None])
+
+    def kept(self, layer: int, slot: int, total: int) -> Rows:
+        """The first ``total`` rows of a slot [total, W]: a copy."""
+        (side,) = self.gather(layer, slot, total)
+        return Quantised(side.values[0], side.scales[0], side.parts) if isinstance(side, Quantised) else side[0]
+
+    def attend_members(self, layer: int, q: Tensor, members: Sequence[int], batch: Batch, rank: int, scale: float) -> Tensor:
+        """The new tokens of some sequences of ``batch``, whose rows are kept, where kernels compute: queries in the space of
+        the latents [T, H, W] -> [T, H, rank]."""
+        made = fused.attend_latents(self, layer, q, self._some(tuple(members), batch), rank, scale)
+        assert made is not None
+        return made
+
+    def _some(self, members: tuple[int, ...], batch: Batch) -> Tables:
+        """The tables of some sequences, made once for all layers."""
+        whole = self.tables(batch)
+        if members not in whole.some:
+            at = torch.tensor(members, device=whole.lengths.device)
+            counts = tuple(whole.counts[i] for i in members)
+            whole.some[members] = Tables(batch, counts, whole.rows, whole.block_tables[at], whole.lengths[at])
+        return whole.some[members]
 
     def attend_kept(self, layer: int, q: Tensor, rows: Tensor, batch: Batch, rank: int, scale: float) -> Tensor:
         """Keep the new ``rows`` [B, W], then attend: queries in the space of the latents [B, H, W] -> [B, H, rank]."""

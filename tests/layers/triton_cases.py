@@ -157,11 +157,28 @@ def test_paged_prefill(dtype):
     counts, lengths, heads, kv_heads, width = (1, 23, 9), (14, 23, 70), 6, 2, 20
     keys, values, tables, totals = pages(lengths, kv_heads, width, dtype)
     q = noise(sum(counts), heads, width, dtype=dtype)
-    places = triton_paged.tiles(counts, heads, kv_heads, q.device)
-    made = triton_paged.paged_prefill(q, keys, values, tables, totals, places, 0.3)
+    places = triton_paged.tiles(counts, triton_paged.queries(heads, kv_heads), q.device)
+    made = triton_paged.paged_prefill(q, (keys, values), tables, totals, places, 0.3)
     for b, (part, ours) in enumerate(zip(q.split(counts), made.split(counts), strict=True)):
         k, v = (past_of(pool, tables, b, lengths[b]) for pool in (keys, values))
         near(ours, attend_one(part, k, v, 0.3), 2)
+
+
+def in_int8(pool: Tensor, parts: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Values and scales of pages."""
+    return tuple(plane.unflatten(0, pool.shape[:2]) for plane in quantise(pool.nan_to_num(0, 0, 0).flatten(0, 1), parts))
+
+
+def test_paged_prefill_of_int8():
+    counts, lengths, heads, kv_heads, width = (1, 9), (14, 40), 4, 2, 16
+    keys, values, tables, totals = pages(lengths, kv_heads, width, torch.float32)
+    pools = (*in_int8(keys, (width,)), *in_int8(values, (width,)))
+    q = noise(sum(counts), heads, width)
+    places = triton_paged.tiles(counts, triton_paged.queries(heads, kv_heads), q.device)
+    made = triton_paged.paged_prefill(q, pools, tables, totals, places, 0.3)
+    for b, (part, ours) in enumerate(zip(q.split(counts), made.split(counts), strict=True)):
+        planes = [past_of(pool, tables, b, lengths[b]) for pool in pools]
+        near(ours, attend_one(part, *(Quantised(planes[i], planes[i + 1], (width,)) for i in (0, 2)), 0.3), 2)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -170,9 +187,33 @@ def test_latent_decode(dtype, heads, rank, rope, splits):
     lengths = (1, 45)
     rows, _, tables, totals = pages(lengths, 1, rank + rope, dtype)
     q = noise(len(lengths), heads, rank + rope, dtype=dtype)
-    made = triton_mla.latent_decode(q, rows, tables, totals, rank, 0.2, splits)
+    made = triton_mla.latent_decode(q, (rows,), tables, totals, rank, 0.2, splits)
     for b, length in enumerate(lengths):
         near(made[b], attend_latents(q[b : b + 1], past_of(rows, tables, b, length)[0], rank, 0.2)[0], 2)
+
+
+@pytest.mark.parametrize(("dtype", "int8"), ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True)))
+def test_latents_of_many_tokens(dtype, int8):
+    counts, lengths, heads, rank, rope = (1, 5), (12, 21), 18, 24, 8
+    rows, _, tables, totals = pages(lengths, 1, rank + rope, dtype)
+    pools = in_int8(rows, (rank, rope)) if int8 else (rows,)
+    q = noise(sum(counts), heads, rank + rope, dtype=dtype)
+    places = triton_paged.tiles(counts, triton_mla.QUERIES, q.device)
+    made = triton_mla.latent_prefill(q, pools, tables, totals, places, rank, 0.2)
+    for b, (part, ours) in enumerate(zip(q.split(counts), made.split(counts), strict=True)):
+        held = [past_of(pool, tables, b, lengths[b])[0] for pool in pools]
+        near(ours, attend_latents(part, Quantised(*held, (rank, rope)) if int8 else held[0], rank, 0.2), 2)
+
+
+def test_latent_decode_of_int8():
+    lengths, heads, rank, rope = (1, 45), 3, 24, 8
+    rows, _, tables, totals = pages(lengths, 1, rank + rope, torch.float32)
+    pools = in_int8(rows, (rank, rope))
+    q = noise(len(lengths), heads, rank + rope)
+    made = triton_mla.latent_decode(q, pools, tables, totals, rank, 0.2, 2)
+    for b, length in enumerate(lengths):
+        held = Quantised(*(past_of(pool, tables, b, length)[0] for pool in pools), (rank, rope))
+        near(made[b], attend_latents(q[b : b + 1], held, rank, 0.2)[0], 2)
 
 
 def packed(rows: int, columns: int, group: int, bits: int, zeros: bool) -> Packed:

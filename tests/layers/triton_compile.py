@@ -89,16 +89,22 @@ def main() -> None:
         triton_rope.rope_write(t(4, (heads + 2 * kv_heads) * 128), heads, turn, norms, t(4, dtype=I64), pool, pool)
         places = (t(40, dtype=I32), t(40, dtype=I32), t(2, dtype=I32), t(2, dtype=I32))
         tables, lengths = t(2, 1024, dtype=I32), t(2, dtype=I32)
-        triton_paged.paged_prefill(t(1000, heads, 128), pool, pool, tables, lengths, places, 0.1)
+        triton_paged.paged_prefill(t(1000, heads, 128), (pool, pool), tables, lengths, places, 0.1)
         for count in (1, 64):
             tables, lengths = t(count, 1024, dtype=I32), t(count, dtype=I32)
             triton_paged.paged_decode(t(count, heads, 128), (pool, pool), tables, lengths, 0.1)
     triton_rope.write(t(99, 32, 1, 576), t(4, dtype=I64), t(4, 1, 576))
     planes = (t(99, 32, 4, 128, dtype=I8), t(99, 32, 4, 1, dtype=F32)) * 2
     triton_paged.paged_decode(t(4, 28, 128), planes, t(4, 1024, dtype=I32), t(4, dtype=I32), 0.1)
+    places = (t(40, dtype=I32), t(40, dtype=I32), t(2, dtype=I32), t(2, dtype=I32))
+    triton_paged.paged_prefill(t(1000, 28, 128), planes, t(2, 1024, dtype=I32), t(2, dtype=I32), places, 0.1)
+    latents = (t(99, 32, 1, 576),), (t(99, 32, 1, 576, dtype=I8), t(99, 32, 1, 2, dtype=F32))
+    for pools in latents:
+        triton_mla.latent_prefill(t(1000, 16, 576), pools, t(2, 1024, dtype=I32), t(2, dtype=I32), places, 512, 0.1)
+    triton_mla.latent_decode(t(4, 16, 576), latents[1], t(4, 1024, dtype=I32), t(4, dtype=I32), 512, 0.1)
     for count in (1, 64):
         tables, lengths = t(count, 1024, dtype=I32), t(count, dtype=I32)
-        triton_mla.latent_decode(t(count, 16, 576), t(99, 32, 1, 576), tables, lengths, 512, 0.1)
+        triton_mla.latent_decode(t(count, 16, 576), (t(99, 32, 1, 576),), tables, lengths, 512, 0.1)
     for tokens in (1, 8, 48):
         for bits, group in ((4, 128), (4, 32), (8, 3584)):
             scales = t(4608, 3584 // group, dtype=F16)

@@ -60,10 +60,11 @@ def test_models_through_the_kernels(kind, tmp_path, monkeypatch):
 
 
 def test_a_mode_through_the_kernels(tmp_path, monkeypatch):
-    """Loading makes integers for the kernels, and single tokens and several are multiplied by them as they lie."""
+    """Loading makes integers for the kernels, and single tokens and several are multiplied by them as they lie. The latents are
+    integers too."""
     text = tiny_config("kimi_vl", write_tiktoken(tmp_path, KIMI_CONTROL))["text_config"] | {"moe_intermediate_size": 32}
     model = load_model(make_tiny(tmp_path, "kimi_vl", text_config=text), mode=parse("int4"))
-    pieces = ({0: 2, 1: 1}, {0: 1})
+    pieces = ({0: 2, 1: 1}, {0: 1, 1: 2})
     spec, calls = FAMILIES["kimi_vl"].cache_spec(model.config), {"packed": 0, "experts": 0}
     for name in calls:
         real = getattr(fused, name)
@@ -75,10 +76,10 @@ def test_a_mode_through_the_kernels(tmp_path, monkeypatch):
 
         monkeypatch.setattr(fused, name, counted)
     with torch.inference_mode():
-        ours = play(model, make_cache(spec, torch.float32, "cpu", layout="paged", budget=1 << 20), pieces)
+        ours = play(model, make_cache(spec, torch.float32, "cpu", kv="int8", layout="paged", budget=1 << 20), pieces)
         assert calls == {"packed": calls["packed"], "experts": len(pieces)} and calls["packed"] >= len(pieces) * 8
         monkeypatch.setattr(fused, "on", lambda x: False)
-        theirs = play(model, make_cache(spec, torch.float32, "cpu", layout="slab"), pieces)
+        theirs = play(model, make_cache(spec, torch.float32, "cpu", kv="int8", layout="slab"), pieces)
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).abs().max() < 2e-4 * b.std() + 1e-5
 

@@ -28,14 +28,15 @@ ROWS = 64
 
 
 @triton.jit
-def _attend(q, k, v, live, best, total, acc, scale):
-    """One more tile of keys and values: running maximum, sum of exponentials, and sum of values."""
-    scores = product(q, tl.trans(k)) * scale
+def _attend(q, k, v, k_scale, v_scale, live, best, total, acc, scale):
+    """One more tile of keys and values, each token with a scale of its own: running maximum, sum of exponentials, and sum of
+    values."""
+    scores = product(q, tl.trans(k)) * k_scale[None, :] * scale
     scores = tl.where(live, scores, float("-inf"))
     most = tl.maximum(best, tl.max(scores, 1))
     shares = tl.exp2(scores - most[:, None])
     fade = tl.exp2(best - most)
-    acc = acc * fade[:, None] + product(shares.to(v.dtype), v)
+    acc = acc * fade[:, None] + product((shares * v_scale[None, :]).to(v.dtype), v)
     return most, total * fade + tl.sum(shares, 1), acc
 
 
@@ -151,9 +152,9 @@ def paged_decode(
 
 @triton.jit
 def _prefill(
-    q, keys, values, tables, lengths, counts, starts, tile_of, tile_from, out, scale, table_stride,
+    q, keys, values, key_scales, value_scales, tables, lengths, counts, starts, tile_of, tile_from, out, scale, table_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, PAGE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     tile, head = tl.program_id(0), tl.program_id(1)
     b = tl.load(tile_of + tile).to(tl.int64)
@@ -178,28 +179,35 @@ def _prefill(
         page = tl.load(tables + b * table_stride + token // PAGE, mask=there, other=0).to(tl.int64)
         row = (page * PAGE + token % PAGE) * KV_HEADS + head
         place = row[:, None] * WIDTH + d[None, :]
-        k = tl.load(keys + place, mask=there[:, None] & wide[None, :], other=0.0)
-        v = tl.load(values + place, mask=there[:, None] & wide[None, :], other=0.0)
+        k = tl.load(keys + place, mask=there[:, None] & wide[None, :], other=0)
+        v = tl.load(values + place, mask=there[:, None] & wide[None, :], other=0)
         # Every row sees token 0, so no maximum stays infinite: rows beyond the last query are as if they were it.
         live = token[None, :] <= past + tl.minimum(query, count - 1)[:, None]
-        best, total, acc = _attend(x, k, v, live, best, total, acc, scale)
+        k_scale, v_scale = tl.full([BLOCK], 1.0, tl.float32), tl.full([BLOCK], 1.0, tl.float32)
+        if INT8:
+            k_scale = tl.load(key_scales + row, mask=there, other=0.0).to(tl.float32)
+            v_scale = tl.load(value_scales + row, mask=there, other=0.0).to(tl.float32)
+        best, total, acc = _attend(x, k.to(x.dtype), v.to(x.dtype), k_scale, v_scale, live, best, total, acc, scale)
     acc = acc / total[:, None]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=held[:, None] & wide[None, :])
 
 
-def tiles(counts: tuple[int, ...], heads: int, kv_heads: int, device: torch.device) -> tuple[Tensor, ...]:
-    """For ``paged_prefill``: of each program its sequence and first query; of each sequence its new tokens and first row."""
-    step = ROWS // (heads // kv_heads)
+def tiles(counts: tuple[int, ...], step: int, device: torch.device) -> tuple[Tensor, ...]:
+    """For programs of ``step`` queries: of each its sequence and first query; of each sequence its new tokens and first row."""
     pairs = [(b, at) for b, count in enumerate(counts) for at in range(0, count, step)]
     starts = [sum(counts[:b]) for b in range(len(counts))]
     of, begin = zip(*pairs, strict=True)
     return tuple(torch.tensor(x, dtype=torch.int32, device=device) for x in (of, begin, counts, starts))
 
 
+def queries(heads: int, kv_heads: int) -> int:
+    """Queries of one program of ``paged_prefill``."""
+    return ROWS // (heads // kv_heads)
+
+
 def paged_prefill(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    pools: tuple[Tensor, ...],
     block_tables: Tensor,
     lengths: Tensor,
     places: tuple[Tensor, ...],
@@ -207,15 +215,19 @@ def paged_prefill(
 ) -> Tensor:
     """The last tokens of each sequence, already in their pages, causally: q [T, H, d] -> [T, H, d].
 
-    ``lengths``: past and new tokens; ``places``: of ``tiles``.
+    ``pools``: as of ``paged_decode``. ``lengths``: past and new tokens; ``places``: of ``tiles``, for ``queries``.
     """
+    int8 = len(pools) == 4
+    keys, values = (pools[0], pools[2]) if int8 else pools
+    scales = (pools[1], pools[3]) if int8 else (lengths, lengths)
     tile_of, tile_from, counts, starts = places
     heads, width = q.shape[1:]
     page, kv_heads = keys.shape[1:3]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     launch(
-        _prefill, (len(tile_of), kv_heads), q.contiguous(), keys, values, block_tables, lengths, counts, starts, tile_of,
-        tile_from, out, scale * LOG2E, block_tables.stride(0), KV_HEADS=kv_heads, GROUP=heads // kv_heads, WIDTH=width,
-        WIDTH_P=power(width, 16), PAGE=page, ROWS=ROWS, BLOCK=64 if q.element_size() == 2 else 32, num_warps=4, num_stages=2,
+        _prefill, (len(tile_of), kv_heads), q.contiguous(), keys, values, *scales, block_tables, lengths, counts, starts,
+        tile_of, tile_from, out, scale * LOG2E, block_tables.stride(0), KV_HEADS=kv_heads, GROUP=heads // kv_heads,
+        WIDTH=width, WIDTH_P=power(width, 16), PAGE=page, ROWS=ROWS, BLOCK=64 if q.element_size() == 2 else 32, INT8=int8,
+        num_warps=4, num_stages=2,
     )  # fmt: skip
     return out
