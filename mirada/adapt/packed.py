@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,11 +123,11 @@ def sort_columns(packed: Packed) -> tuple[Packed, Tensor | None]:
 
 
 def to_matrix(packed: Packed) -> Matrix | None:
-    """The form of the compiled kernels with the same integers, scales and zeros; None without kernels, or where they have no
-    such form: reordered columns (see ``sort_columns``), scales of blocks of rows, float8, groups that are no multiple of 32, 8
-    bits with zeros."""
+    """The form of the kernels that round activations, with the same integers, scales and zeros; None without kernels, or where
+    they have no such form: reordered columns (see ``sort_columns``), scales of blocks of rows, float8, groups that are no
+    multiple of 32, 8 bits with zeros other than the middle of the range. ``as_stored`` is for those."""
     p, floats = packed, packed.values.is_floating_point()
-    zeros = p.zeros is not None
+    zeros = p.zeros is not None and not (p.bits == 8 and bool((p.zeros == 128).all()))
     if floats or p.groups is not None or p.row_block != 1 or p.group_size % BLOCK or (p.bits == 8 and zeros):
         return None
     if library.library() is None:
@@ -134,8 +135,28 @@ def to_matrix(packed: Packed) -> Matrix | None:
     form = Format.INT4 if p.bits == 4 else Format.INT8
     group = p.group_size if p.scales.shape[1] > 1 else 0
     made = Matrix.empty(form, p.rows, p.columns, group, wide=p.scales.dtype != torch.float16, zeros=zeros)
-    made.pack(0, p.values, p.scales, p.zeros)
+    made.pack(0, p.values, p.scales, p.zeros if zeros else None)
     return made
+
+
+def as_stored(packed: Packed) -> Matrix | None:
+    """A view of the same numbers for the kernels that widen a few rows at a time and round nothing; None without kernels, off
+    the CPU, and for reordered columns. Scales take a copy where they are bfloat16 or serve blocks of rows."""
+    p = packed
+    if p.values.device.type != "cpu" or p.groups is not None or not p.values.is_contiguous() or library.library() is None:
+        return None
+    if p.values.is_floating_point() and p.values.dtype != torch.float8_e4m3fn:
+        return None
+    form = Format.E4M3 if p.values.is_floating_point() else Format.STORED4 if p.bits == 4 else Format.STORED8
+    scales = p.scales if p.scales.dtype in (torch.float16, torch.float32) else p.scales.float()
+    if p.row_block != 1:
+        scales = scales[torch.arange(p.rows) // p.row_block]
+    count = scales.shape[1]
+    group = p.group_size or p.columns // count
+    if -(-p.columns // group) != count:
+        return None
+    zeros = None if p.zeros is None else p.zeros.contiguous()
+    return Matrix.stored(form, p.values, scales.contiguous(), p.columns, group if count > 1 else 0, zeros)
 
 
 class PackedRows(nn.Module):
@@ -149,26 +170,36 @@ class PackedRows(nn.Module):
         self.matrix: Matrix | None = None
         """The form of the compiled kernels, in place of the canonical one: with ``compiled``, where the integers allow it."""
         self.order: Tensor | None = None
-        """Which columns of x the compiled form takes, one after another (int64 [C]); None: as they come."""
+        """Which columns of x are taken, one after another (int64 [C]); None: as they come."""
         self._form: Packed | None = None
+        self._view: tuple[Any, Matrix | None] = (None, None)
         for name in self._TENSORS:
             self.register_buffer(name, None)
 
     def fill(self, packed: Packed, device: torch.device | str) -> None:
         """Takes the integers, on ``device``."""
-        if self.compiled and torch.device(device).type == "cpu":
-            plain, order = sort_columns(packed)
-            self.matrix = to_matrix(plain)
+        self.matrix, self.order = None, None
+        if torch.device(device).type == "cpu" and library.library() is not None:
+            packed, self.order = sort_columns(packed)
+            self.matrix = to_matrix(packed) if self.compiled else None
             if self.matrix is not None:
-                self.order = order
                 return
         self._form = packed = packed.to(device)
         for name in self._TENSORS:
             setattr(self, name, getattr(packed, name))
 
+    def read(self) -> Matrix | None:
+        """What compiled kernels multiply by, of columns in ``order``: the form that was made for them, or a view of what is
+        stored. None where they read neither."""
+        if self.matrix is not None or self.values is None:
+            return self.matrix
+        if self._view[0] is not self.values:
+            self._view = self.values, as_stored(self.packed)
+        return self._view[1]
+
     @property
     def packed(self) -> Packed:
-        """The canonical form on the present device."""
+        """The canonical form on the present device, of columns in ``order``."""
         if self._form is None:
             raise RuntimeError("the packed weights were not filled")
         return replace(self._form, **{name: getattr(self, name) for name in self._TENSORS})
@@ -181,12 +212,14 @@ class PackedRows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., C] -> [.., R] in x's type."""
-        if self.matrix is not None:
-            return linear(x if self.order is None else x.index_select(-1, self.order), self.matrix)
-        packed = self.packed
-        made = fused.packed(x, packed)
-        if made is not None:
+        if self.order is not None:
+            x = x.index_select(-1, self.order)
+        if self.matrix is None and fused.on(x) and (made := fused.packed(x, self.packed)) is not None:
             return made
+        matrix = None if torch.compiler.is_compiling() else self.read()
+        if matrix is not None:
+            return linear(x, matrix)
+        packed = self.packed
         return torch.cat([linear(x, packed.widen(a, b).to(x.dtype)) for a, b in packed.tiles()], -1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedRows:
@@ -198,6 +231,9 @@ class PackedRows(nn.Module):
             made = fn(tensor)
             return made if made.dtype == tensor.dtype else tensor.to(made.device)
 
+        if self.order is not None:
+            self.order = moved(self.order)
+        self._view = (None, None)
         return super()._apply(moved, recurse)  # pyright: ignore[reportReturnType]
 
     def extra_repr(self) -> str:
@@ -249,7 +285,10 @@ class PackedStack(nn.Module):
 
     def join(self) -> None:
         """All parts as one matrix [E R, C], which kernels for many experts read, if they are of one form. On their device."""
-        forms = [part.packed if isinstance(part, PackedRows) and part.matrix is None else None for part in self.parts]
+        forms = [
+            part.packed if isinstance(part, PackedRows) and part.matrix is None and part.order is None else None
+            for part in self.parts
+        ]
         whole = _one_below_another(forms)
         if whole is not None:
             self._take(whole)
@@ -285,9 +324,9 @@ class PackedStack(nn.Module):
         if rows is not None:
             made = fused.packed(x, rows)
             return linear(x, rows.widen().to(x.dtype)) if made is None else made
-        if any(getattr(part, "matrix", None) is None for part in self._of(index)):
-            return linear(x, self[index])
-        return torch.cat([part(x) for part in self._of(index)], -1)
+        if all(isinstance(part, PackedRows) and part.read() is not None for part in self._of(index)):
+            return torch.cat([part(x) for part in self._of(index)], -1)
+        return linear(x, self[index])
 
     def compiled_matrices(self, index: int) -> list[Matrix] | None:
         """The stored matrices one below another that are matrix ``index``, if compiled kernels multiply by all of them."""
@@ -318,5 +357,5 @@ def _one_below_another(forms: Sequence[Packed | None]) -> Packed | None:
 
 
 def _compiled(parts: Iterable[nn.Module]) -> list[Matrix] | None:
-    made = [part.matrix if isinstance(part, PackedRows) and part.order is None else None for part in parts]
+    made = [part.read() if isinstance(part, PackedRows) and part.order is None else None for part in parts]
     return None if any(matrix is None for matrix in made) else made  # pyright: ignore[reportReturnType]

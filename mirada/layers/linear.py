@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from mirada.errors import NotAvailable
 from mirada.layers.kernels import library as compiled
-from mirada.layers.kernels.matrix import Format, Matrix, product
+from mirada.layers.kernels.matrix import STORED, Format, Matrix, product
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _ONEDNN_FROM = 1 << 20
 """Multiplications below which the ten microseconds that oneDNN takes to find its kernel cost more than it saves."""
 FEW = 8
 """Rows of x up to which reading the weight bounds a product: the compiled kernels, if they are there, read it once for all."""
+FEW_STORED = 64
+"""The same for matrices as checkpoints store them, which are widened a few rows at a time; more go to oneDNN by tiles."""
 _FEW_FROM = 1 << 20
 """Elements from which a weight comes from memory each time; a smaller one may lie in the cache, where MKL is quick."""
 TILE_BYTES = 2 << 20
@@ -76,6 +78,8 @@ def _matrix_linear(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
         return F.linear(x, matrix.widen().to(x.dtype), bias)
     wide = x.float()
     floats = matrix.format in (Format.F32, Format.BF16)
+    if matrix.format in STORED and wide.numel() > FEW_STORED * matrix.columns:
+        return _by_tiles(wide, matrix, bias).to(x.dtype)
     many = floats and wide.numel() > FEW * matrix.columns
     if floats and (compiled.library() is None or (many and compiled.status().name == "scalar")):
         return _by_tiles(wide, matrix, bias).to(x.dtype)
@@ -90,8 +94,7 @@ def _by_tiles(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
     step = max(1, TILE_BYTES // (4 * matrix.columns))
     tile = torch.empty(min(step, matrix.rows), matrix.columns, dtype=torch.float32)
     for begin in range(0, matrix.rows, step):
-        held = tile[: min(step, matrix.rows - begin)]
-        held.copy_(matrix.values[begin : begin + len(held)])
+        held = matrix.widen_into(tile[: min(step, matrix.rows - begin)], begin)
         part = None if bias is None else bias[begin : begin + len(held)]
         out[:, begin : begin + len(held)] = linear(flat, held, part)
     return out.view(*x.shape[:-1], matrix.rows)

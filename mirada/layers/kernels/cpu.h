@@ -8,16 +8,16 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum mr_format { MR_F32 = 0, MR_BF16 = 1, MR_INT8 = 2, MR_INT4 = 3 };
+enum mr_format { MR_F32 = 0, MR_BF16 = 1, MR_INT8 = 2, MR_INT4 = 3, MR_STORED8 = 4, MR_STORED4 = 5, MR_E4M3 = 6 };
 
 typedef struct {
     int32_t format;      /* enum mr_format */
     int32_t rows, cols;
-    int32_t group;       /* columns that share a scale, a multiple of 32; 0: the whole row (integers only) */
-    int32_t wide;        /* scales are float32, else float16 (integers only) */
-    const void *values;  /* integers: in the interleaved form that mr_pack makes; else row-major [R, C] */
-    const void *scales;  /* integers: in the form that mr_pack makes; else NULL */
-    const void *zeros;   /* INT4 with zero points: in the form that mr_pack makes; else NULL (the zero is 8) */
+    int32_t group;       /* columns that share a scale, a multiple of 32 (as stored: any number); 0: the whole row; of floats 0 */
+    int32_t wide;        /* scales are float32, else float16 */
+    const void *values;  /* INT8, INT4: in the interleaved form that mr_pack makes; else row by row, see stored.c */
+    const void *scales;  /* INT8, INT4: in the form that mr_pack makes; as stored: row by row; else NULL */
+    const void *zeros;   /* INT4 with zero points: in the form that mr_pack makes; as stored: row by row; else NULL */
     const float *bias;   /* [R] or NULL */
 } mr_matrix;
 

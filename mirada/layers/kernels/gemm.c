@@ -122,10 +122,11 @@ const mr_kernels mr_scalar = {panel8, panel4, floats, round_row, NULL};
 
 /* -- x ------------------------------------------------------------------------------------------------------------------- */
 
-static int is_float(int format) { return format == MR_F32 || format == MR_BF16; }
+/* Whether x stays as it is in front of such a matrix. */
+static int takes_floats(int format) { return format != MR_INT8 && format != MR_INT4; }
 
 size_t mr_prepared_bytes(int format, int cols, int group, int n) {
-    if (is_float(format)) return sizeof(const float *);
+    if (takes_floats(format)) return sizeof(const float *);
     size_t padded = mr_padded_cols(cols, group);
     return ALIGN(n * padded, 64) + 3 * ALIGN(n * (padded / BLOCK) * sizeof(float), 64);
 }
@@ -150,7 +151,7 @@ static void prepare_rows(int format, int group, const float *x, int n, int cols,
 }
 
 void mr_prepare(int format, int group, const float *x, int n, int cols, void *prepared) {
-    if (is_float(format))
+    if (takes_floats(format))
         memcpy(prepared, &x, sizeof x);
     else
         prepare_rows(format, group, x, n, cols, prepared, 0, n);
@@ -179,10 +180,13 @@ static mr_panel panel_at(const mr_matrix *w, int row) {
 void mr_rows(const mr_matrix *w, const void *prepared, int n, int begin, int end, float *y) {
     const mr_kernels *kernel = mr_kernel();
     if (n < 1 || end <= begin) return;
-    if (is_float(w->format)) {
+    if (takes_floats(w->format)) {
         const float *x;
         memcpy(&x, prepared, sizeof x);
-        kernel->floats(w, x, n, begin, end, y);
+        if (mr_is_stored(w->format))
+            mr_rows_stored(w, x, n, begin, end, y);
+        else
+            kernel->floats(w, x, n, begin, end, y);
         return;
     }
     mr_rounded x = rounded_at(prepared, w->cols, w->group, n);
@@ -240,9 +244,10 @@ int mr_linear(const mr_matrix *w, const float *x, int n, int many, float *y) {
     void *memory = bytes <= sizeof small ? NULL : malloc(bytes + 63);
     if (bytes > sizeof small && !memory) return 1;
     void *prepared = memory ? (void *)(((uintptr_t)memory + 63) / 64 * 64) : small;
-    product p = {.w = w, .x = x, .prepared = prepared, .y = y, .n = n, .many = many && is_float(w->format) ? mr_kernel()->many : NULL};
+    int turned = many && takes_floats(w->format) && !mr_is_stored(w->format);
+    product p = {.w = w, .x = x, .prepared = prepared, .y = y, .n = n, .many = turned ? mr_kernel()->many : NULL};
     int threads = (double)n * w->rows * w->cols < SERIAL_WORK ? 1 : mr_threads();
-    if (is_float(w->format) || threads < 2 || n <= 8)
+    if (takes_floats(w->format) || threads < 2 || n <= 8)
         mr_prepare(w->format, w->group, x, n, w->cols, prepared);
     else
         mr_parallel(prepare_part, &p);

@@ -63,6 +63,11 @@ void mr_many_avx2(const mr_matrix *w, const float *x, int n, int begin, int end,
 void mr_many_avx512(const mr_matrix *w, const float *x, int n, int begin, int end, float *y);
 #endif
 
+/* stored.c: as mr_widen and mr_rows, of matrices as checkpoints store them. */
+void mr_widen_stored(const mr_matrix *w, int begin, int count, float *to);
+void mr_rows_stored(const mr_matrix *w, const float *x, int n, int begin, int end, float *y);
+static inline int mr_is_stored(int format) { return format >= MR_STORED8; }
+
 /* The ones in use: the best that the processor has, or what mr_set_isa chose. */
 const mr_kernels *mr_kernel(void);
 

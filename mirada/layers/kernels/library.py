@@ -75,11 +75,12 @@ def _loaded() -> tuple[ctypes.CDLL | None, Status]:
     try:
         library = ctypes.CDLL(str(file))
         version = library.mr_version()
+        if version == VERSION:
+            _declare(library)
     except (OSError, AttributeError) as error:
         return None, Status("none", f"{file.name} cannot be loaded: {error}", again)
     if version != VERSION:
         return None, Status("none", f"{file.name} is of version {version}, this is version {VERSION}", again)
-    _declare(library)
     best = _ISAS[library.mr_best_isa()]
     if wanted == "auto":
         return library, Status(best, "the best that this processor has")

@@ -18,7 +18,7 @@ from mirada.errors import NotAvailable, OutOfMemory, TensorError
 from mirada.layers.kernels import library as compiled
 
 __all__ = [
-    "BLOCK", "PANEL", "Format", "Matrix", "attend_seen", "gelu", "kernels", "normalise_heads", "product", "swiglu",
+    "BLOCK", "PANEL", "STORED", "Format", "Matrix", "attend_seen", "gelu", "kernels", "normalise_heads", "product", "swiglu",
     "turn_heads",
 ]  # fmt: skip
 
@@ -35,7 +35,13 @@ class Format(IntEnum):
     BF16 = 1
     INT8 = 2
     INT4 = 3
+    STORED8 = 4
+    STORED4 = 5
+    E4M3 = 6
 
+
+STORED = (Format.STORED8, Format.STORED4, Format.E4M3)
+"""Row by row as checkpoints store them, in groups of any number of columns; activations stay float32."""
 
 _FLOATS = {torch.float32: Format.F32, torch.bfloat16: Format.BF16}
 
@@ -54,7 +60,8 @@ def kernels() -> ctypes.CDLL:
 
 @dataclass
 class Matrix:
-    """[R, C] on the CPU. Floats lie row by row; integers in panels, with float16 (``wide``: float32) scales.
+    """[R, C] on the CPU. Floats, and what is ``STORED``, lie row by row; integers in panels. Scales are float16, or (``wide``)
+    float32.
 
     ``values``, ``scales`` and ``zeros`` of integers are bytes. They may lie in a mapped file: nothing writes to them but
     ``fill`` and ``pack``.
@@ -98,6 +105,14 @@ class Matrix:
         held = None if bias is None else bias.detach()
         return cls(_FLOATS[weight.dtype], rows, columns, 0, weight.detach(), bias=held)
 
+    @classmethod
+    def stored(
+        cls, format: Format, values: Tensor, scales: Tensor, columns: int, group: int, zeros: Tensor | None = None
+    ) -> Matrix:
+        """A view of canonical integers or e4m3 floats [R, ..]: any group; scales float16 or float32, zeros uint8 [R, G]."""
+        held = values if values.dtype == torch.uint8 else values.view(torch.uint8)
+        return cls(format, len(values), columns, group, held, scales, zeros, wide=scales.dtype == torch.float32)
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.rows, self.columns
@@ -139,8 +154,9 @@ class Matrix:
 
     def part(self, begin: int, end: int) -> Matrix | None:
         """Rows [begin, end) as a view, without a bias; None where they begin inside a panel."""
-        if self.format in (Format.F32, Format.BF16):
-            return Matrix(self.format, end - begin, self.columns, 0, self.values[begin:end])
+        if self.format in (Format.F32, Format.BF16, *STORED):
+            held = [None if t is None else t[begin:end] for t in (self.values, self.scales, self.zeros)]
+            return Matrix(self.format, end - begin, self.columns, self.group, held[0], *held[1:], wide=self.wide)  # pyright: ignore
         if begin % PANEL or (end % PANEL and end != self.rows):
             return None
         panels = -(-self.rows // PANEL)
@@ -158,11 +174,14 @@ class Matrix:
 
     def widen(self, begin: int = 0, end: int | None = None) -> Tensor:
         """Rows [begin, end) as float32."""
-        if self.format in (Format.F32, Format.BF16):
-            return self.values[begin:end].float()
         count = (self.rows if end is None else min(end, self.rows)) - begin
-        made = torch.empty(count, self.columns, dtype=torch.float32)
-        kernels().mr_widen(self.struct, begin, count, made.data_ptr())
+        return self.widen_into(torch.empty(count, self.columns, dtype=torch.float32), begin)
+
+    def widen_into(self, made: Tensor, begin: int) -> Tensor:
+        """Rows from ``begin`` on into float32 [n, C], which lies in one piece."""
+        if self.format in (Format.F32, Format.BF16):
+            return made.copy_(self.values[begin : begin + len(made)])
+        kernels().mr_widen(self.struct, begin, len(made), made.data_ptr())
         return made
 
 

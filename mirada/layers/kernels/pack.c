@@ -98,6 +98,10 @@ void mr_unpack(const mr_matrix *w, int begin, int count, uint8_t *values, float 
 
 /* Rows [begin, begin + count) as float32 [count, cols]. */
 void mr_widen(const mr_matrix *w, int begin, int count, float *to) {
+    if (mr_is_stored(w->format)) {
+        mr_widen_stored(w, begin, count, to);
+        return;
+    }
     if (w->format == MR_F32) {
         memcpy(to, (const float *)w->values + (size_t)begin * w->cols, (size_t)count * w->cols * sizeof(float));
         return;
