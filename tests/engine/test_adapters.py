@@ -65,12 +65,15 @@ def ask(vlm: VLM, asked, adapters):
 
 
 def ask_at_once(vlm: VLM, asked, adapters):
-    """``ask``, from empty caches, with all of ``asked`` admitted in one step: every forward is then of the same sequences."""
+    """``ask``, from empty caches, with all of ``asked`` admitted in one step, and no clock to say what a step may hold: every
+    forward is then of the same sequences."""
     vlm.forget()
-    scheduler = vlm._engine.engine.scheduler
-    admit = scheduler.admit
+    engine = vlm._engine.engine
+    scheduler, admit = engine.scheduler, engine.scheduler.admit
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler, "admit", lambda: admit() if scheduler.running or len(scheduler.waiting) == len(asked) else [])
+        patch.setattr(engine.pace, "seconds", None)
+        patch.setattr(engine.encoder, "sliced", False)
         return ask(vlm, asked, adapters)
 
 
