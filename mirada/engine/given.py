@@ -55,6 +55,16 @@ def check_tools(tools: Any) -> None:
         raise SettingsError(f"tools is {tools!r:.80}", "give a list of mappings, one for each tool")
 
 
+def check_salt(salt: Any) -> None:
+    """SettingsError unless ``salt`` is text that can be hashed."""
+    if not isinstance(salt, str):
+        raise SettingsError(f"salt is a {type(salt).__name__}", "give a string, the same for all who may share what is kept")
+    try:
+        salt.encode()
+    except UnicodeEncodeError:
+        raise SettingsError("salt holds half of a surrogate pair, which is no character", "give valid Unicode") from None
+
+
 def _wrong_span(span: Any, merge: int) -> str | None:
     if not isinstance(span, Span):
         return f"a {type(span).__name__} in its place"

@@ -381,8 +381,8 @@ class VLM(Sleeper):
             strict=True,
         )
         handles: list[EngineHandle] = []
-        # As many as can run, and as many that are prepared meanwhile.
-        room = threading.Semaphore(2 * self._settings.max_running)
+        # As many as can run, and as many that are prepared meanwhile; never more than may wait, or they would be refused.
+        room = threading.Semaphore(min(2 * self._settings.max_running, self._settings.max_waiting))
         try:
             for chat, one, pictures, way, name, scope in each:
                 room.acquire()

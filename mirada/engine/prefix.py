@@ -7,6 +7,7 @@ nothing is ever compared or guessed. For the engine's thread alone.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import heapq
 import struct
@@ -101,15 +102,16 @@ def block_key(parent: bytes, tokens: np.ndarray, positions: np.ndarray, visual: 
 def visual(sequence: Sequence, start: int, end: int) -> bytes | None:
     """Which visual tokens lie among tokens ``start`` to ``end``: content key, kind and offset of each run; None where one
     has no content key of its own."""
-    made = b""
-    for span in sequence.prompt.spans:
+    made, spans = b"", sequence.prompt.spans
+    at = bisect.bisect_right(spans, start, key=lambda span: span.end)  # a long video has a span for every frame
+    while at < len(spans) and spans[at].start < end:
+        span, at = spans[at], at + 1
+        if not _is_keyed(span, sequence):
+            return None
         first, last = max(span.start, start), min(span.end, end)
-        if first < last:
-            if not _is_keyed(span, sequence):
-                return None
-            made += span.hash + struct.pack(
-                "<?4q", span.kind == "video", first - start, last - start, first - span.start, span.frame
-            )
+        made += span.hash + struct.pack(
+            "<?4q", span.kind == "video", first - start, last - start, first - span.start, span.frame
+        )
     return made
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mirada.engine.given import check_media, check_prompt, check_tools
+from mirada.engine.given import check_media, check_prompt, check_salt, check_tools
 from mirada.engine.load import Parts
 from mirada.engine.sequence import Reply, Sequence
 from mirada.engine.thinking import ThinkingBudget
@@ -60,8 +60,9 @@ class Requests:
         """A sequence without a prompt yet, the media to prepare for it, and what makes it whole: to be called once, in any
         thread. Raises MessageError or SettingsError for a chat of no known form; ``finish`` raises as ``make``. What it makes,
         or fails of, ``together`` is told."""
-        sequence = Sequence(Prompt(()), sampling, None, salt=salt)
+        check_salt(salt)
         check_tools(tools)
+        sequence = Sequence(Prompt(()), sampling, None, salt=salt)
         if isinstance(chat, Prompt):
             check_media(media, self.parts.rule.grid)
             given = [self._keyed(patches) for patches in media]

@@ -116,6 +116,14 @@ class Renderer:
     def _run(
         self, messages: Chat, thinking: Thinking, add_vision_id: bool, add_generation_prompt: bool, tools: Tools | None
     ) -> tuple[str, Marks]:
+        try:
+            return self._run_once(messages, thinking, add_vision_id, add_generation_prompt, tools)
+        except RecursionError:
+            raise MessageError("tools or arguments of the chat are nested too deeply", "send flatter ones") from None
+
+    def _run_once(
+        self, messages: Chat, thinking: Thinking, add_vision_id: bool, add_generation_prompt: bool, tools: Tools | None
+    ) -> tuple[str, Marks]:
         if not messages:
             raise MessageError("the chat is empty", 'give at least one message, such as Message("user", "...")')
         suffixes: dict[str, str] = dict(self.format.thinking_suffix)

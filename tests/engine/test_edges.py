@@ -11,13 +11,22 @@ import pytest
 from engine.test_step import ENDLESS, finish, line_up_tokens, small, step, tokens
 
 from mirada import Message, Sampling
+from mirada.engine.prefix import visual
 from mirada.engine.sequence import Sequence
 from mirada.engine.thread import _Line
-from mirada.errors import RequestFailed
-from mirada.types import Prompt
+from mirada.errors import MessageError, RequestFailed, SettingsError
+from mirada.types import Prompt, Span
 
 HI = [Message("user", "hi")]
 SHORT = Sampling(max_tokens=2)
+
+
+def nested(depth: int) -> dict:
+    """A tool whose parameters go so deep."""
+    parameters: dict = {}
+    for _ in range(depth):
+        parameters = {"properties": parameters}
+    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
 
 
 @pytest.mark.parametrize("vlm", ["Keye"], indirect=True)
@@ -59,3 +68,50 @@ def test_an_engine_whose_thread_cannot_begin_says_so_and_tries_again(vlm, monkey
         assert isinstance(error, RequestFailed) and "cannot begin" in error.problem
     assert len(engine.submit(HI, SHORT).result(20).tokens) == 2
     engine.close()
+
+
+@pytest.mark.parametrize("vlm", ["Keye"], indirect=True)
+def test_a_line_of_one_place_serves_as_many_chats_as_are_given(vlm):
+    engine = small(vlm, max_waiting=1, max_running=2)
+    assert [output.finish for output in engine.generate([HI] * 6, Sampling(max_tokens=2, **ENDLESS))] == ["length"] * 6
+    engine.close()
+
+
+@pytest.mark.parametrize("vlm", ["Keye"], indirect=True)
+@pytest.mark.parametrize(
+    ("given", "kind", "said"),
+    [
+        ({"salt": None}, SettingsError, "salt is a NoneType"),
+        ({"salt": "\ud800"}, SettingsError, "surrogate"),
+        ({"tools": [nested(5000)]}, MessageError, "nested too deeply"),
+    ],
+    ids=["no text", "half a character", "deep"],
+)
+def test_what_no_request_can_have_is_named(vlm, given, kind, said):
+    error = vlm.submit(HI, SHORT, **given).result(5).error
+    assert isinstance(error, kind) and said in error.problem
+
+
+class Counted(tuple):
+    """Counts how often one of its items is read."""
+
+    reads = 0
+
+    def __getitem__(self, at):
+        Counted.reads += 1
+        return super().__getitem__(at)
+
+    def __iter__(self):
+        Counted.reads += len(self)
+        return super().__iter__()
+
+
+def test_keys_of_a_long_video_look_at_each_of_its_frames_a_few_times():
+    """Not at all of them for every block: an hour of video has thousands of both."""
+    frames = [Span("video", 8 + 40 * i, (1, 8, 16), 0, frame=i, hash=bytes(32)) for i in range(512)]
+    sequence = SimpleNamespace(prompt=SimpleNamespace(spans=Counted(frames)), media=())
+    ends = range(16, 8 + 40 * 512, 16)
+    found = [visual(sequence, end - 16, end) for end in ends]  # pyright: ignore
+    assert Counted.reads < 16 * len(ends)
+    seen = [[f for f in frames if f.start < end and f.end > end - 16] for end in ends]
+    assert [len(made) for made in found] == [65 * len(there) for there in seen]
