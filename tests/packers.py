@@ -111,6 +111,14 @@ def fp8(weight: Tensor, size: int) -> Made:
     return {"weight": values, "weight_scale_inv": scales}, wide
 
 
+def fp8_rows(weight: Tensor, whole: bool, name: str = "weight_scale") -> Made:
+    """A scale for each row, or for the ``whole`` matrix; and one for activations, as tools write it."""
+    scales = weight.abs().amax() / 448 if whole else weight.abs().amax(1, keepdim=True) / 448
+    values = (weight / scales).to(torch.float8_e4m3fn)
+    stored = {"weight": values, name: scales.bfloat16() if not whole else scales, "input_scale": torch.ones(1)}
+    return stored, values.float() * stored[name].float()
+
+
 def awq_config(size: int, **changes: Any) -> dict[str, Any]:
     return {
         "quant_method": "awq", "bits": 4, "group_size": size, "zero_point": True, "version": "gemm",
@@ -145,6 +153,19 @@ def compressed_config(size: int, bits: int = 4, weights: dict[str, Any] | None =
     } | changes  # fmt: skip
 
 
+def compressed_float_config(strategy: str, block: list[int] | None = None) -> dict[str, Any]:
+    weights = {"type": "float", "strategy": strategy, "block_structure": block, "group_size": None}
+    made = compressed_config(-1, 8, weights, format="float-quantized")
+    activations = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True, "symmetric": True}
+    made["config_groups"]["group_0"]["input_activations"] = activations
+    return made
+
+
+def renamed(made: Made, old: str, new: str) -> Made:
+    stored, meant = made
+    return {new if name == old else name: tensor for name, tensor in stored.items()}, meant
+
+
 Packer = Callable[[Tensor], Made]
 FORMS: dict[str, tuple[dict[str, Any], Packer]] = {
     "awq": (awq_config(32), lambda w: awq(w, 32)),
@@ -158,6 +179,13 @@ FORMS: dict[str, tuple[dict[str, Any], Packer]] = {
     "gptq v2": (gptq_config(32, sym=False, checkpoint_format="gptq_v2"), lambda w: gptq(w, 32, symmetric=False, less=0)),
     "fp8": (fp8_config(128), lambda w: fp8(w, 128)),
     "fp8 small blocks": (fp8_config(48), lambda w: fp8(w, 48)),
+    "fp8 by row": (fp8_config(0, weight_block_size=None), lambda w: fp8_rows(w, False)),
+    "fp8 in one": (fp8_config(0, weight_block_size=None), lambda w: fp8_rows(w, True, "weight_scale_inv")),
+    "compressed float by row": (compressed_float_config("channel"), lambda w: fp8_rows(w, False)),
+    "compressed float in one": (compressed_float_config("tensor"), lambda w: fp8_rows(w, True)),
+    "compressed float in blocks": (
+        compressed_float_config("block", [48, 48]), lambda w: renamed(fp8(w, 48), "weight_scale_inv", "weight_scale")
+    ),
     "compressed 4": (compressed_config(32), lambda w: compressed(w, 32)),
     "compressed 8": (compressed_config(-1, 8), lambda w: compressed(w, -1, 8)),
     "compressed asymmetric": (

@@ -1,7 +1,8 @@
-"""compressed-tensors, format "pack-quantized": int4 or int8 weights in words along the inputs, by group or by channel.
+"""compressed-tensors: int4 or int8 weights in words along the inputs ("pack-quantized"), or e4m3 floats ("float-quantized").
 
-Ported facts: vllm-project/compressed-tensors ``compressors/pack_quantized`` (packing of weights and zero points) and
-``quantization/lifecycle`` (group order). The arithmetic here is float32, whatever type the scales have.
+Ported facts: vllm-project/compressed-tensors ``compressors/pack_quantized`` (packing of weights and zero points),
+``compressors/naive_quantized`` (floats beside ``weight_scale``) and ``quantization/lifecycle`` (group order). The arithmetic
+here is float32, whatever type the scales have, and activations are not rounded.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mirada.adapt.fp8 import ACTIVATIONS, by_row_or_all, floats
 from mirada.adapt.method import (
     FLOATS,
     Field,
@@ -30,7 +32,7 @@ from mirada.adapt.packed import Packed
 from mirada.errors import ConfigError, TensorError
 from mirada.keys import Keys
 
-_FORMAT = "pack-quantized"
+_FORMAT, _FLOAT = "pack-quantized", "float-quantized"
 _IGNORED = (
     "quantization_status", "global_compression_ratio", "version", "kv_cache_scheme", "moe_sparsity_config",
 )  # fmt: skip
@@ -43,9 +45,12 @@ class Group:
 
     targets: tuple[str, ...]
     bits: int
+    """4 or 8; 0: floats."""
     group_size: int
-    symmetric: bool
-    reordered: bool
+    symmetric: bool = True
+    reordered: bool = False
+    block: tuple[int, int] | None = None
+    """Of floats: rows and columns that share a scale; None: a row, or all."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ class Compressed:
     def fields(self, name: str, shape: Shape) -> Mapping[str, Field]:
         rows, columns = shape
         g = self._settings(name)
+        if not g.bits:
+            return _float_fields(name, shape, g.block)
         count = ceil_div(columns, g.group_size or columns)
         made = {
             f"{name}_packed": Field(((rows, ceil_div(columns * g.bits, 32)),), ("I32",)),
@@ -86,6 +93,8 @@ class Compressed:
     def unpack(self, name: str, shape: Shape, tensors: Mapping[str, Tensor]) -> Packed:
         rows, columns = shape
         g = self._settings(name)
+        if not g.bits:
+            return floats(name, tensors[name], tensors[f"{name}_scale"], g.block)
         said = tuple(tensors[f"{name}_shape"].tolist())
         if said != shape:
             raise TensorError(f"'{name}_shape' says {list(said)}, expected {list(shape)}", "take files of one save")
@@ -103,6 +112,15 @@ class Compressed:
         return Packed(values, tensors[f"{name}_scale"], columns, g.bits, g.group_size, zeros, groups)
 
 
+def _float_fields(name: str, shape: Shape, block: tuple[int, int] | None) -> dict[str, Field]:
+    sizes = by_row_or_all(shape) if block is None else (tuple(ceil_div(n, b) for n, b in zip(shape, block, strict=True)),)
+    return {
+        name: Field((shape,), ("F8_E4M3",)),
+        f"{name}_scale": Field(sizes, FLOATS),
+        f"{module_of(name)}.input_scale": ACTIVATIONS,
+    }
+
+
 def _matches(name: str, targets: tuple[str, ...]) -> bool:
     """Module names are given whole, or as ``re:`` and a pattern that its beginning must match."""
     module = module_of(name)
@@ -118,26 +136,31 @@ def read(keys: Keys) -> Compressed:
         if keys.take(name, (dict, type(None)), None):
             raise ConfigError(f"{keys.where}: {name} is not supported", f"supported: {_FORMAT!r} weights alone")
     found = keys.take("config_groups", dict)
-    groups = [_group(value, f"{keys.where}: {name}") for name, value in found.items()]
+    groups = [_group(value, f"{keys.where}: {name}", top) for name, value in found.items()]
     return Compressed(tuple(groups), skipped(keys, "ignore"))
 
 
 def _form(form: Any, where: str) -> None:
-    if form != _FORMAT:
-        raise ConfigError(f"{where}: compressed-tensors format {form!r} is not supported", f"supported: {_FORMAT!r}")
+    if form not in (_FORMAT, _FLOAT):
+        raise ConfigError(
+            f"{where}: compressed-tensors format {form!r} is not supported", f"supported: {_FORMAT!r} and {_FLOAT!r}"
+        )
 
 
-def _group(mapping: Any, where: str) -> Group:
+def _group(mapping: Any, where: str, top: str) -> Group:
     if not isinstance(mapping, dict):
         raise ConfigError(f"{where} holds a {type(mapping).__name__}", "it must be a mapping of settings")
     keys = Keys(mapping, where)
-    _form(keys.take("format", (str, type(None)), None) or _FORMAT, where)
-    for name in ("input_activations", "output_activations"):
+    form = keys.take("format", (str, type(None)), None) or top
+    _form(form, where)
+    if form == _FLOAT:
+        keys.ignore("input_activations")  # how they would be rounded; they stay as they are
+    for name in ("output_activations",) if form == _FLOAT else ("input_activations", "output_activations"):
         if keys.take(name, (dict, type(None)), None):
             raise ConfigError(f"{where}: quantised activations ({name}) are not supported", "supported: weights alone")
     targets = tuple(str(t) for t in keys.take("targets", list))
     weights = Keys(keys.take("weights", dict), f"{where}: weights")
-    made = _weights(weights, targets)
+    made = (_float_weights if form == _FLOAT else _weights)(weights, targets)
     weights.done()
     keys.done()
     return made
@@ -163,3 +186,17 @@ def _weights(keys: Keys, targets: tuple[str, ...]) -> Group:
         # "weight" orders columns while it quantises and puts them back; "group" leaves their groups apart.
         reordered=keys.take("actorder", (str, type(None)), None) in ("group", "dynamic"),
     )
+
+
+def _float_weights(keys: Keys, targets: tuple[str, ...]) -> Group:
+    keys.ignore(*_OBSERVED, "group_size")
+    keys.expect("type", "float")
+    keys.expect("num_bits", 8)
+    keys.expect("dynamic", False)
+    keys.expect("symmetric", True)
+    keys.expect("actorder", None)
+    keys.expect("strategy", "channel", "tensor", "block")
+    by_block, block = keys.take("strategy", str) == "block", keys.take("block_structure", (list, type(None)), None)
+    if by_block and (block is None or len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block)):
+        raise ConfigError(f"{keys.where}: strategy 'block' with block_structure {block}", "give two numbers, as [128, 128]")
+    return Group(targets, 0, 0, block=(block[0], block[1]) if by_block and block else None)

@@ -1,7 +1,8 @@
-"""DeepSeek's block fp8: e4m3 values, one float32 scale for each 128 x 128 block (arXiv 2412.19437, 3.3).
+"""fp8 weights: e4m3 values with a scale for each block (DeepSeek, 128 x 128; arXiv 2412.19437, 3.3), each row, or the matrix.
 
 Weights only: the released kernels also round activations to fp8, which is less exact than what is computed here.
-Ported fact: ``inference/kernel.py`` (weight_dequant) of deepseek-ai/DeepSeek-V3.
+Ported facts: ``inference/kernel.py`` (weight_dequant) of deepseek-ai/DeepSeek-V3; AutoFP8 and vLLM ``quantization/fp8.py``
+(``weight_scale``, ``input_scale``).
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mirada.adapt.method import Field, Shape, ceil_div, in_blocks, module_of, named, skipped
+from mirada.adapt.method import FLOATS, Field, Shape, ceil_div, in_blocks, module_of, named, skipped
 from mirada.adapt.packed import Packed
 from mirada.errors import ConfigError, TensorError
 from mirada.keys import Keys
 
 
 @dataclass(frozen=True)
-class BlockFP8:
-    """See ``method.Scheme``. ``block``: rows and columns that share a scale."""
+class FP8:
+    """See ``method.Scheme``. ``block``: rows and columns that share a scale; None: a row, or all, as the file has it."""
 
-    block: tuple[int, int]
+    block: tuple[int, int] | None
     skipped: tuple[str, ...]
     method: str = "fp8"
     widens: bool = False
@@ -31,29 +32,51 @@ class BlockFP8:
         return in_blocks(name) and len(shape) == 2 and not named(module_of(name), self.skipped)
 
     def fields(self, name: str, shape: Shape) -> Mapping[str, Field]:
-        blocks = tuple(ceil_div(n, b) for n, b in zip(shape, self.block, strict=True))
-        return {
-            name: Field((shape,), ("F8_E4M3",)),
-            f"{name}_scale_inv": Field((blocks,), ("F32", "BF16", "F16")),
-        }
+        if self.block is not None:
+            blocks = tuple(ceil_div(n, b) for n, b in zip(shape, self.block, strict=True))
+            return {name: Field((shape,), ("F8_E4M3",)), f"{name}_scale_inv": Field((blocks,), FLOATS)}
+        scale = Field(by_row_or_all(shape), FLOATS, optional=True)
+        made = {name: Field((shape,), ("F8_E4M3",)), **{f"{name}{suffix}": scale for suffix in SCALES}}
+        return made | {f"{module_of(name)}.input_scale": ACTIVATIONS}
 
     def unpack(self, name: str, shape: Shape, tensors: Mapping[str, Tensor]) -> Packed:
-        rows, columns = self.block
-        if ((tensors[name].view(torch.uint8) & 0x7F) == 0x7F).any():
-            raise TensorError(f"tensor {name!r} holds values that are no numbers", "download the file again")
-        return Packed(tensors[name], tensors[f"{name}_scale_inv"], shape[1], group_size=columns, row_block=rows)
+        if self.block is not None:
+            return floats(name, tensors[name], tensors[f"{name}_scale_inv"], self.block)
+        scale = next((tensors[f"{name}{suffix}"] for suffix in SCALES if f"{name}{suffix}" in tensors), None)
+        if scale is None:
+            raise TensorError(f"there is no '{name}_scale'", "take files of one save")
+        return floats(name, tensors[name], scale)
 
 
-def read(keys: Keys) -> BlockFP8:
-    """``quantization_config`` of a block-fp8 checkpoint; ConfigError names fp8 without blocks or of another kind."""
+SCALES = ("_scale", "_scale_inv")
+"""What is written after a matrix' name: by AutoFP8 and vLLM, and by transformers."""
+ACTIVATIONS = Field(((), (1,)), FLOATS, optional=True)
+"""The scale by which other software rounds activations; nothing here does."""
+
+
+def by_row_or_all(shape: Shape) -> tuple[Shape, ...]:
+    """Shapes that the scales of a matrix without blocks may have."""
+    return (), (1,), (1, 1), (shape[0], 1), (shape[0],)
+
+
+def floats(name: str, values: Tensor, scale: Tensor, block: tuple[int, int] | None = None) -> Packed:
+    """e4m3 [R, C] with scales of blocks, of rows ([R] or [R, 1]), or of all (one number). TensorError for what is no number."""
+    if ((values.view(torch.uint8) & 0x7F) == 0x7F).any():
+        raise TensorError(f"tensor {name!r} holds values that are no numbers", "download the file again")
+    rows, columns = values.shape
+    if block is not None:
+        return Packed(values, scale, columns, group_size=block[1], row_block=block[0])
+    scale = scale.reshape(-1, 1)
+    return Packed(values, scale, columns, row_block=max(rows, 1) if len(scale) == 1 else 1)
+
+
+def read(keys: Keys) -> FP8:
+    """``quantization_config`` of an fp8 checkpoint; ConfigError names another kind of floats, or blocks that are none."""
     keys.expect("fmt", "e4m3", "float8_e4m3fn")
     # How activations would be rounded; they stay as they are.
-    keys.ignore("activation_scheme", "scale_fmt", "ignored_layers")
+    keys.ignore("activation_scheme", "scale_fmt", "ignored_layers", "kv_cache_scheme")
     block = keys.take("weight_block_size", (list, type(None)), None)
-    if block is None:
-        raise ConfigError(
-            f"{keys.where}: fp8 with one scale per tensor is not supported", "supported: weight_block_size, as [128, 128]"
-        )
-    if len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block):
+    if block is not None and (len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block)):
         raise ConfigError(f"{keys.where}: weight_block_size is {block}", "it must be two numbers, as [128, 128]")
-    return BlockFP8((block[0], block[1]), (*skipped(keys, "modules_to_not_convert"), *skipped(keys, "ignored_layers")))
+    left = (*skipped(keys, "modules_to_not_convert"), *skipped(keys, "ignored_layers"))
+    return FP8(None if block is None else (block[0], block[1]), left)

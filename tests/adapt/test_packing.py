@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from packers import FORMS, awq_config, compressed_config, fp8_config, gptq_config
+from packers import FORMS, awq_config, compressed_config, compressed_float_config, fp8_config, gptq_config
 from safetensors.torch import load_file
 
 from mirada import adapt
@@ -31,7 +31,8 @@ def unpack(config: dict, shape: tuple[int, int], tensors: dict[str, torch.Tensor
     scheme = scheme_of(config)
     named = {f"{X}.{suffix}": tensor for suffix, tensor in tensors.items()}
     fields = scheme.fields(NAME, shape)
-    assert scheme.covers(NAME, shape) and set(named) == set(fields)
+    required = {name for name, field in fields.items() if not field.optional}
+    assert scheme.covers(NAME, shape) and required <= set(named) <= set(fields)
     for name, tensor in named.items():
         assert tuple(tensor.shape) in fields[name].shapes, name
     return scheme.unpack(NAME, shape, named)
@@ -111,6 +112,14 @@ def test_every_fp8_number_is_widened_exactly() -> None:
     stored, _ = packer(torch.randn(8, 64))
     stored["weight"].view(torch.uint8)[3, 5] = 255
     with pytest.raises(TensorError, match=f"'{NAME}' holds values that are no numbers"):
+        unpack(config, (8, 64), stored)
+
+
+def test_fp8_without_a_scale_is_named() -> None:
+    config, packer = FORMS["fp8 by row"]
+    stored, _ = packer(torch.randn(8, 64))
+    del stored["weight_scale"]
+    with pytest.raises(TensorError, match=f"no '{NAME}_scale'"):
         unpack(config, (8, 64), stored)
 
 
@@ -259,7 +268,8 @@ REFUSED = {
     "gptq head": (gptq_config(32, lm_head=True), "lm_head=True"),
     "gptq rules": (gptq_config(32, dynamic={"+:.*": {"bits": 8}}), r"dynamic rule '\+:"),
     "gptq unknown": (gptq_config(32, bitz=4), "'bitz'.*'bits'"),
-    "fp8 tensor": ({"quant_method": "fp8", "activation_scheme": "static"}, "one scale per tensor.*weight_block_size"),
+    "compressed float block": (compressed_float_config("block"), "strategy 'block' with block_structure None"),
+    "compressed float group": (compressed_float_config("group"), "strategy='group'"),
     "fp8 e5m2": (fp8_config(128, fmt="e5m2"), "fmt='e5m2'"),
     "fp8 block": (fp8_config(128, weight_block_size=[128]), r"weight_block_size is \[128\]"),
     "nvfp4": (compressed_config(32, format="nvfp4-pack-quantized"), "'nvfp4-pack-quantized'.*'pack-quantized'"),
