@@ -182,14 +182,19 @@ def _with_members(record: Record, members: Mapping[str, bytes]) -> Record:
 class JsonLines:
     """Appends values, each as one whole line in one write; on opening, a torn last line of an earlier run is cut off.
 
-    ``count`` is how many lines the file holds.
+    ``count`` is how many lines the file holds. Raises SettingsError, and changes nothing, where what would be cut off is no
+    piece of such a file.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file: BinaryIO = self.path.open("a+b")
-        self.count = _cut_torn_line(self._file)
+        try:
+            self.count = _cut_torn_line(self._file)
+        except SettingsError:
+            self._file.close()
+            raise
 
     def append_json(self, value: Any) -> None:
         try:
@@ -221,12 +226,16 @@ def _cut_torn_line(file: BinaryIO) -> int:
     """Leave whole lines only; their number. A last line that is whole JSON and lacks just its end is kept and ended."""
     file.seek(0)
     count = whole = 0
+    ours = True
     for line in file:
         if line.endswith(b"\n"):
+            ours = _is_json(line) if count == 0 else ours
             count, whole = count + 1, whole + len(line)
         elif _is_json(line):
             file.write(b"\n")
             return count + 1
+        elif not ours or not line.startswith((b"{", b"[", b'"')):  # somebody's picture, given by a slip
+            raise SettingsError(f"{str(file.name)!r} does not hold JSON lines", "give another file; this one is left as it was")
     file.truncate(whole)
     file.seek(whole)
     return count

@@ -131,6 +131,15 @@ def test_a_line_that_lacks_only_its_end_is_kept(tmp_path):
     assert [record.id for record in records.read(path)] == ["0", "1"]
 
 
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n\x00pixels", b"{\n  'a': 1\n}", b"dear diary", b"name\n{cut"])
+def test_somebody_elses_file_is_left_as_it_was(tmp_path, content):
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    with pytest.raises(SettingsError, match=r"a\.png' does not hold JSON lines"):
+        files.JsonLines(path)
+    assert path.read_bytes() == content
+
+
 def test_a_bad_line_in_the_middle_is_no_torn_end(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"mess\n{"messages": []}\n')
