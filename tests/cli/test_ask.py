@@ -148,7 +148,7 @@ def test_a_reader_that_leaves_is_no_error(mirada, monkeypatch):
     process.stdout.close()
     assert process.stderr.read() == b""
     process.stderr.close()
-    assert process.wait(timeout=20) == 1
+    assert process.wait(timeout=120) == 1
 
 
 def test_text_cannot_steer_the_terminal(capsys):

@@ -196,7 +196,7 @@ def test_an_interrupt_leaves_a_valid_file_and_says_how_to_go_on(mirada, tmp_path
                 assert process.poll() is None
                 time.sleep(0.05)
             process.send_signal(signal.SIGINT)
-            said = process.communicate(timeout=20)[1]
+            said = process.communicate(timeout=120)[1]
         assert process.returncode == 130 and "same command goes on" in said and "Traceback" not in said
         there = by_name(out)
         assert 3 <= len(there) < 40 and all(text(line) == "x" for line in there.values())

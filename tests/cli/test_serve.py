@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -143,6 +144,13 @@ WRONG = [
     (("--api-key-file", "/no/such"), "'/no/such' cannot be read"),
     (("--config", "/no/such.yaml"), "/no/such.yaml"),
 ]
+
+
+def test_a_port_that_is_taken_is_named(mirada):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done = mirada("serve", "--port", port)
+    assert done.code == 2 and f"port {port} is in use" in done.err
 
 
 @pytest.mark.parametrize(("words", "said"), WRONG, ids=[" ".join(row[0]) for row in WRONG])

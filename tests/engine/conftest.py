@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from tiny import TINY, make_tiny
@@ -11,6 +13,8 @@ from mirada import VLM
 from mirada.engine import memory
 
 MODEL_TYPES = tuple(TINY)
+TWO_TYPES = ("KeyeVL1_5", "kimi_vl")
+"""Unlike in all that an engine knows of a model: vocabulary, template, keys and values or latents, videos or none, experts."""
 VIDEO_TYPES = tuple(kind for kind in TINY if kind != "kimi_vl")
 
 
@@ -44,6 +48,29 @@ def adapter_folders(engines, tmp_path_factory):
 @pytest.fixture(params=MODEL_TYPES)
 def vlm(request, engines) -> VLM:
     return engines[request.param]
+
+
+@pytest.fixture(params=TWO_TYPES)
+def either(request, engines) -> VLM:
+    """For what the engine does whatever the model is."""
+    return engines[request.param]
+
+
+@pytest.fixture
+def slowly(monkeypatch):
+    """``slowly(vlm)``: none of its steps is over before 10 ms, so that a reply of thousands of tokens is still under way when
+    a machine with other work comes to the test's next line (without it 3000 tokens take less than a second)."""
+
+    def slow(vlm: VLM) -> None:
+        step = vlm._engine.engine.step
+
+        def paced() -> None:
+            time.sleep(0.01)
+            step()
+
+        monkeypatch.setattr(vlm._engine.engine, "step", paced)
+
+    return slow
 
 
 @pytest.fixture(autouse=True)

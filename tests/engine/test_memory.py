@@ -160,15 +160,15 @@ def test_the_caches_of_an_engine_fit_the_machine(tiny_directories, host, caplog)
         assert large._settings == EngineSettings()
 
 
-def test_requests_wait_for_room_instead_of_failing(vlm, all_of_it, monkeypatch):
+def test_requests_wait_for_room_instead_of_failing(either, all_of_it, monkeypatch):
     """Room for one at a time: all three are answered, never two at once."""
-    engine = vlm._engine.engine
+    engine = either._engine.engine
     cache, budget = engine.runner.cache, engine.scheduler.budget
     chats = [[Message("user", text)] for text in ("one", "two", "three")]
     sampling = Sampling(max_tokens=100, ignore_eos=True, max_repeats=None)
-    expected = [output.tokens for output in vlm.generate(chats, sampling)]
+    expected = [output.tokens for output in either.generate(chats, sampling)]
     held = []
-    made = [vlm._requests.make(chat, sampling, "auto") for chat in chats]
+    made = [either._requests.make(chat, sampling, "auto") for chat in chats]
     total = budget.alone(made[0]) * 3 // 2 + max(budget.passing((one,)) for one in made)
 
     def available(device):
@@ -176,13 +176,13 @@ def test_requests_wait_for_room_instead_of_failing(vlm, all_of_it, monkeypatch):
         return total - cache.bytes_held
 
     monkeypatch.setattr(memory, "available", available)
-    assert [output.tokens for output in vlm.generate(chats, sampling)] == expected
+    assert [output.tokens for output in either.generate(chats, sampling)] == expected
     assert max(held) == cache.bytes_for(1)
 
 
-def test_running_out_in_the_middle_is_the_same_error(vlm, monkeypatch):
+def test_running_out_in_the_middle_is_the_same_error(either, monkeypatch):
     """The allocator fails for one of two: it gets the typed error, the other its answer."""
-    runner = vlm._engine.engine.runner
+    runner = either._engine.engine.runner
     original = runner.run
 
     def run(chunks):
@@ -192,7 +192,7 @@ def test_running_out_in_the_middle_is_the_same_error(vlm, monkeypatch):
 
     monkeypatch.setattr(runner, "run", run)
     chats = [[Message("user", "hi")]] * 2
-    bad, good = vlm.generate(chats, [Sampling(max_tokens=9, ignore_eos=True), Sampling(max_tokens=4, ignore_eos=True)])
+    bad, good = either.generate(chats, [Sampling(max_tokens=9, ignore_eos=True), Sampling(max_tokens=4, ignore_eos=True)])
     assert isinstance(bad.error, OutOfMemory) and "max_tokens" in str(bad.error)
     assert good.error is None and len(good.tokens) == 4
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from engine.conftest import MODEL_TYPES, TWO_TYPES
 from engine.mixes import free, mix
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,7 +64,11 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize(
+    ("vlm", "weighed"),
+    [*((kind, False) for kind in MODEL_TYPES), *((kind, True) for kind in TWO_TYPES)],
+    indirect=["vlm"],
+)
 def test_drafts_change_no_reply(vlm, drafting, weighed, request, monkeypatch):
     """Token for token, and how each ended, for prompts with pictures, one by one and together; and drafts were right. Also
     where the clock decides which are sent."""

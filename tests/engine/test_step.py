@@ -120,8 +120,8 @@ def test_features_are_kept_until_their_tokens_are_computed(vlm):
     assert 0 < max(held) <= 2 * 8 + 6 and held[-1] < 6
 
 
-def test_a_step_takes_no_more_than_it_may(vlm, monkeypatch):
-    engine = small(vlm, step_tokens=20, max_running=8)
+def test_a_step_takes_no_more_than_it_may(either, monkeypatch):
+    engine = small(either, step_tokens=20, max_running=8)
     runner, sizes, rows = engine._engine.engine.runner, [], []
     forward, pick = runner._forward, runner._pick
     monkeypatch.setattr(runner, "_forward", lambda batch, *rest: sizes.append(batch.lengths) or forward(batch, *rest))
@@ -344,9 +344,9 @@ def test_media_are_encoded_again_after_preemption(vlm):
     assert engine._engine.engine.encoder.num_patches == 2 * patches
 
 
-def test_what_could_never_run_is_refused_at_once(vlm):
-    cache = vlm._engine.engine.runner.cache
-    engine = small(vlm, cache_bytes=2 * cache.bytes_for(1))
+def test_what_could_never_run_is_refused_at_once(either):
+    cache = either._engine.engine.runner.cache
+    engine = small(either, cache_bytes=2 * cache.bytes_for(1))
     running = line_up(engine, "hi", max_tokens=100)
     step(engine)
     large, good = line_up(engine, "hi", max_tokens=1000), line_up(engine, "ho", max_tokens=2)
@@ -359,9 +359,9 @@ def test_what_could_never_run_is_refused_at_once(vlm):
     assert len(running.tokens) == 100 and len(good.tokens) == 2
 
 
-def test_memory_that_goes_away_ends_the_last_request_with_a_typed_error(vlm, monkeypatch):
-    engine = small(vlm)
-    made = line_up(engine, sized(vlm, 250), max_tokens=400)
+def test_memory_that_goes_away_ends_the_last_request_with_a_typed_error(either, monkeypatch):
+    engine = small(either)
+    made = line_up(engine, sized(either, 250), max_tokens=400)
     step(engine, 2)
     monkeypatch.setattr("mirada.engine.memory.available", lambda device: 0)
     finish(engine)
@@ -369,8 +369,8 @@ def test_memory_that_goes_away_ends_the_last_request_with_a_typed_error(vlm, mon
     assert len(made.tokens) == 7
 
 
-def test_cancel_takes_effect_within_a_step(vlm):
-    engine = small(vlm, max_running=2, step_patches=24)
+def test_cancel_takes_effect_within_a_step(either):
+    engine = small(either, max_running=2, step_patches=24)
     made = [line_up(engine, "one", max_tokens=50), line_up(engine, pictures(5)), line_up(engine, "three")]
     step(engine, 2)
     for sequence in made:
@@ -414,8 +414,8 @@ def test_a_failure_ends_those_whose_own_it_is(vlm, monkeypatch):
     assert again.error is None and len(again.tokens) == 5
 
 
-def test_a_defect_of_the_engine_itself_ends_what_it_was_at(vlm, monkeypatch):
-    engine = small(vlm, max_running=1)
+def test_a_defect_of_the_engine_itself_ends_what_it_was_at(either, monkeypatch):
+    engine = small(either, max_running=1)
     scheduler = engine._engine.engine.scheduler
     with monkeypatch.context() as patch:
         patch.setattr(scheduler, "plan", lambda *_: 1 // 0)
@@ -460,8 +460,8 @@ def test_speculation_changes_no_reply(vlm, monkeypatch, guess):
         assert stats["accepted_tokens"] >= (25 if guess == "right" else 16) and steps < 20
 
 
-def test_many_running_sequences_get_no_drafts(vlm, monkeypatch):
-    engine = small(vlm, speculate=4)
+def test_many_running_sequences_get_no_drafts(either, monkeypatch):
+    engine = small(either, speculate=4)
     asked = []
 
     class Silent:
@@ -479,8 +479,8 @@ def test_many_running_sequences_get_no_drafts(vlm, monkeypatch):
     assert asked == [2, 1], "never more than the reply may still take"
 
 
-def test_stats_count(vlm):
-    engine = small(vlm)
+def test_stats_count(either):
+    engine = small(either)
     made = line_up(engine, pictures(2), max_tokens=3)
     step(engine)
     stats = engine.stats()

@@ -121,12 +121,13 @@ def test_the_line_has_an_end(tiny, held):
         assert isinstance(handles[-2].result().error, QueueFull)
 
 
-def test_an_interrupt_of_a_waiting_caller_leaves_the_engine_healthy(tiny):
+def test_an_interrupt_of_a_waiting_caller_leaves_the_engine_healthy(tiny, slowly):
+    slowly(tiny)
     handle = tiny.submit(HI, ENDLESS)
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
     with pytest.raises(KeyboardInterrupt):
-        handle.result(20)
+        timer.start()
+        handle.result(60)
     timer.join()
     assert not handle.done
     handle.cancel()
@@ -154,7 +155,9 @@ def test_async_readers_take_no_threads(tiny):
     assert max(seen) <= before + 1  # the engine's own
 
 
-def test_an_async_reader_that_leaves_ends_its_request(tiny):
+def test_an_async_reader_that_leaves_ends_its_request(tiny, slowly):
+    slowly(tiny)
+
     async def main():
         handle = tiny.submit(HI, ENDLESS)
         async for _ in handle:
@@ -183,8 +186,9 @@ def test_a_loop_that_is_closed_does_not_disturb_the_engine(tiny):
     del reading
 
 
-def test_close_ends_what_runs(tiny):
+def test_close_ends_what_runs(tiny, slowly):
     with another(tiny, max_running=1) as vlm:
+        slowly(vlm)
         assert not any(
             thread.name == "mirada-engine" and thread is vlm._engine.line._thread for thread in threading.enumerate()
         )
@@ -279,7 +283,7 @@ def test_the_interpreter_ends_in_the_middle_of_a_reply(tiny_directories):
         "next(iter(handle)); print('begun')"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tiny_directories["Keye"])], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code, str(tiny_directories["Keye"])], capture_output=True, text=True, timeout=300, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "begun\n", "")
 

@@ -299,7 +299,7 @@ def test_a_renderer_crosses_to_another_process():
 
 def test_the_room_loads_without_torch():
     code = "import sys, mirada.prompt.render, mirada.prompt.parse, mirada.records.wire; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
 
 
 # time
