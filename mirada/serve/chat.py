@@ -21,7 +21,7 @@ from mirada.serve.errors import as_json, http_error, reply
 from mirada.serve.guard import Gate, Ticket, aside
 from mirada.serve.metrics import Metrics
 from mirada.serve.settings import ServeSettings
-from mirada.serve.stream import BEAT, Choices, EventStream, Pace, beating, unless_gone
+from mirada.serve.stream import BEAT, Choices, EventStream, Pace, Silence, beating, unless_gone
 from mirada.types import Output
 
 if TYPE_CHECKING:
@@ -155,21 +155,20 @@ async def _events(
     request: Request, choices: Choices, chunks: openai.Chunks, asked: Asked, desk: Desk
 ) -> AsyncGenerator[bytes, None]:
     """The events of one reply. An error before the first piece is raised; a later one is an event, and the stream ends."""
-    begun = False
+    begun, silence = False, Silence()
     pace = Pace(desk.metrics.inter_token.labels(asked.name).observe)
     try:
         async with aclosing(beating(choices)) as news:
             async for one in news:
                 opening = b"" if begun else b"".join(event(chunks.opening(i)) for i in range(asked.chat.options.n))
                 begun = True
-                if one is None:
-                    yield opening + BEAT
-                    continue
-                index, delta = one
-                pace.piece(index)
-                chunks.num_prompt = choices.usage.prompt_tokens
-                said = opening + b"".join(event(chunk) for chunk in chunks.pieces(index, delta))
-                if said:
+                said = opening + BEAT
+                if one is not None:
+                    index, delta = one
+                    pace.piece(index)
+                    chunks.num_prompt = choices.usage.prompt_tokens
+                    said = opening + b"".join(event(chunk) for chunk in chunks.pieces(index, delta))
+                if said := silence.broken(said):
                     yield said
         outputs = await choices.outputs()
         note(request, outputs, asked, desk)

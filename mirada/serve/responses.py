@@ -21,7 +21,7 @@ from mirada.serve.errors import reply
 from mirada.serve.guard import Ticket, aside
 from mirada.serve.responses_body import Form, as_chat, own_name, own_words
 from mirada.serve.responses_items import Items
-from mirada.serve.stream import BEAT, EventStream, Pace, beating, unless_gone
+from mirada.serve.stream import BEAT, EventStream, Pace, Silence, beating, unless_gone
 from mirada.types import Output
 
 
@@ -75,7 +75,7 @@ async def _events(
     request: Request, choices: chat.Choices, items: Items, asked: chat.Asked, desk: chat.Desk
 ) -> AsyncGenerator[bytes, None]:
     """The events of one response. An error before the first piece is raised; a later one is an event, and the stream ends."""
-    begun = False
+    begun, silence = False, Silence()
     pace = Pace(desk.metrics.inter_token.labels(asked.name).observe)
     try:
         async with aclosing(beating(choices)) as news:
@@ -84,7 +84,7 @@ async def _events(
                 begun = True
                 if one is not None:
                     pace.piece(one[0])
-                if said := opening + (BEAT if one is None else items.feed(one[1])):
+                if said := silence.broken(opening + (BEAT if one is None else items.feed(one[1]))):
                     yield said
         outputs = await choices.outputs()
         chat.note(request, outputs, asked, desk)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
@@ -28,6 +30,11 @@ def mount_sleep(app: FastAPI, desk: Desk) -> None:
     """The three routes, if the settings want them. ``?model=NAME`` is for one of several models, none for all."""
     if not desk.settings.sleep:
         return
+    # It waits for what is under way, and that may need the threads that all requests share.
+    bedroom = ThreadPoolExecutor(1, "mirada-sleep")
+
+    async def aside(work: Callable[..., None], *given: object) -> None:
+        await asyncio.get_running_loop().run_in_executor(bedroom, work, *given)
 
     @app.post("/sleep", response_model=None)
     async def sleep(request: Request) -> Response:
@@ -35,7 +42,7 @@ def mount_sleep(app: FastAPI, desk: Desk) -> None:
         models = _asked(request, desk, "level")
         level = _level(request.query_params.get("level", "1"))
         for name, vlm in models.items():
-            await asyncio.to_thread(vlm.sleep, level, desk.settings.drain_seconds)
+            await aside(vlm.sleep, level, desk.settings.drain_seconds)
             log.event("asleep", model=name, level=vlm.asleep)
         return _state(models)
 
@@ -44,7 +51,7 @@ def mount_sleep(app: FastAPI, desk: Desk) -> None:
         """Take requests again. Answered when that is so."""
         models = _asked(request, desk)
         for name, vlm in models.items():
-            await asyncio.to_thread(vlm.wake)
+            await aside(vlm.wake)
             log.event("awake", model=name)
         return _state(models)
 

@@ -182,6 +182,23 @@ async def beating(choices: Choices, quiet: float = QUIET) -> AsyncGenerator[tupl
         waiting.cancel()
 
 
+class Silence:
+    """What is sent of a stream, with a comment where nothing was for ``quiet`` seconds: pieces may hold nothing to show, such
+    as reasoning that is not told."""
+
+    def __init__(self, quiet: float = QUIET) -> None:
+        self._quiet, self._last = quiet, time.perf_counter()
+
+    def broken(self, said: bytes) -> bytes:
+        """``said``, or what is to be sent in its place."""
+        now = time.perf_counter()
+        if not said and now - self._last >= self._quiet:
+            said = BEAT
+        if said:
+            self._last = now
+        return said
+
+
 class Pace:
     """Seconds from one piece of each choice to the next."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,9 +28,10 @@ def asleep(tmp_path_factory):
         yield client, process.pid
 
 
-def ask(client: httpx.Client, text: str = "What is a receipt?", **more) -> httpx.Response:
+def ask(client: httpx.Client, text: str = "What is a receipt?", timeout: float = 60, **more) -> httpx.Response:
     parts = [{"type": "image_url", "image_url": {"url": data_uri(png())}}, {"type": "text", "text": text}]
-    return client.post("/v1/chat/completions", json={"model": "mini", "messages": user(parts), "max_tokens": 8, **more})
+    body = {"model": "mini", "messages": user(parts), "max_tokens": 8, **more}
+    return client.post("/v1/chat/completions", json=body, timeout=timeout)
 
 
 def anonymous(pid: int) -> float:
@@ -69,6 +72,26 @@ def test_what_is_under_way_is_answered_first(asleep):
         next(lines)
         told = threads.submit(client.post, "/sleep")
         assert [line for line in lines if line][-1] == "data: [DONE]" and told.result().status_code == 200
+    assert client.post("/wake_up").status_code == 200
+
+
+def test_many_who_wait_for_sleep_hold_up_nobody(asleep):
+    """More of them than there are threads for all: others are still told at once that it is falling asleep."""
+    client, _ = asleep
+    waiting = (os.cpu_count() or 1) + 4
+    with ThreadPoolExecutor(waiting) as threads:
+        with client.stream(
+            "POST", "/v1/chat/completions",
+            json={"model": "mini", "messages": user("tell"), "stream": True, "ignore_eos": True, "max_repeats": 4000,
+                  "max_tokens": 4000},
+        ) as reply:  # fmt: skip
+            lines = reply.iter_lines()
+            next(lines)
+            told = [threads.submit(client.post, "/sleep") for _ in range(min(waiting, 32))]
+            while (answer := ask(client, timeout=5)).status_code == 200:
+                time.sleep(0.01)
+            assert answer.json()["error"]["code"] == "engine_asleep" and not any(one.done() for one in told)
+        assert {one.result().status_code for one in told} == {200}
     assert client.post("/wake_up").status_code == 200
 
 

@@ -3,8 +3,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import httpx
 import pytest
 from serving import data_uri, image, png, user
+
+from mirada import VLM
+from mirada.media.fetch import FetchLimits
+from mirada.serve import create_app, stream
 
 BRIEF = {"max_tokens": 2, "temperature": 0}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
@@ -78,3 +85,21 @@ def test_responses_as_agents_ask(post):
     }  # fmt: skip
     told = post(asked, path="/v1/responses").json()
     assert told["output"][0]["content"][0] == {"type": "output_text", "text": "yes", "annotations": [], "logprobs": []}
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "responses"])
+def test_a_stream_that_has_nothing_to_show_says_that_it_lives(monkeypatch, path):
+    """Pieces come and none holds text, as where reasoning is not told. Proxies would take it for dead."""
+    monkeypatch.setattr(stream.Silence.__init__, "__defaults__", (0.0,))
+    body = {"model": "mini", "stream": True, "ignore_eos": True, "thinking": "off"}
+    asked = {"input": "hi", "max_output_tokens": 16} if path == "responses" else {"messages": user("hi"), "max_tokens": 12}
+
+    async def said() -> str:
+        body["logit_bias"] = {str(token): 100 for token in vlm.parts.eos}
+        transport = httpx.ASGITransport(create_app({"mini": vlm}), client=("127.0.0.1", 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
+            return (await http.post(f"/v1/{path}", json={**body, **asked})).text
+
+    with VLM("mini", engine={"workers": 0}, limits=FetchLimits.serving()) as vlm:
+        told = asyncio.run(said())
+    assert told.count(stream.BEAT.decode()) >= 4, told
