@@ -329,15 +329,27 @@ def segments(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], causal: bool, scale: float) -> Tensor | None:
-    """As ``attention.attend_packed`` for as many key-value as query heads, without padding; None where torch has no kernel:
-    off CUDA, other types than bfloat16 and float16, heads that are no multiple of 8 wide or wider than 256."""
+    """As ``attention.attend_packed`` for as many key-value as query heads, without padding: by torch's kernel, or by ours where
+    it has none (float32, widths that are no multiple of 8, a card or a release that it does not know); None off CUDA, where
+    gradients are wanted, and for heads wider than 256."""
     width = q.shape[-1]
-    if q.device.type != "cuda" or q.dtype not in _TYPES[1:] or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or width > 256 or v.shape != q.shape:
         return None
-    attend = _varlen()
-    if attend is None or width % 8 or width > 256 or not _varlen_works(q.device, q.dtype, width):
+    if q.device.type == "cuda" and q.dtype in _TYPES[1:] and width % 8 == 0 and _varlen_works(q.device, q.dtype, width):
+        return _call_varlen(_varlen(), q, k, v, segments(lengths, q.device), max(lengths), causal, scale)
+    if not on(q):
         return None
-    return _call_varlen(attend, q, k, v, segments(lengths, q.device), max(lengths), causal, scale)
+    from mirada.layers.kernels import triton_varlen
+
+    return triton_varlen.varlen(q, k, v, _places(lengths, q.device), causal, scale)
+
+
+@lru_cache(maxsize=16)
+def _places(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept for the layers of a forward: see ``triton_varlen.tiles``."""
+    from mirada.layers.kernels import triton_varlen
+
+    return triton_varlen.tiles(lengths, device)
 
 
 def _call_varlen(attend: Any, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, most: int, causal: bool, scale: float) -> Tensor:
@@ -362,6 +374,8 @@ def _parameters(function: Any) -> frozenset[str]:
 @cache
 def _varlen_works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """Tried once on one token: which sizes and cards torch's kernels take differs between its releases."""
+    if _varlen() is None:
+        return False
     x = torch.zeros(1, 1, width, dtype=dtype, device=device)
     try:
         _call_varlen(_varlen(), x, x, x, segments((1,), device), 1, False, 1.0)

@@ -25,7 +25,7 @@ def test_kernels_compile_for_hopper():
     names = {name for name, *_ in lines}
     expected = (
         "_norm _swiglu _rope_write _write _decode _merge _prefill _one _few _widen _gate_up _down"
-        " _gate_up_packed _down_packed _latent_prefill"
+        " _gate_up_packed _down_packed _latent_prefill _varlen"
     )
     assert names == set(expected.split())
     assert all(int(registers) <= 255 and int(stack) == 0 for _, registers, stack in lines), done.stdout

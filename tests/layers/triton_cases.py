@@ -24,6 +24,7 @@ from mirada.layers.kernels import (
     triton_packed,
     triton_paged,
     triton_rope,
+    triton_varlen,
 )
 from mirada.layers.kv_int8 import Quantised, quantise
 from mirada.layers.mla import attend_latents
@@ -214,6 +215,18 @@ def test_latent_decode_of_int8():
     for b, length in enumerate(lengths):
         held = Quantised(*(past_of(pool, tables, b, length)[0] for pool in pools), (rank, rope))
         near(made[b], attend_latents(q[b : b + 1], held, rank, 0.2)[0], 2)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("causal", (False, True))
+def test_segments_of_any_length(dtype, causal):
+    """Pictures end to end, q, k and v being views of one product; against each by itself."""
+    lengths, heads, width = (5, 70, 1), 2, 20
+    q, k, v = noise(sum(lengths), 3 * heads, width, dtype=dtype).split(heads, 1)
+    made = triton_varlen.varlen(q, k, v, triton_varlen.tiles(lengths, q.device), causal, 0.3)
+    for part, *sides in zip(made.split(lengths), *(x.split(lengths) for x in (q, k, v)), strict=True):
+        q1, k1, v1 = (side.transpose(0, 1).float() for side in sides)
+        near(part, F.scaled_dot_product_attention(q1, k1, v1, is_causal=causal, scale=0.3).transpose(0, 1).to(dtype), 2)
 
 
 def packed(rows: int, columns: int, group: int, bits: int, zeros: bool) -> Packed:

@@ -23,6 +23,7 @@ from mirada.layers.kernels import (
     triton_packed,
     triton_paged,
     triton_rope,
+    triton_varlen,
 )
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
@@ -77,7 +78,16 @@ def packed(rows: int, columns: int, bits: int, group: int, zeros: bool) -> Packe
 
 
 def main() -> None:
-    for module in (triton_mla, triton_moe, triton_moe_packed, triton_norm, triton_packed, triton_paged, triton_rope):
+    for module in (
+        triton_varlen,
+        triton_mla,
+        triton_moe,
+        triton_moe_packed,
+        triton_norm,
+        triton_packed,
+        triton_paged,
+        triton_rope,
+    ):
         module.launch = compile_launch
     triton_paged.processors = triton_packed.processors = lambda x: 132
     triton_norm.rms_norm(t(1, 3584), t(3584), 1e-6)
@@ -93,6 +103,9 @@ def main() -> None:
         for count in (1, 64):
             tables, lengths = t(count, 1024, dtype=I32), t(count, dtype=I32)
             triton_paged.paged_decode(t(count, heads, 128), (pool, pool), tables, lengths, 0.1)
+    for heads, width, kind in ((16, 80, BF16), (16, 72, BF16), (16, 72, F32)):
+        q, k, v = t(4096, 3 * heads, width, dtype=kind).split(heads, 1)
+        triton_varlen.varlen(q, k, v, t(3, 70, dtype=I32), False, 0.1)
     triton_rope.write(t(99, 32, 1, 576), t(4, dtype=I64), t(4, 1, 576))
     planes = (t(99, 32, 4, 128, dtype=I8), t(99, 32, 4, 1, dtype=F32)) * 2
     triton_paged.paged_decode(t(4, 28, 128), planes, t(4, 1024, dtype=I32), t(4, dtype=I32), 0.1)
