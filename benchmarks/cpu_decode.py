@@ -174,7 +174,7 @@ class Bench:
         harness.require_memory(shapes.weights(shape) * (6.0 + 8.0 * (row.kind == "float32")), f"{shape} {row.name}")
         ours = Worker("mirada", "ours.py", threads=self.options.threads)
         with workers(ours, self.peer(shape, checkpoint, row)) as (_, theirs):
-            self.bandwidth = ours.ask("bandwidth")
+            self.bandwidth = ours.ask("bandwidth", **{"side": 1 << 8} if self.options.smoke else {})
             loaded = self.load(ours, checkpoint, row.mode) | {"bandwidth": self.bandwidth}
             told = self.load(theirs, checkpoint, row.mode) if row.peer == "self" else theirs.ask("load")
             orders = [{"do": "run", "ids": ids, "new": self.options.new} for ids in self.prompts]

@@ -64,9 +64,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text-layers", type=int, default=4)
     parser.add_argument("--sizes", type=int, nargs="+", default=[448, 1344], help="sides of the pictures, in pixels")
     parser.add_argument("--long", type=int, default=LONG, help="tokens of the long prompt")
+    parser.add_argument("--steps", type=int, default=STEPS, help="tokens that are waited for where nothing else comes")
     options = parser.parse_args(argv)
     if options.smoke:
         options.pairs, options.sizes, options.long, options.tower_layers, options.text_layers = 1, [112], 300, 2, 2
+        options.steps = 4
     return options
 
 
@@ -96,7 +98,7 @@ def measure(
 ) -> None:
     orders = []
     for i in range(options.pairs + 1):
-        order = {"do": "beside", "load": load(i), "question": cpu_image.question(i), "new": NEW, "steps": STEPS}
+        order = {"do": "beside", "load": load(i), "question": cpu_image.question(i), "new": NEW, "steps": options.steps}
         orders.append((order, order))
     harness.in_turn(on, off, orders[:1])  # first touch of everything, and what a step costs is known
     turns = harness.in_turn(on, off, orders[1:])

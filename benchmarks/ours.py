@@ -122,9 +122,10 @@ class Side:
         return {task.name: mini_eval.evaluate(self.vlm, task, samples, 50, None)["value"] for task in mini_eval.TASKS}
 
     @staticmethod
-    def bandwidth() -> float:
-        """Bytes per second that all threads read from memory: the best of two ways and seven tries."""
-        big, one = torch.ones(1 << 13, 1 << 13), torch.ones(1 << 13)
+    def bandwidth(side: int = 1 << 13) -> float:
+        """Bytes per second that all threads read from memory: the best of two ways and seven tries, of ``side`` squared floats
+        (256 MB, which fit no cache)."""
+        big, one = torch.ones(side, side), torch.ones(side)
         return big.numel() * 4 / min(min(seconds(big.sum), seconds(lambda: big @ one)) for _ in range(7))
 
 
