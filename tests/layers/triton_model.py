@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from tiny import TINY, make_tiny, tiny_config, write_tokenizer
 from tiny_deepseek import KIMI_CONTROL, write_tiktoken
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mirada.adapt.mode import parse
+from mirada.engine.graphs import Graphs
 from mirada.layers import fused
 from mirada.layers.batch import Batch
 from mirada.layers.cache import make_cache
@@ -82,6 +88,60 @@ def test_a_mode_through_the_kernels(tmp_path, monkeypatch):
         theirs = play(model, make_cache(spec, torch.float32, "cpu", kv="int8", layout="slab"), pieces)
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).abs().max() < 2e-4 * b.std() + 1e-5
+
+
+class Words(TorchDispatchMode):
+    """Counts calls for which a host waits until a GPU has said a number: what a CUDA graph cannot hold."""
+
+    WAIT = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal", "repeat_interleave.Tensor")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func).removeprefix("aten.")
+        masks = [x for x in (args[1] if name.startswith("index.") else ()) if x is not None and x.dtype == torch.bool]
+        self.calls += 1
+        if masks or name.startswith(self.WAIT):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_fixed_step_says_nothing_to_the_host(tmp_path):
+    """A step of decoding as it is captured, with latents, and experts as integers."""
+    text = tiny_config("kimi_vl", write_tiktoken(tmp_path, KIMI_CONTROL))["text_config"] | {"moe_intermediate_size": 32}
+    model = load_model(make_tiny(tmp_path, "kimi_vl", text_config=text), mode=parse("int4"))
+    spec = FAMILIES["kimi_vl"].cache_spec(model.config)
+    cache = make_cache(spec, torch.float32, "cpu", layout="paged", budget=1 << 18)
+    cache.allocate(0)
+    chunks = [SimpleNamespace(count=1, rows=1, end=1, sequence=Decoding(0))]
+    with torch.inference_mode():
+        graphs = Graphs(model, cache, 64)
+        assert graphs.takes(chunks)
+        with Words() as words:
+            logits = graphs.logits(chunks)
+    assert words.found == [] and words.calls > 20 and logits.isfinite().all()
+    with Words() as words:  # it would be seen
+        assert logits.argmax().item() >= 0 and len(logits[logits > logits.mean()])
+    assert len(words.found) >= 2
+
+
+@dataclass
+class Decoding:
+    """What ``engine.graphs`` asks of a sequence that decodes its first token."""
+
+    slot: int
+    computed: int = 0
+    lora: None = None
+    features: None = None
+
+    def ids(self, start: int, end: int) -> list[int]:
+        return [7] * (end - start)
+
+    def places(self, start: int, end: int) -> np.ndarray:
+        return np.arange(start, end)[None].repeat(3, 0)
 
 
 def test_gradients_go_the_modules_way():
