@@ -148,7 +148,7 @@ class Remote:
 
         def made(outputs: list[Output], id: str) -> dict[str, Any]:
             model = str(batch.model or line.body.get("model") or self._client.model)
-            return read.answer(outputs, id, model, Sampling(), ids=bool(line.body.get("return_token_ids")))
+            return read.answer(outputs, id, model, None, ids=bool(line.body.get("return_token_ids")))
 
         return Started(list(handles), made, read.naming)
 
@@ -168,7 +168,7 @@ class _Chat:
         outputs: list[Output],
         id: str,
         model: str,
-        sampling: Sampling,
+        sampling: Sampling | None,
         token_bytes: Callable[[int], bytes] | None = None,
         ends: Collection[int] = (),
         *,
@@ -205,7 +205,7 @@ class _Response(_Chat):
         outputs: list[Output],
         id: str,
         model: str,
-        sampling: Sampling,
+        sampling: Sampling | None,
         token_bytes: Callable[[int], bytes] | None = None,
         ends: Collection[int] = (),
         *,

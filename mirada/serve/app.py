@@ -54,7 +54,7 @@ def create_app(models: Mapping[str, VLM], settings: ServeSettings | None = None)
     mount_sleep(app, desk)
     mount_adapters(app, desk)
     mount_page(app)
-    app.openapi = lambda: schema.document(app.title, app.version, desk.names, bool(settings.api_keys))
+    app.openapi = lambda: schema.document(app.title, app.version, desk.names, settings)
     return app
 
 

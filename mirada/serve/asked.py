@@ -42,6 +42,7 @@ def ask_of(
     context = vlm.parts.context
     defaults = replace(vlm.recommended_sampling or Sampling(), max_tokens=min(settings.max_tokens or context, context))
     body = settings.completed(body)
+    _check_tools(body.get("tools"), settings.max_tools)
     chat = request_from_openai(body, defaults=defaults, allow_unknown=settings.unknown_parameters == "warn")
     if adapter is not None:
         chat = chat._replace(options=_adapted(chat.options, adapter))
@@ -58,6 +59,12 @@ def ask_of(
             f"there is no adapter {options.adapter!r}", nearest(options.adapter, vlm.adapters), param="adapter"
         )
     return Asked(name, vlm, chat, tenant)
+
+
+def _check_tools(tools: Any, most: int) -> None:
+    """Raises ParameterError for more of them than one request may have."""
+    if isinstance(tools, list) and len(tools) > most:
+        raise ParameterError(f"tools holds {len(tools)}, and a request may have {most}", "leave some out", param="tools")
 
 
 def _adapted(options: RequestOptions, adapter: str) -> RequestOptions:

@@ -24,14 +24,15 @@ from mirada.types import Delta, Logprob, Output, Sampling, ToolCall
 class Items:
     """Output items as they grow, and the events that tell of it. Feed every delta once, then ``close``.
 
-    ``ends``: tokens that end an answer, which no ``logprobs`` of a text have. ``reasoning``: say what is thought too.
+    ``sampling``: what the answer was drawn by; None where another server chooses, and the response repeats what ``body``
+    says. ``ends``: tokens that end an answer, which no ``logprobs`` of a text have. ``reasoning``: say what is thought too.
     """
 
     def __init__(
         self,
         id: str,
         model: str,
-        sampling: Sampling,
+        sampling: Sampling | None,
         body: Mapping[str, Any],
         ends: Collection[int] = (),
         token_bytes: TokenBytes | None = None,
@@ -117,7 +118,7 @@ class Items:
 
     def object(self, output: Output | None) -> dict[str, Any]:
         """The response so far; whole where there is an ``output``."""
-        body, sampling = self._body, self._sampling
+        body, drawn = self._body, _drawn(self._sampling, self._body)
         cut = output is not None and output.finish in ("length", "repetition")
         ended: dict[str, Any] = {}
         said = body.get("text") or {}
@@ -131,12 +132,11 @@ class Items:
             "output": list(self._done), "parallel_tool_calls": body.get("parallel_tool_calls") is not False,
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None, **(body.get("reasoning") or {})}, "store": False,
-            "temperature": sampling.temperature if sampling.temperature <= 2 else None,  # OpenAI's schema ends at 2
+            "temperature": drawn["temperature"],
             "text": {"format": {"type": "text"}, **said, **({"verbosity": "medium"} if "verbosity" in said else {})},
             "tool_choice": body.get("tool_choice") or "auto",
             "tools": [{"parameters": None, "strict": None, **tool} for tool in body.get("tools") or ()],
-            "top_logprobs": min(sampling.logprobs or 0, 20),  # where OpenAI's schema ends
-            "top_p": 1.0 if sampling.top_p is None else sampling.top_p, "truncation": "disabled",
+            "top_logprobs": drawn["top_logprobs"], "top_p": drawn["top_p"], "truncation": "disabled",
             "metadata": body.get("metadata") or {}, **tier_of(body), **ended,
         }  # fmt: skip
 
@@ -214,6 +214,17 @@ class Items:
     def _event(self, kind: str, **said: Any) -> bytes:
         self._number += 1
         return chat.event({"type": kind, "sequence_number": self._number, **said}, kind)
+
+
+def _drawn(sampling: Sampling | None, body: Mapping[str, Any]) -> dict[str, Any]:
+    """What a response says of sampling."""
+    if sampling is None:
+        return {name: body.get(name) for name in ("temperature", "top_p")} | {"top_logprobs": body.get("top_logprobs") or 0}
+    return {
+        "temperature": sampling.temperature if sampling.temperature <= 2 else None,  # OpenAI's schema ends at 2
+        "top_p": 1.0 if sampling.top_p is None else sampling.top_p,
+        "top_logprobs": min(sampling.logprobs or 0, 20),  # where OpenAI's schema ends
+    }
 
 
 def _short(one: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from mirada.serve.schema_answers import answers
 from mirada.serve.schema_requests import chat_parameters, parts, responses_parameters
-from mirada.serve.schema_words import Schema, one_of, ref, text, told
+from mirada.serve.schema_words import Schema, flag, one_of, ref, text, thing, told
+from mirada.serve.settings import ServeSettings
 
 ERRORS = {
     400: "A parameter or a picture does not do; `param` names it.",
@@ -22,7 +23,8 @@ ERRORS = {
     415: "The body is not JSON.",
     429: "Too much is under way; come again after `Retry-After`.",
     501: "This server lacks what would be needed.",
-    503: "The server is about to stop, or memory ran out.",
+    503: "The server is about to stop, or asleep, or memory ran out.",
+    504: "What is under way took too long.",
 }
 _ID = {"X-Request-Id": {"schema": text(), "description": "The client's own, or one that the server's log knows."}}
 _LATER = {"Retry-After": {"schema": text(), "description": "Seconds."}}
@@ -31,8 +33,9 @@ _IGNORED = {
 }
 
 
-def document(title: str, version: str, names: Sequence[str], keys: bool) -> Schema:
-    """The whole document of a server of the models ``names``; ``keys``: it asks for an API key."""
+def document(title: str, version: str, names: Sequence[str], settings: ServeSettings) -> Schema:
+    """The whole document of a server of the models and adapters ``names``: what its settings leave out is not in it."""
+    keys = bool(settings.api_keys)
     guarded = [{"bearer": []}] if keys else []
     schemas = {"ChatRequest": chat_parameters(names), "ResponseRequest": responses_parameters(names), **parts(), **answers()}
     return {
@@ -57,11 +60,45 @@ def document(title: str, version: str, names: Sequence[str], keys: bool) -> Sche
             "/metrics": {
                 "get": _reading("metrics", "Figures for Prometheus.", {"text/plain": {"schema": text()}}, (401, 403), guarded)
             },
+            **(_sleeping(guarded) if settings.sleep else {}),
+            **(_adapters(guarded) if settings.adapter_root is not None else {}),
         },
         "components": {
             "schemas": schemas,
             **({"securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}} if keys else {}),
         },
+    }
+
+
+def _sleeping(guarded: list[Schema]) -> Schema:
+    levels = {"type": "object", "additionalProperties": one_of(0, 1, 2)}
+    told_so = _json(told({"is_sleeping": flag(), "levels": levels}))
+    model = {"name": "model", "in": "query", "schema": text(), "description": "One of several models; none: all."}
+    level = {"name": "level", "in": "query", "schema": one_of("1", "2"), "description": "2: drop the weights too."}
+
+    def route(name: str, said: str, statuses: Sequence[int], *parameters: Schema) -> Schema:
+        return _reading(name, said, told_so, (400, 401, 403, 404, *statuses), guarded) | {"parameters": list(parameters)}
+
+    late, lacking = (501, 503, 504), (501, 503)
+    return {
+        "/sleep": {"post": route("sleep", "Answer what is under way, then give memory back.", late, model, level)},
+        "/wake_up": {"post": route("wake_up", "Take requests again.", lacking, model)},
+        "/is_sleeping": {"get": route("is_sleeping", "Whether all that is asked for sleeps.", (503,), model)},
+    }
+
+
+def _adapters(guarded: list[Schema]) -> Schema:
+    name = text(minLength=1, maxLength=256)
+
+    def route(called: str, said: str, body: Schema) -> Schema:
+        statuses = (400, 401, 403, 404, 408, 413, 415, 429, 501, 503)
+        made = _reading(called, said, {"text/plain": {"schema": text()}}, statuses, guarded)
+        return {"post": made | {"requestBody": {"required": True, "content": _json(body)}}}
+
+    loaded = thing({"lora_name": name, "lora_path": name}, {"model": text()})
+    return {
+        "/v1/load_lora_adapter": route("load_lora_adapter", "Read a LoRA adapter from below the adapters' folder.", loaded),
+        "/v1/unload_lora_adapter": route("unload_lora_adapter", "Forget one.", thing({"lora_name": name})),
     }
 
 
@@ -100,6 +137,7 @@ def _answering(name: str, body: str, answer: str, event: str, guarded: list[Sche
         "x-event": ref(event),
     }
     content = _json(ref(answer)) | {"text/event-stream": stream}
-    made = _reading(name, "An answer, whole or (`stream`) as server-sent events.", content, tuple(ERRORS), guarded)
+    statuses = tuple(status for status in ERRORS if status != 504)
+    made = _reading(name, "An answer, whole or (`stream`) as server-sent events.", content, statuses, guarded)
     made["responses"]["200"]["headers"] = _ID | _IGNORED
     return made | {"requestBody": {"required": True, "content": _json(ref(body))}}

@@ -48,6 +48,8 @@ class ServeSettings:
     """Bodies of all requests under way together, with 256 bytes for each of their values; what does not fit is answered 429."""
     max_body_values: int = 200_000
     """Values of JSON (texts, numbers, objects, lists) in one body; each takes many times its bytes in memory."""
+    max_tools: int = 128
+    """Tools of one request, as OpenAI's; each has a schema that is read, and compiled where a call must follow it."""
     max_connections: int = 512
     """Connections that are open at once, idle ones included; for one more, the one closes that has waited longest without a
     whole request."""
@@ -71,6 +73,7 @@ class ServeSettings:
     def __post_init__(self) -> None:
         for name in (
             "max_tokens", *MEDIA, "max_requests", "max_body_bytes", "max_bodies_bytes", "max_body_values", "max_connections",
+            "max_tools",
             "header_seconds", "body_seconds", "send_seconds", "stall_seconds",
         ):  # fmt: skip
             value = getattr(self, name)

@@ -295,6 +295,23 @@ def test_lines_of_responses(mirada, tmp_path):
     assert params == ["input[0]", "text.format.type", "input"]
 
 
+def test_lines_of_responses_repeat_no_settings_that_a_server_chose(mirada, tmp_path):
+    """Sampling that a line leaves to the server is neither sent nor said: nobody here knows it."""
+    body = {"model": "any", "input": "What is it?"}
+    lines = [
+        {"custom_id": str(n), "url": "/v1/responses", "body": {**body, **own}} for n, own in enumerate(({}, {"top_p": 0.5}))
+    ]
+    source = write(tmp_path / "in.jsonl", *lines)
+    with serving(stream(words("x"))) as server:
+        assert mirada("batch", source, tmp_path / "o.jsonl", "--url", server.url).code == 0
+    made = by_name(tmp_path / "o.jsonl")
+    told = [made[name]["response"]["body"] for name in "01"]
+    assert [(one["temperature"], one["top_p"]) for one in told] == [(None, None), (None, 0.5)]
+    assert all(wrong("Response", one) == [] for one in told)
+    sent = set().union(*server.bodies) - {"model", "messages", "stream", "stream_options"}
+    assert sent == {"top_p"}
+
+
 def test_calls_of_all_lines_have_names_of_their_own(mirada, tmp_path):
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
     asked = {"tools": [tool], "tool_choice": "required", "max_tokens": 40, "thinking": "off", "parallel_tool_calls": False}
