@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mirada.compat.features import MEDIA, prompts
 from mirada.compat.keywords import Keywords
-from mirada.compat.processor import HUB, NO_REMOTE_CODE, hub_options
+from mirada.compat.processor import HUB, NO_REMOTE_CODE, hub_options, moved
 from mirada.engine.llm import VLM
 from mirada.engine.load import find, pick_device
 from mirada.errors import MessageError, SettingsError, nearest
@@ -34,9 +34,9 @@ _LOAD = Keywords(
         "low_cpu_mem_usage": "weights always go straight from their file to their place",
     },
     refused={
-        "quantization_config": "open a quantised checkpoint, or load in bfloat16",
-        "load_in_4bit": "open a quantised checkpoint, or load in bfloat16",
-        "load_in_8bit": "open a quantised checkpoint, or load in bfloat16",
+        "quantization_config": "open a quantised checkpoint, or use mirada.VLM(folder, quant='int8')",
+        "load_in_4bit": "open a quantised checkpoint, or use mirada.VLM(folder, quant='int4')",
+        "load_in_8bit": "open a quantised checkpoint, or use mirada.VLM(folder, quant='int8')",
         "max_memory": "give device_map='cpu' or 'cuda:N'",
         "use_safetensors": "convert the checkpoint to safetensors; pickles are never read",
     },
@@ -86,6 +86,10 @@ class Model:
         self._directory = directory
         self.generation_config = SimpleNamespace(**(generation or {}))
 
+    def __repr__(self) -> str:
+        place = f"{self.dtype}, device={str(self.device)!r}"
+        return f"{type(self).__name__}({str(self._directory)!r}, {self.config.model_type}, {place})"
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Model:
         """The checkpoint of a directory, or of org/name on a hub, whatever its family.
@@ -128,7 +132,7 @@ class Model:
 
     def to(self, *args: Any, **kwargs: Any) -> Model:
         """Itself, on another device or in another dtype; requests under way must have ended."""
-        place = torch.empty(0, device=self.device, dtype=self.dtype).to(*args, **kwargs)
+        place = moved(torch.empty(0, device=self.device, dtype=self.dtype), *args, **kwargs)
         device = pick_device(place.device)
         if (device.type, device.index or 0, place.dtype) != (self.device.type, self.device.index or 0, self.dtype):
             old = self.vlm

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mirada.compat import features
 from mirada.compat.keywords import Keywords
-from mirada.engine.load import find
+from mirada.engine.load import find, pick_device
 from mirada.engine.request import check_chat
 from mirada.errors import MessageError, SettingsError
 from mirada.media.fetch import FetchLimits
@@ -77,6 +77,14 @@ _DECODE = Keywords(
 )
 
 
+def moved(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """``tensor.to(...)``. Raises SettingsError or NotAvailable for a device that is unknown or absent, before torch trips."""
+    for given in (*args[:1], kwargs.get("device")):
+        if isinstance(given, str | int | torch.device) and not isinstance(given, bool):
+            pick_device(torch.device("cuda", given) if isinstance(given, int) else given)
+    return tensor.to(*args, **kwargs)
+
+
 class BatchFeature(dict):
     """Tensors by name, also as attributes (``inputs.input_ids``)."""
 
@@ -87,7 +95,7 @@ class BatchFeature(dict):
 
     def to(self, *args: Any, **kwargs: Any) -> BatchFeature:
         """All tensors on a device; a dtype is taken by pixel values and the like, ids and grids stay whole numbers."""
-        place = torch.empty(0).to(*args, **{k: v for k, v in kwargs.items() if k != "non_blocking"})
+        place = moved(torch.empty(0), *args, **{k: v for k, v in kwargs.items() if k != "non_blocking"})
         return BatchFeature(
             {
                 name: value.to(place.device, place.dtype if _casts(value, args, kwargs) else None)

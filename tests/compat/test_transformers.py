@@ -15,6 +15,7 @@ from tiny import TINY, make_tiny
 
 from mirada import VLM, Sampling
 from mirada.compat import keye_vl_utils, keye_vl_utils_1_0, qwen_vl_utils, transformers
+from mirada.compat.processor import BatchFeature
 from mirada.compat.transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -23,7 +24,7 @@ from mirada.compat.transformers import (
     KeyeForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
 )
-from mirada.errors import CheckpointError, ContextOverflow, MediaUnsupported, MessageError, SettingsError
+from mirada.errors import CheckpointError, ContextOverflow, MediaUnsupported, MessageError, NotAvailable, SettingsError
 from mirada.models.load import load_model, save_model
 from mirada.prompt.rendered import Rendered
 
@@ -129,6 +130,12 @@ def test_the_names_of_the_cards(folders):
         model = AutoModel.from_pretrained(folders["Keye"], dtype=torch.float32, device_map="cpu", trust_remote_code=True)
     assert model.eval() is model and model.to("cpu") is model.cpu() is model
     assert model.device.type == "cpu" and model.dtype is torch.float32 and model.config.model_type == "Keye"
+    assert repr(model) == f"Model({str(folders['Keye'])!r}, Keye, torch.float32, device='cpu')"
+    for move in (model.to, BatchFeature(input_ids=torch.zeros(1)).to):
+        with pytest.raises(NotAvailable, match=r"device cuda.* is not available"):
+            move("cuda:99")
+        with pytest.raises(SettingsError, match="device 'gpu' is unknown"):
+            move(device="gpu")
     with pytest.warns(UserWarning, match="trust_remote_code"):
         AutoProcessor.from_pretrained(folders["Keye"], trust_remote_code=True)
 
@@ -365,7 +372,7 @@ def test_what_generate_takes_and_need_not(opened):
     [
         ({"torch_dtypes": 1}, "has no option 'torch_dtypes'.*'torch_dtype'"),
         ({"quantization_config": {}}, "quantization_config"),
-        ({"load_in_4bit": True}, "load_in_4bit=True"),
+        ({"load_in_4bit": True}, r"load_in_4bit=True.*VLM\(folder, quant='int4'\)"),
         ({"device_map": "balanced"}, "balanced"),
         ({"device_map": {"lm_head": 0}}, "single layers"),
         ({"attn_implementation": "flash"}, "'flash' is unknown.*flash_attention_2"),
