@@ -1,13 +1,16 @@
 """One decode step of a small model on a CPU, without an engine around it: compiled, by the modules, and in transformers.
 
-    python benchmarks/decode_ops.py [--threads 2] [--past 256] [--rows 1,4,8,16] [--steps 30] [--anyway]
+    python benchmarks/decode_ops.py [--threads 2] [--past 256] [--rows 1,4,8,16] [--steps 30] [--only experts] [--anyway]
 
-Random float32 weights in the sizes of the model inside the package and of a middle one (Qwen3 layers: heads are normalised).
+Random float32 weights in the sizes of the model inside the package, of a middle one (Qwen3 layers: heads are normalised), and
+of a middle one with latent attention and experts (DeepSeek-V3 layers, the first dense).
+
 The sides take turns, a step each, with ``--past`` tokens in the cache. Milliseconds are of the wall (smallest, and median) and
 of all the process's threads together (smallest), which a busy neighbour changes least. *Calls* are torch operations of a step,
 views not counted. The floor is the bytes of all weights and of the past, divided by the speed at which the same number of
-threads reads memory; what fits into the processor's cache may pass it. transformers (extra ``parity``) runs Qwen3 of the same
-shape with its dynamic cache and sdpa; its step includes the embedding, as ours do.
+threads reads memory; what fits into the processor's cache may pass it. Of experts as many count as the rows choose at most.
+transformers (extra ``parity``) runs Qwen3 of the same shape with its dynamic cache and sdpa; its step includes the embedding,
+as ours do (``benchmarks/moe.py`` sets a decoder with experts beside theirs).
 
 Refuses to measure while other programs keep the CPU busy, unless ``--anyway``.
 """
@@ -26,11 +29,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mirada.layers.batch import Batch
-from mirada.layers.cache import SlabCache
+from mirada.layers.cache import make_cache
 from mirada.layers.kernels.library import status
+from mirada.models import decoder, deepseek
 from mirada.models.decoder import Decoder, DecoderConfig
+from mirada.models.deepseek import DeepseekConfig, DeepseekDecoder
 
-SIZES = {
+SIZES: dict[str, DecoderConfig | DeepseekConfig] = {
     "mini": DecoderConfig(
         vocab_size=1024, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
         intermediate_size=768, rope_theta=10000.0, mrope_section=(8, 12, 12), max_position_embeddings=32768,
@@ -38,6 +43,11 @@ SIZES = {
     "512x12": DecoderConfig(
         vocab_size=16384, hidden_size=512, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
         intermediate_size=1408, rope_theta=1e6, mrope_section=(8, 12, 12), max_position_embeddings=32768,
+    ),
+    "experts": DeepseekConfig(
+        vocab_size=16384, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408, kv_lora_rank=256,
+        q_lora_rank=None, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64, moe_intermediate_size=352,
+        n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=4, routed_scaling_factor=2.446, first_k_dense_replace=1,
     ),
 }  # fmt: skip
 READ_BYTES = 256 << 20
@@ -55,9 +65,14 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def ours(config: DecoderConfig, past: int, rows: int) -> dict[str, Callable[[], Any]]:
-    decoder, head = Decoder(config), torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-    cache = SlabCache(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+def ours(config: DecoderConfig | DeepseekConfig, past: int, rows: int) -> dict[str, Callable[[], Any]]:
+    kinds: dict[type, Any] = {
+        DecoderConfig: (Decoder, decoder.cache_spec),
+        DeepseekConfig: (DeepseekDecoder, deepseek.cache_spec),
+    }
+    kind, spec = kinds[type(config)]
+    made, head = kind(config), torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    cache: Any = make_cache(spec(config), torch.float32, "cpu")
     for slot in range(rows):
         cache.allocate(slot)
         cache.grow(slot, past + 1)
@@ -68,12 +83,12 @@ def ours(config: DecoderConfig, past: int, rows: int) -> dict[str, Callable[[], 
     batch = Batch(tokens, torch.full((3, rows), past), (1,) * rows, (past,) * rows, tuple(range(rows)))
 
     def compiled() -> Any:
-        decoder.steps.on = True
-        return decoder.logits(decoder.embed(tokens), batch, cache, head)
+        made.steps.on = True
+        return made.logits(made.embed(tokens), batch, cache, head)
 
     def modules() -> Any:
-        decoder.steps.on = False
-        return head(decoder(decoder.embed(tokens), batch, cache))
+        made.steps.on = False
+        return head(made(made.embed(tokens), batch, cache))
 
     sides: dict[str, Callable[[], Any]] = {"modules": modules}
     if compiled() is not None:
@@ -81,7 +96,27 @@ def ours(config: DecoderConfig, past: int, rows: int) -> dict[str, Callable[[], 
     return sides
 
 
-def transformers(config: DecoderConfig, past: int, rows: int) -> dict[str, Callable[[], Any]]:
+def numbers(config: DecoderConfig | DeepseekConfig, past: int, rows: int) -> int:
+    """Weights and numbers of the past that a step reads."""
+    layers, width = config.num_hidden_layers, config.hidden_size
+    if isinstance(config, DecoderConfig):
+        heads = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+        weights = layers * width * (heads + 3 * config.intermediate_size)
+        row = 2 * config.num_key_value_heads * config.head_dim
+    else:
+        c, row = config, config.kv_lora_rank + config.qk_rope_head_dim
+        heads = c.num_attention_heads * (c.head_dim + c.v_head_dim)
+        maps = c.kv_lora_rank * c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
+        chosen = min(rows * c.num_experts_per_tok, c.n_routed_experts) + c.n_shared_experts
+        dense, experts = 3 * c.intermediate_size, 3 * chosen * c.moe_intermediate_size + c.n_routed_experts
+        blocks = c.first_k_dense_replace * dense + (layers - c.first_k_dense_replace) * experts
+        weights = layers * (width * (heads + row) + maps) + width * blocks
+    return weights + config.vocab_size * width + rows * past * layers * row
+
+
+def transformers(config: DecoderConfig | DeepseekConfig, past: int, rows: int) -> dict[str, Callable[[], Any]]:
+    if isinstance(config, DeepseekConfig):
+        return {}
     try:
         from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
     except ImportError:
@@ -148,6 +183,7 @@ def main() -> None:
     parser.add_argument("--past", type=int, default=256)
     parser.add_argument("--rows", default="1,4,8,16", help="sequences that decode together")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--only", choices=SIZES, help="one of the models")
     parser.add_argument("--anyway", action="store_true")
     given = parser.parse_args()
     if not given.anyway:
@@ -160,14 +196,12 @@ def main() -> None:
         f"{'model':8} {'rows':>4} {'side':14} {'wall min':>9} {'median':>8} {'cpu min':>8} {'calls':>6} {'floor':>7} {'x':>6}"
     )
     for name, config in SIZES.items():
+        if given.only not in (None, name):
+            continue
         for rows in map(int, given.rows.split(",")):
             with torch.inference_mode():
                 found = measure(ours(config, given.past, rows) | transformers(config, given.past, rows), given.steps)
-            layer = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-            weights = config.num_hidden_layers * config.hidden_size * (layer + 3 * config.intermediate_size)
-            weights += config.vocab_size * config.hidden_size
-            kept = 2 * rows * given.past * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-            floor = 1e3 * 4 * (weights + kept) / speed
+            floor = 1e3 * 4 * numbers(config, past=given.past, rows=rows) / speed
             slowest = found.get("transformers", found["modules"])[1]
             for side, (least, middle, busy, calls) in found.items():
                 print(
