@@ -15,7 +15,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union
@@ -231,8 +231,10 @@ def _from_yaml(text: str, where: str) -> Any:
 
     try:
         return yaml.load(text, Loader=_loader())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of thousands of digits
         raise SettingsError(f"{where} is not valid yaml: {error}", "correct the line it names") from error
+    except RecursionError:
+        raise SettingsError(f"{where} is nested too deeply", "write it flatter") from None
 
 
 @cache
@@ -247,6 +249,8 @@ def _loader() -> Any:
             seen = set()
             for key_node, _ in node.value:
                 key = self.construct_object(key_node, deep=True)
+                if not isinstance(key, Hashable):
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is no name", key_node.start_mark)
                 if key in seen:
                     raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
                 seen.add(key)

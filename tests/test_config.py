@@ -150,6 +150,10 @@ def test_dashes_in_an_override_are_underscores():
         ("- 1\n", "holds a list"),
         ("a: [1\n", "not valid yaml"),
         ("a: !!python/object/apply:os.getcwd []\n", "not valid yaml"),
+        ("a: " + "9" * 5000, "not valid yaml"),
+        ("a: " + "[" * 1200 + "]" * 1200, "nested too deeply"),
+        ("? [1]\n: 2\n", "is no name"),
+        ("{a: 1}: 2\n", "is no name"),
     ],
 )
 def test_bad_files(tmp_path, text, problem):

@@ -7,6 +7,7 @@ the most that it can become.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -120,18 +121,33 @@ class _State:
         self.held = 0
         self.idle = 0
         self.closed = False
+        self._pid = os.getpid()
+        """Of the process that its threads belong to."""
 
     def enter(self, item: _Item) -> None:
         with self.changed:
-            closed = self.closed
-            if not closed:
+            error = _closed() if self.closed else None
+            if error is None:
                 self.lines[item.remote].append(item)
-                self.watch()
-                if self.idle < sum(map(len, self.lines)) and len(self.threads) <= self._num_useful():
-                    self._start(self._work, "mirada-prepare")
+                error = self._staff()
+                if error is not None:
+                    self.lines[item.remote].remove(item)
                 self.changed.notify_all()
-        if closed:
-            self._end(item, _closed())
+        if error is not None:
+            self._end(item, error)
+
+    def _staff(self) -> RequestFailed | None:
+        """Begin the threads that what waits is worth; the error where there are none and none can begin."""
+        try:
+            self.watch()
+            if self.idle < sum(map(len, self.lines)) and len(self.threads) <= self._num_useful():
+                self._start(self._work, "mirada-prepare")
+        except RuntimeError as error:
+            if len(self.threads) < 2:  # else those that are there come to it
+                return RequestFailed(
+                    f"no thread can begin that prepares media ({error})", "end other threads, or raise their limit"
+                )
+        return None
 
     def _num_useful(self) -> int:
         """Threads that could be at work, beside the one that watches."""
@@ -141,8 +157,9 @@ class _State:
 
     def _start(self, target: Callable[[], None], name: str) -> None:
         thread = threading.Thread(target=target, name=name, daemon=True)
-        self.threads.append(thread)
         thread.start()
+        self.threads.append(thread)
+        self._pid = os.getpid()
 
     def _work(self) -> None:
         while (item := self._next()) is not None:
@@ -246,6 +263,8 @@ class _State:
             item.cancel.now()
 
     def close(self) -> None:
+        if self.threads and os.getpid() != self._pid:
+            return  # a fork's copy: its lock may be held for ever, and what is in line is its parent's
         with self.changed:
             self.closed = True
             dropped, under_way = [item for line in self.lines for item in line], list(self.running)

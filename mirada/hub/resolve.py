@@ -63,7 +63,7 @@ def resolve(
     hears of the progress. Raises CheckpointError (no such place, only pickles), HubError and its kinds, CapacityError (disk),
     SettingsError.
     """
-    if source is None and Path(model).is_dir():
+    if source is None and _is_directory(model):
         return Path(model)
     if not is_id(model):
         raise CheckpointError(
@@ -85,16 +85,28 @@ def resolve(
             raise
         warnings.warn(f"{error.problem}; using {found.name[:12]}, fetched before", stacklevel=2)
         return found
+    except OSError as error:
+        raise HubError(
+            f"{asked.model!r} cannot be kept in {store.folder} ({error})",
+            "make room there, or choose another place with cache_dir (--cache-dir)",
+        ) from error
 
 
 def resolve_with(model: str | Path, options: HubOptions | Mapping[str, Any] | None = None) -> Path:
     """``resolve`` with its settings in one value; a mapping is checked key by key (SettingsError)."""
     o = options if isinstance(options, HubOptions) else config.parse(HubOptions, options or {}, "hub")
-    if Path(model).is_dir():
+    if _is_directory(model):
         return Path(model)
     return resolve(
         model, o.source, o.revision, token=o.token, offline=o.offline, cache_dir=o.cache_dir, endpoint=o.endpoint
     )  # fmt: skip
+
+
+def _is_directory(model: Any) -> bool:
+    try:
+        return Path(model).is_dir()
+    except (OSError, TypeError):  # a name that is too long, or none at all
+        return False
 
 
 def _quiet(_: Progress) -> None:

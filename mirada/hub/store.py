@@ -18,6 +18,8 @@ from mirada.errors import CheckpointError
 from mirada.hub.source import INDEX, RemoteFile, weight_names
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+MOST_REVISION = 240
+"""Characters of a branch or tag; a longer name would be none of a file."""
 _READ = 1 << 20
 
 
@@ -49,7 +51,7 @@ class Store:
 
     def _note(self, revision: str) -> Path:
         made = Path(os.path.normpath(self.folder / "refs" / revision))
-        if self.folder / "refs" not in made.parents:
+        if self.folder / "refs" not in made.parents or len(revision) > MOST_REVISION:
             raise CheckpointError(f"revision {revision!r} is not a name", "give a branch, a tag or a commit")
         return made
 

@@ -63,7 +63,7 @@ class Web:
         for attempt in range(TRIES):
             try:
                 answer = self.client.get(url)
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:  # redirects without end are none of transport
                 raise Unreachable(self.source, self.asked, error) from error
             if answer.status_code not in _PASSING or attempt == TRIES - 1:
                 break
@@ -112,7 +112,7 @@ class Web:
             try:
                 self._append(url, part, held, file, lambda done: report(Progress(file.name, done, file.size, reused)))
                 cause = "the connection was closed early"
-            except (httpx.TransportError, _Passing) as error:
+            except (httpx.RequestError, _Passing) as error:
                 cause = str(error) or type(error).__name__
             tries = 0 if _size(part) > held else tries + 1
         digest = Digest(file)

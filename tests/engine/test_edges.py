@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from engine.test_step import ENDLESS, finish, line_up_tokens, small, step, tokens
 
-from mirada import Message, Sampling
+from mirada import Image, Message, Sampling, Text
 from mirada.engine.prefix import visual
+from mirada.engine.prepare import _State
 from mirada.engine.sequence import Sequence
 from mirada.engine.thread import _Line
 from mirada.errors import MessageError, RequestFailed, SettingsError
@@ -115,3 +118,33 @@ def test_keys_of_a_long_video_look_at_each_of_its_frames_a_few_times():
     assert Counted.reads < 16 * len(ends)
     seen = [[f for f in frames if f.start < end and f.end > end - 16] for end in ends]
     assert [len(made) for made in found] == [65 * len(there) for there in seen]
+
+
+@pytest.mark.parametrize("vlm", ["Keye"], indirect=True)
+def test_media_that_no_thread_can_prepare_fail_their_request_alone(vlm, monkeypatch):
+    engine = small(vlm)
+    assert len(engine.submit(HI, SHORT).result(20).tokens) == 2
+    seen = [Message("user", [Image(np.zeros((28, 28, 3), np.uint8)), Text("hi")])]
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
+        error = engine.submit(seen, SHORT).result(5).error
+        assert isinstance(error, RequestFailed) and "no thread can begin" in error.problem
+    assert engine.stats()["waiting"] == 0
+    assert len(engine.submit(seen, SHORT).result(20).tokens) == 2
+    engine.close()
+
+
+def test_the_end_of_a_forked_process_waits_for_no_lock_of_its_parent(monkeypatch):
+    """There a thread held it, and it is held for ever in the copy."""
+    state = _State(SimpleNamespace(retract=lambda: None), 1)  # pyright: ignore
+    state.watch()
+    with state.changed:
+        ending = threading.Thread(target=state.close)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: -1)
+            ending.start()
+            ending.join(2)
+        waits = ending.is_alive()
+    ending.join(5)
+    state.close()
+    assert not waits

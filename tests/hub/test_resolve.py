@@ -7,7 +7,9 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +188,7 @@ def test_a_killed_process_loses_nothing(hub: Any, tmp_path: Path) -> None:
         "resolve('org/tiny-vl', report=report)"
     )
     hub.files[SHARD] = content("1", 3_000_000)
-    done = subprocess.run([sys.executable, "-c", code, SHARD], check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, SHARD], check=False, timeout=300)
     assert done.returncode == 9
     held = sum(part.stat().st_size for part in (tmp_path / "hf").rglob("*.part"))
     assert 0 < held < 3_000_000
@@ -418,3 +420,39 @@ def test_what_other_tools_fetched_is_found(hub: Any, tmp_path: Path) -> None:
         (snapshot / name).symlink_to(f"../../blobs/{key}")
     assert resolve(MODEL, offline=True) == snapshot
     assert resolve(MODEL) == snapshot and [r.path for r in hub.requests if "/revision/" not in r.path] == []
+
+
+@pytest.mark.parametrize("model", ["a" * 5000, "o/" + "a" * 5000, 5, None])
+def test_what_is_no_name_is_said_to_be_none(model):
+    with pytest.raises(CheckpointError, match="there is no model"):
+        resolve_with(model)
+
+
+def test_a_revision_of_any_length_is_answered(tmp_path):
+    with pytest.raises(CheckpointError, match="is not a name"):
+        resolve(MODEL, revision="x" * 5000, offline=True, cache_dir=tmp_path)
+
+
+def test_a_place_that_takes_no_files_is_named(hub, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HubError, match="cannot be kept in") as caught:
+        resolve(MODEL, cache_dir=tmp_path / "file")
+    assert "cache_dir" in caught.value.fix
+
+
+def test_redirects_without_end_are_an_error_of_the_hub(tmp_path):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(302)
+            self.send_header("Location", self.path)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, format, *args) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        with pytest.raises(HubError, match="cannot be reached"):
+            resolve(MODEL, endpoint=f"http://127.0.0.1:{server.server_port}", cache_dir=tmp_path)
+        server.shutdown()
