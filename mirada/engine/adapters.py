@@ -73,9 +73,11 @@ class Adapters:
         tokens, rows = [(adapter, count) for adapter, count, _ in given], [(adapter, rows) for adapter, _, rows in given]
         return self._over(decoder=tokens, lm_head=rows)
 
-    def media(self, segments: Iterable[tuple[Adapter | None, int]]) -> AbstractContextManager[None]:
-        """The same for patches on their way through tower and projector."""
-        patches = list(segments)
+    def media(
+        self, segments: Iterable[tuple[Adapter | None, int]], rows: tuple[int, int] | None = None
+    ) -> AbstractContextManager[None]:
+        """The same for patches on their way through tower and projector: all, or ``rows`` of them."""
+        patches = list(segments) if rows is None else _within(segments, *rows)
         area = self._model.config.vision.spatial_merge_size**2
         return self._over(visual=patches, projector=[(adapter, count // area) for adapter, count in patches])
 
@@ -83,3 +85,12 @@ class Adapters:
         if all(adapter is None for given in segments.values() for adapter, _ in given):
             return contextlib.nullcontext()
         return self._adapted.over(segments)
+
+
+def _within(segments: Iterable[tuple[Adapter | None, int]], first: int, end: int) -> list[tuple[Adapter | None, int]]:
+    """Of each segment what lies in [first, end) of all."""
+    made, at = [], 0
+    for adapter, count in segments:
+        made.append((adapter, max(0, min(end, at + count) - max(first, at))))
+        at += count
+    return made

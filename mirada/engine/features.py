@@ -22,7 +22,7 @@ from mirada.engine.sequence import Sequence
 from mirada.engine.turns import Turns
 from mirada.engine.vision import Piece
 from mirada.media.grid import GridRule, Patches
-from mirada.models.slices import Slices
+from mirada.models.slices import Slices, Work, unbound
 
 
 class FeatureCache(Protocol):
@@ -104,8 +104,9 @@ class Flight:
     """Where the features of each unit go, if that is still what its sequence waits with."""
     slices: Slices[Tensor]
     patches: int
+    next: Work
+    """The slice that comes next."""
     begun: bool = False
-    """Its patches are embedded."""
 
     @property
     def wanted(self) -> list[tuple[Sequence, Unit]]:
@@ -135,6 +136,7 @@ class Encoder:
         self.model, self.rule, self.device, self.dtype, self.most, self.cache = model, rule, device, dtype, most, cache
         self.adapters, self.pace = adapters, pace
         self.sliced = device.type == "cpu" and pace.seconds is not None
+        self._patch: Work = model.visual.layers[0].work((1,))
         self.flight: Flight | None = None
         """The pass under way."""
         self.turns = Turns(most)
@@ -179,7 +181,7 @@ class Encoder:
         # Who has begun with an item goes on with it, whoever's turn it is.
         begun = [(sequence, item) for sequence in sequences for item in sequence.features.gathered]
         leaders = {_content(*one): one for one in reversed(begun)}
-        room = self.most if not self.sliced else min(self.most, self.pace.patches() or self.most)
+        room = self.most if not self.sliced else min(self.most, self.pace.patches(self._patch) or self.most)
         for sequence in sequences:
             features = sequence.features
             for unit in features.units:
@@ -231,8 +233,7 @@ class Encoder:
         """Go on with the pass under way, else begin one of ``chosen``: for about ``seconds``, a slice at least; None: to its
         end. Then each sequence is handed what is its own. A pass that fails is forgotten."""
         flight, self.flight = self.flight or self._begin(chosen), None
-        with self.adapters.media(flight.adapters):
-            made = self._advance(flight, seconds)
+        made = self._advance(flight, seconds)
         if made is None:
             self.flight = flight
             return
@@ -248,30 +249,33 @@ class Encoder:
 
     def _begin(self, chosen: list[tuple[Sequence, Unit]]) -> Flight:
         pieces = [unit.piece for _, unit in chosen]
+        room = self.pace.room if self.sliced else unbound
+        slices = vision.run(self.model, pieces, self.rule, self.device, self.dtype, room)
         return Flight(
             chosen,
             [(sequence.lora, len(unit.piece.pixels)) for sequence, unit in chosen],
             [sequence.features for sequence, _ in chosen],
-            vision.run(self.model, pieces, self.rule, self.device, self.dtype),
+            slices,
             sum(len(piece.pixels) for piece in pieces),
+            next(slices),
         )
 
     def _advance(self, flight: Flight, seconds: float | None) -> Tensor | None:
         """Slices for ``seconds``; all features [F, D] of the pass, if it has come to its end."""
         clock, left = self.pace.clock, seconds
         while True:
-            began = clock()
-            try:
-                next(flight.slices)
-            except StopIteration as end:
-                return end.value
-            took = clock() - began
-            if flight.begun:
-                self.pace.patch.note(took / flight.patches)
+            work, began = flight.next, clock()
             flight.begun = True
+            with self.adapters.media(flight.adapters, work.rows):
+                try:
+                    flight.next = next(flight.slices)
+                except StopIteration as end:
+                    return end.value
+            took = clock() - began
+            self.pace.computed_slice(work, took)
             if left is not None:
                 left -= took
-                if left < (self.pace.patch.seconds * flight.patches or took):
+                if left < self.pace.cost(flight.next):
                     return None
 
     def _gather(self, sequence: Sequence, unit: Unit, features: Tensor) -> None:

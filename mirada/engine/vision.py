@@ -18,7 +18,7 @@ from torch import Tensor
 from mirada.layers.batch import MediaBatch
 from mirada.media.cache import ByteCache
 from mirada.media.grid import GridRule, Patches, normalise
-from mirada.models.slices import Slices, whole
+from mirada.models.slices import Room, Slices, Work, unbound, whole
 from mirada.types import Grid
 
 PASS_PATCHES = 16384
@@ -111,15 +111,21 @@ def encode(model: Any, media: Sequence[Patches], rule: GridRule, device: torch.d
     return torch.cat(features) if features else None
 
 
-def run(model: Any, group: Sequence[Piece], rule: GridRule, device: torch.device, dtype: torch.dtype) -> Slices[Tensor]:
+def run(
+    model: Any, group: Sequence[Piece], rule: GridRule, device: torch.device, dtype: torch.dtype, room: Room = unbound
+) -> Slices[Tensor]:
     """Features [F, D] of all pieces in order, by one pass through the tower, in slices."""
+    yield Work(numbers=sum(piece.pixels.size for piece in group))
+    return (yield from model.encoding(_batch(group, rule, device, dtype), room))
+
+
+def _batch(group: Sequence[Piece], rule: GridRule, device: torch.device, dtype: torch.dtype) -> MediaBatch:
     pixels = np.concatenate([piece.pixels for piece in group])
-    batch = MediaBatch(
+    return MediaBatch(
         pixels=torch.from_numpy(normalise(pixels, rule)).to(device, dtype),
         grids=tuple(piece.grid for piece in group),
         kinds=tuple(piece.kind for piece in group),  # pyright: ignore[reportArgumentType]
     )
-    return (yield from model.encoding(batch))
 
 
 def pieces(model: Any, media: Iterable[Patches], most: int) -> Iterator[Piece]:

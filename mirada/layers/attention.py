@@ -54,6 +54,13 @@ def attend_packed(
     return torch.cat([pieces[i] for i in range(len(lengths))])
 
 
+def attend_some(q: Tensor, k: Tensor, v: Tensor, scale: float, kind: str = DEFAULT) -> Tensor:
+    """The same for some queries of one segment, all of whose tokens they see: q [n, H, d], k and v [T, H, d] -> [n, H, d]."""
+    if kind == DEFAULT and (made := fused.seen(q, k, v, (len(k),), scale)) is not None:
+        return made
+    return _attend(q[None], k[None], v[None], False, scale, kind)[0]
+
+
 def _pad(pieces: list[Tensor], sizes: list[int]) -> Tensor:
     """Pieces [n_i, ..] -> [B, sizes[0], ..], zeros on the right. One ``cat``: its backward only takes views."""
     filled = [

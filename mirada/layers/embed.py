@@ -21,6 +21,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, channels: int, patch: int, dim: int, *, frames: int = 1, bias: bool = True) -> None:
         super().__init__()
+        self.width = dim
         self.proj = Linear(channels * frames * patch * patch, dim, bias=bias)
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -165,9 +165,9 @@ def gelu_in_place(x: Tensor, by: nn.Module, kind: str) -> bool:
 
 
 def seen(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor | None:
-    """As ``attention.attend_packed`` where all tokens of a segment see each other, for as many key-value as query heads, on a
-    CPU in float32; None where no kernel computes."""
-    same = q.dtype == k.dtype == v.dtype == torch.float32 and q.shape == k.shape == v.shape
+    """As ``attention.attend_packed`` (of one segment: as ``attend_some``) where all tokens of a segment see each other, for as
+    many key-value as query heads, on a CPU in float32; None where no kernel computes."""
+    same = q.dtype == k.dtype == v.dtype == torch.float32 and k.shape == v.shape and q.shape[1:] == k.shape[1:]
     if not same or not _lanes(q) or any(type(x) is not Tensor or x.stride(-1) != 1 for x in (k, v, q)):
         return None
     return matrix.attend_seen(q, k, v, lengths, scale)

@@ -26,8 +26,8 @@ from mirada.models import deepseek, processor
 from mirada.models.deepseek import DeepseekConfig, DeepseekDecoder
 from mirada.models.layout import Layout, Rule, affine
 from mirada.models.projector import Projector
-from mirada.models.slices import SlicedTower, Slices, through
-from mirada.models.vit import PairedAttention, VisionConfig, VisionLayer, check_heads
+from mirada.models.slices import Room, SlicedTower, Slices, through, unbound
+from mirada.models.vit import PairedAttention, VisionConfig, VisionLayer, check_heads, placed
 from mirada.models.vlm import VisionLanguageModel
 from mirada.parallel.plan import Plan
 from mirada.prompt.format import KIMI as KIMI_FORMAT
@@ -130,13 +130,11 @@ class MoonVisionTower(SlicedTower):
         self.layers = nn.ModuleList(VisionLayer(c, "tanh", PairedAttention) for _ in range(c.num_hidden_layers))
         self.norm = LayerNorm(c.hidden_size, c.layer_norm_eps)
 
-    def slices(self, pixels: Tensor, grids: Sequence[Grid], segments: Sequence[int]) -> Slices[Tensor]:
-        turn = rotation(column_row_angles(grids, self.config.head_dim, self.config.rope_theta, pixels.device))
-        return self.norm((yield from through(self.layers, self.embed(pixels, grids), turn, segments)))
-
-    def embed(self, pixels: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Patch vectors plus their place in the picture: [N, W]."""
-        return self.patches(pixels) + self.positions(grids)
+    def slices(self, pixels: Tensor, grids: Sequence[Grid], segments: Sequence[int], room: Room = unbound) -> Slices[Tensor]:
+        x = yield from placed(self.patches, self.positions, pixels, grids, room)
+        del pixels
+        turn = rotation(column_row_angles(grids, self.config.head_dim, self.config.rope_theta, x.device))
+        return self.norm((yield from through(self.layers, x, turn, segments, room)))
 
 
 def column_row_angles(grids: Sequence[Grid], head_dim: int, theta: float, device: torch.device) -> Tensor:

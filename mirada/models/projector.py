@@ -11,8 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mirada.layers import fused
 from mirada.layers.mlp import MLP
 from mirada.layers.norm import LayerNorm
+from mirada.models.slices import Room, Slices, Work, by_rows
 from mirada.models.vit import VisionConfig
 from mirada.types import Grid
 
@@ -30,11 +32,26 @@ class Projector(nn.Module):
         wide = vision.hidden_size * self.merge**2
         self.norm = LayerNorm(wide if merge_then_norm else vision.hidden_size, eps)
         self.mlp = MLP(wide, wide, dim, gelu="none")
+        self._each = Work(products=wide * (wide + dim))
 
     def forward(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
-        if self.merge_then_norm:
-            return self.mlp(self.norm(self.square(x, grids)))
-        return self.mlp(self.square(self.norm(x), grids))
+        return self.mlp(self._normed(x, grids))
+
+    def slices(self, x: Tensor, grids: Sequence[Grid], room: Room) -> Slices[Tensor]:
+        """``forward``: in one where it fits, else by squares."""
+        count, area = len(x) // self.merge**2, self.merge**2
+        work = self._each.times(count)
+        if room(work) <= 1 or not fused.plain(self):
+            yield work
+            return self(x, grids)
+        yield Work(numbers=x.numel())
+        squares = self._normed(x, grids)
+        del x
+        return (yield from by_rows(lambda a, b: self.mlp(squares[a:b]), count, self._each, room, area=area))
+
+    def _normed(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """[N/merge², merge²·W]."""
+        return self.norm(self.square(x, grids)) if self.merge_then_norm else self.square(self.norm(x), grids)
 
     def square(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
         """[N, W] -> [N/merge², merge²·W]."""

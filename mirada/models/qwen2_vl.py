@@ -24,8 +24,8 @@ from mirada.models import decoder, processor
 from mirada.models.decoder import Decoder, DecoderConfig
 from mirada.models.layout import Layout, Rule, affine
 from mirada.models.projector import Projector
-from mirada.models.slices import SlicedTower, Slices, through
-from mirada.models.vit import VisionConfig, VisionLayer, check_heads
+from mirada.models.slices import Room, SlicedTower, Slices, through, unbound
+from mirada.models.vit import VisionConfig, VisionLayer, check_heads, embedded
 from mirada.models.vlm import VisionLanguageModel
 from mirada.parallel.plan import Plan
 from mirada.prompt.format import QWEN2_VL as QWEN2_VL_FORMAT
@@ -149,10 +149,12 @@ class Qwen2VisionTower(SlicedTower):
         self.patches = PatchEmbed(c.num_channels, c.patch_size, c.hidden_size, frames=c.temporal_patch_size, bias=False)
         self.layers = nn.ModuleList(VisionLayer(c, gelu="quick") for _ in range(c.num_hidden_layers))
 
-    def slices(self, pixels: Tensor, grids: Sequence[Grid], segments: Sequence[int]) -> Slices[Tensor]:
+    def slices(self, pixels: Tensor, grids: Sequence[Grid], segments: Sequence[int], room: Room = unbound) -> Slices[Tensor]:
         c = self.config
-        turn = rotation(grid_angles(grids, c.head_dim, c.rope_theta, pixels.device, merge=c.spatial_merge_size))
-        return (yield from through(self.layers, self.patches(pixels), turn, segments))
+        x = yield from embedded(self.patches, pixels, room)
+        del pixels
+        turn = rotation(grid_angles(grids, c.head_dim, c.rope_theta, x.device, merge=c.spatial_merge_size))
+        return (yield from through(self.layers, x, turn, segments, room))
 
 
 class Qwen2VL(VisionLanguageModel):

@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from mirada.errors import ConfigError
 from mirada.layers import fused
-from mirada.layers.attention import DEFAULT, attend_packed
+from mirada.layers.attention import DEFAULT, attend_packed, attend_some
 from mirada.layers.embed import GridPositions, PatchEmbed
 from mirada.layers.linear import Linear
 from mirada.layers.mlp import MLP, Gelu
 from mirada.layers.norm import LayerNorm
 from mirada.layers.rope import Rotation, grid_angles, pairs_to_halves, rotate, rotation
-from mirada.models.slices import SlicedTower, Slices, through
+from mirada.models.slices import Room, SlicedTower, Slices, Work, by_rows, cuts, seen, through, unbound
 from mirada.types import Grid
 
 
@@ -45,6 +46,11 @@ class VisionConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def patch_numbers(self) -> int:
+        """Numbers of a patch."""
+        return self.num_channels * self.temporal_patch_size * self.patch_size**2
+
 
 def check_heads(config: VisionConfig, where: str) -> None:
     """ConfigError unless the width is a whole number of heads, each of which halves and halves again."""
@@ -63,19 +69,44 @@ class VisionAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.dim, self.heads = dim, heads
         self.qkv = Linear(dim, 3 * dim, bias=True)
         self.out = Linear(dim, dim, bias=True)
 
     def forward(self, x: Tensor, turn: Rotation, segments: Sequence[int]) -> Tensor:
+        qk, v = self._turned(x, turn)
+        q, k = qk.split(self.heads, 1)
+        mixed = attend_packed(q, k, v, segments, causal=False, scale=q.shape[-1] ** -0.5, kind=self.attention_kind)
+        return self.out(mixed.reshape(x.shape))
+
+    def _turned(self, x: Tensor, turn: Rotation) -> tuple[Tensor, Tensor]:
+        """Queries and keys [N, 2 H, d], turned, and values [N, H, d]."""
         qkv = self.qkv(x)
         qk, v = qkv.view(len(x), 3 * self.heads, -1).split((2 * self.heads, self.heads), 1)
         turned = fused.turn_in_place(qkv, self.qkv, qk, turn, pairs=self.pairs)
         if turned is None:
             turned = rotate(pairs_to_halves(qk) if self.pairs else qk, turn)
-        q, k = turned.split(self.heads, 1)
-        mixed = attend_packed(q, k, v, segments, causal=False, scale=q.shape[-1] ** -0.5, kind=self.attention_kind)
-        return self.out(mixed.reshape(x.shape))
+        return turned, v
+
+    def slices(self, norm: nn.Module, x: Tensor, turn: Rotation, segments: Sequence[int], room: Room) -> Slices[Tensor]:
+        """x [N, W] -> what ``out`` is given when the layer is computed whole."""
+        cos, sin = turn
+
+        def rows(a: int, b: int) -> Tensor:
+            return torch.cat(self._turned(norm(x[a:b]), (cos[a:b], sin[a:b])), 1)
+
+        qkv = yield from by_rows(rows, len(x), Work(products=3 * self.dim**2), room)
+        d = self.dim // self.heads
+        mixed = x.new_empty(len(x), self.heads, d)
+        for cut, work in cuts(segments, self.heads, d, room):
+            yield work
+            q, k, v = (part[:, cut.heads] for part in qkv[cut.tokens].split(self.heads, 1))
+            if len(cut.lengths) == 1:
+                made = attend_some(q[cut.queries], k, v, d**-0.5, self.attention_kind)
+            else:
+                made = attend_packed(q, k, v, cut.lengths, causal=False, scale=d**-0.5, kind=self.attention_kind)
+            mixed[cut.tokens][cut.queries, cut.heads] = made
+        return mixed.view(x.shape)
 
 
 class PairedAttention(VisionAttention):
@@ -93,6 +124,28 @@ class VisionLayer(nn.Module):
         self.attention = attention(config.hidden_size, config.num_attention_heads)
         self.norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_size, gelu=gelu)
+        self._rest = Work(products=config.hidden_size * (config.hidden_size + 2 * config.intermediate_size))
+
+    def work(self, segments: Sequence[int]) -> Work:
+        """Of all of it, for segments so long."""
+        products = sum(segments) * (3 * self.attention.dim**2 + self._rest.products)
+        return Work(products, seen(segments, self.attention.dim).pairs)
+
+    def slices(self, x: Tensor, turn: Rotation, segments: Sequence[int], room: Room) -> Slices[Tensor]:
+        """One where it fits; else the queries, keys and values of some rows, the attention of some queries, or all that follows
+        of some rows: what is widest, [N, 4 W], is never there for all."""
+        work = self.work(segments)
+        # What is hooked on the layer itself, or put in its place, must see it whole.
+        if room(work) <= 1 or not fused.plain(self, self.attention):
+            yield work
+            return self(x, turn, segments)
+        mixed = yield from self.attention.slices(self.norm1, x, turn, segments, room)
+
+        def rest(a: int, b: int) -> Tensor:
+            y = x[a:b] + self.attention.out(mixed[a:b])
+            return y + self.mlp(self.norm2(y))
+
+        return (yield from by_rows(rest, len(x), self._rest, room, into=mixed))
 
     def forward(self, x: Tensor, turn: Rotation, segments: Sequence[int]) -> Tensor:
         x = x + self.attention(self.norm1(x), turn, segments)
@@ -104,6 +157,19 @@ def grid_segments(grids: Sequence[Grid], frames_apart: bool) -> tuple[int, ...]:
     if frames_apart:
         return tuple(h * w for t, h, w in grids for _ in range(t))
     return tuple(t * h * w for t, h, w in grids)
+
+
+def embedded(patches: PatchEmbed, pixels: Tensor, room: Room) -> Slices[Tensor]:
+    """[N, ..] patches -> [N, W]."""
+    each = Work(products=pixels[:1].numel() * patches.width)
+    return (yield from by_rows(lambda a, b: patches(pixels[a:b]), len(pixels), each, room))
+
+
+def placed(patches: PatchEmbed, positions: GridPositions, pixels: Tensor, grids: Sequence[Grid], room: Room) -> Slices[Tensor]:
+    """Patch vectors plus their place in the picture: [N, W]."""
+    x = yield from embedded(patches, pixels, room)
+    yield Work(numbers=x.numel())
+    return x + positions(grids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,10 +197,8 @@ class KeyeVisionTower(SlicedTower):
         self.layers = nn.ModuleList(VisionLayer(config, gelu="tanh") for _ in range(config.num_hidden_layers))
         self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def slices(self, pixels: Tensor, grids: Sequence[Grid], segments: Sequence[int]) -> Slices[Tensor]:
-        turn = rotation(grid_angles(grids, self.config.head_dim, self.config.rope_theta, pixels.device))
-        return self.norm((yield from through(self.layers, self.embed(pixels, grids), turn, segments)))
-
-    def embed(self, pixels: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Patch vectors plus their place in the picture: [N, W]."""
-        return self.patches(pixels) + self.positions(grids)
+    def slices(self, pixels: Tensor, grids: Sequence[Grid], segments: Sequence[int], room: Room = unbound) -> Slices[Tensor]:
+        x = yield from placed(self.patches, self.positions, pixels, grids, room)
+        del pixels
+        turn = rotation(grid_angles(grids, self.config.head_dim, self.config.rope_theta, x.device))
+        return self.norm((yield from through(self.layers, x, turn, segments, room)))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mirada.errors import MessageError
 from mirada.layers.batch import Batch, MediaBatch
 from mirada.layers.linear import Linear
-from mirada.models.slices import Slices, whole
+from mirada.models.slices import Room, Slices, unbound, whole
 from mirada.models.vit import grid_segments
 from mirada.types import Grid
 
@@ -58,11 +58,12 @@ class VisionLanguageModel(nn.Module):
         """Normalised patches -> [F, D] features in the order of the placeholders."""
         return whole(self.encoding(media))
 
-    def encoding(self, media: MediaBatch) -> Slices[Tensor]:
-        """``encode`` in slices: patches, each layer of the tower, projector."""
-        features = yield from self.visual.slices(media.pixels, media.grids, self.segments(media.grids))
-        yield
-        return self.projector(features, media.grids)
+    def encoding(self, media: MediaBatch, room: Room = unbound) -> Slices[Tensor]:
+        """``encode`` in slices: patches, each layer of the tower, projector, each of them in several where ``room`` says so."""
+        grids = media.grids
+        tower = self.visual.slices(media.pixels, grids, self.segments(grids), room)
+        del media  # pixels are let go once they are embedded
+        return (yield from self.projector.slices((yield from tower), grids, room))
 
     def embed(self, batch: Batch, features: Tensor | None = None) -> Tensor:
         """[T, D]: token embeddings, with features written over their placeholders."""

@@ -129,7 +129,7 @@ def fresh(request, tiny_directories):
 def calls(fresh, monkeypatch):
     made, original = [], type(fresh.parts.model).encoding
     monkeypatch.setattr(
-        type(fresh.parts.model), "encoding", lambda self, media: made.append(media.grids) or original(self, media)
+        type(fresh.parts.model), "encoding", lambda self, media, *rest: made.append(media.grids) or original(self, media, *rest)
     )
     return made
 

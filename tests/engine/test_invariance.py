@@ -102,7 +102,9 @@ def test_small_steps_change_nothing(vlm, monkeypatch):
     small = VLM.from_parts(vlm.parts.model, vlm.parts.renderer, vlm.parts.rule, engine={"step_patches": 16, "step_tokens": 5})
     calls, sizes = [], []
     encode, forward = type(vlm.parts.model).encoding, type(vlm.parts.model).forward
-    monkeypatch.setattr(type(vlm.parts.model), "encoding", lambda self, media: calls.append(media.grids) or encode(self, media))
+    monkeypatch.setattr(
+        type(vlm.parts.model), "encoding", lambda self, media, *rest: calls.append(media.grids) or encode(self, media, *rest)
+    )
     monkeypatch.setattr(
         type(vlm.parts.model), "forward", lambda self, batch, *rest: sizes.append(batch.lengths) or forward(self, batch, *rest)
     )

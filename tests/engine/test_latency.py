@@ -17,11 +17,12 @@ from hypothesis import Phase
 from mirada import VLM, Image, Message, Sampling, Text
 from mirada.engine import vision
 from mirada.engine.features import Encoder
-from mirada.engine.pace import FIRST_PATCHES, FIRST_TOKENS, LEAST_PATCHES, PROBE, Estimate, Pace
+from mirada.engine.pace import FIRST_PRICES, FIRST_TOKENS, LEAST_PATCHES, PROBE, Estimate, Pace
 from mirada.engine.runner import Choice
 from mirada.engine.settings import EngineSettings
 from mirada.errors import RequestFailed, SettingsError
-from mirada.models.slices import whole
+from mirada.models import slices as cutting
+from mirada.models.slices import Work, whole
 
 SLICE = 1e-3
 """Seconds of a patch in a layer."""
@@ -43,24 +44,32 @@ class Clock:
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Makes an engine whose clock moves by what it computes; ``step_seconds`` is 0.25."""
+    """Makes an engine whose clock moves by what it computes; ``step_seconds`` is 0.25. A layer takes ``SLICE`` a patch, half of
+    it for its products, and everything else as much for as many multiplications."""
 
     def make(vlm: VLM, seconds: float | None = 0.25, **more) -> tuple[VLM, Clock]:
         made, clock = small(vlm, **{"step_seconds": seconds, **more}), Clock()
+        made.slices = []  # seconds of each
         engine = made._engine.engine
         engine.pace.clock = clock
+        one = engine.runner.model.visual.layers[0].work((BIG,))
+        for kind in ("products", "pairs"):  # a slow core is half as quick as this one
+            monkeypatch.setitem(FIRST_PRICES, kind, 1e9 * SLICE * BIG / getattr(one, kind))
         original, run = vision.run, engine.runner.run
 
         def slow(model, group, *rest):
-            patches = sum(len(piece.pixels) for piece in group)
+            layer = model.visual.layers[0].work(model.segments([piece.grid for piece in group]))
+            seconds = SLICE * sum(len(piece.pixels) for piece in group)
             slices = original(model, group, *rest)
+            work = next(slices)
             while True:
-                clock.now += SLICE * patches
+                yield work
+                made.slices.append(seconds * (work.products / layer.products + work.pairs / layer.pairs) / 2)
+                clock.now += made.slices[-1]
                 try:
-                    next(slices)
+                    work = next(slices)
                 except StopIteration as end:
                     return end.value
-                yield
 
         def compute(chunks):
             clock.now += FIXED + TOKEN * sum(chunk.count for chunk in chunks)
@@ -105,28 +114,67 @@ def test_an_engine_that_ends_lets_go_of_its_pass(vlm, timed):
     assert gone() is None and all(isinstance(one.error, RequestFailed) for one in made)
 
 
-def test_a_pass_in_slices_is_the_pass(vlm):
-    """Bit by bit, with other passes and forwards between its slices; a slice for the patches, each layer, and the projector."""
+def fine(monkeypatch, rows: int = 5) -> None:
+    """Slices may be much shorter than is worth while."""
+    monkeypatch.setattr(cutting, "LEAST_ROWS", rows)
+    monkeypatch.setattr(cutting, "LEAST_QUERIES", rows)
+
+
+def run_in_slices(slices, between=lambda: None):
+    """What it makes in the end, and the work of each of its slices."""
+    works = [next(slices)]
+    while True:
+        try:
+            works.append(next(slices))
+        except StopIteration as end:
+            return end.value, works
+        between()
+
+
+PARTS = {"whole layers": 0.01, "a third of one": 3.0, "as little as may be": 1e9}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_pass_in_slices_is_the_pass(vlm, part, monkeypatch):
+    """With other passes between its slices. Whole layers bit by bit; with parts of layers to the last bits, as torch may sum
+    fewer rows of small matrices in another order. Whatever is computed, it is computed once."""
+    fine(monkeypatch)
     model, rule = vlm.parts.model, vlm.parts.rule.grid
     sequence = vlm._requests.make(pictures(3), Sampling(), "auto")
     line = list(vision.pieces(model, sequence.media, 24))
+    lengths = model.segments([piece.grid for piece in line])
+    layer = model.visual.layers[0].work(lengths)
     with torch.inference_mode():
         given = (line, rule, torch.device("cpu"), torch.float32)
-        expected = whole(vision.run(model, *given))
-        slices, count = vision.run(model, *given), 1
-        while True:
-            try:
-                next(slices)
-            except StopIteration as end:
-                made = end.value
-                break
-            whole(vision.run(model, line[:1], *given[1:]))
-            count += 1
-    assert torch.equal(made, expected) and count == 2 + len(model.visual.layers)
+        expected, single = run_in_slices(vision.run(model, *given))
+
+        def room(work: Work) -> float:
+            return PARTS[part] * max(work.products / layer.products, work.pairs / layer.pairs) / 1.01
+
+        made, works = run_in_slices(vision.run(model, *given, room), lambda: whole(vision.run(model, line[:1], *given[1:])))
+        assert torch.equal(whole(model.visual.slices(*seen(model, line, rule))), model.visual(*seen(model, line, rule)))
+    fixed = 3 if model.config.model_type == "qwen2_vl" else 4  # pixels, patches, (positions,) projector
+    assert len(single) == fixed + len(model.visual.layers)
+    for kind in ("products", "pairs"):
+        assert sum(getattr(work, kind) for work in works) == sum(getattr(work, kind) for work in single)
+    if part == "whole layers":
+        assert torch.equal(made, expected)
+        return
+    assert (made - expected).abs().max() <= 2e-6 * expected.abs().max()
+    assert len(works) > (2 if PARTS[part] > 3 else 1) * len(single) + len(model.visual.layers)
+    for work in works:
+        rows = 0 if work.rows is None else work.rows[1] - work.rows[0]
+        assert room(work) <= 1 or rows <= 10 * 4, "at most a slice, or few rows, or few queries"
 
 
-def test_tokens_come_while_a_picture_is_encoded(vlm, timed):
+def seen(model, line, rule):
+    batch = vision._batch(line, rule, torch.device("cpu"), torch.float32)
+    return batch.pixels, batch.grids, model.segments(batch.grids)
+
+
+def test_tokens_come_while_a_picture_is_encoded(vlm, timed, monkeypatch):
     """A slice or two a step and not four at once; the replies are those of each alone."""
+    fine(monkeypatch)
     chat = big()
     expected = alone(vlm, "hello", max_tokens=30), alone(vlm, chat, max_tokens=3)
     for seconds in (0.25, None):
@@ -143,9 +191,33 @@ def test_tokens_come_while_a_picture_is_encoded(vlm, timed):
             assert max(waited) <= WORST and len(waited) > 1
 
 
+@pytest.mark.parametrize("seconds", [0.25, 0.02])
+def test_text_does_not_wait_for_a_layer(vlm, timed, monkeypatch, seconds):
+    """A layer of the picture takes 6 or 12 times what pictures may add to a step. No slice is longer than that, text comes on,
+    and the reply is the same."""
+    chat = big()
+    expected = alone(vlm, "hello", max_tokens=200), alone(vlm, chat, max_tokens=3)
+    fine(monkeypatch, 1)
+    monkeypatch.setitem(globals(), "SLICE", 15e-3 if seconds == 0.25 else 2.4e-3)
+    engine, clock = timed(vlm, seconds)
+    monkeypatch.setattr(engine._engine.engine.pace.step, "note", lambda seconds: None)  # what decoding takes is no excuse
+    text = line_up(engine, "hello", max_tokens=200)
+    step(engine, 3)
+    seen = line_up(engine, chat, max_tokens=3)
+    waited = gaps(engine, clock, text, lambda: seen.features is not None and not seen.features.units)
+    layers = len(vlm.parts.model.visual.layers)
+    assert max(engine.slices) <= seconds * 1.1 and len(engine.slices) >= 6 * layers
+    assert max(waited) <= FIXED + 2 * TOKEN + seconds * 1.25 and len(waited) > 6 * layers, "a prompt has a token a step"
+    assert sum(engine.slices) >= 0.9 * SLICE * BIG * layers, "all of it was computed"
+    finish(engine)
+    assert (text.output().tokens, seen.output().tokens) == expected
+
+
 @pytest.mark.parametrize("vlm", ["qwen2_vl"], indirect=True)
-def test_what_took_longer_than_it_may_rests(vlm, timed):
-    """A slice of 0.1 s where 0.06 s are allowed (as long as decoding takes): it has half of the time, not nearly all."""
+def test_what_took_longer_than_it_may_rests(vlm, timed, monkeypatch):
+    """A slice of 0.15 s, of too few rows to be cut, where 0.06 s are allowed (as long as decoding takes): encoding has half of
+    the time, not nearly all."""
+    monkeypatch.setitem(globals(), "SLICE", 4e-3)
     engine, clock = timed(vlm, 0.01)
     text = line_up(engine, "hello", max_tokens=200)
     step(engine, 5)
@@ -168,7 +240,7 @@ def test_alone_a_picture_has_all_the_time_but_lets_others_in(vlm, timed):
     step(engine)
     at = clock.now
     step(engine)
-    assert 0.2 - 1e-9 <= clock.now - at <= 0.25 + 1e-9, "a step ends, for somebody may come"
+    assert 0.1 <= clock.now - at <= 0.25 + 1e-9, "a step ends, for somebody may come"
     text = line_up(engine, "hello", max_tokens=1)
     came = clock.now
     while not text.tokens:
@@ -235,7 +307,8 @@ def test_a_prompt_and_a_picture_share_what_there_is(vlm, timed, monkeypatch):
     seen = line_up(engine, big(4), max_tokens=1)
     long = line_up_tokens(engine, tokens(3000, 1), max_tokens=1)
     encoder, waited, prompts = engine._engine.engine.encoder, [], []
-    engine._engine.engine.pace.patch.seconds = SLICE  # known, so a pass is of two pictures
+    one = engine.parts.model.visual.layers[0].work((BIG,))
+    engine._engine.engine.pace.computed_slice(one, SLICE * BIG)  # known, so a pass is of two pictures
     while encoder.num_patches < 4 * BIG:
         before, at = clock.now, long.computed
         step(engine)
@@ -373,7 +446,7 @@ def test_an_estimate_moves_and_does_not_leap():
 
 def test_what_is_allowed():
     pace = Pace(0.25)
-    assert pace.patches() == FIRST_PATCHES and pace.prompt_tokens([500, 600], False) == 500
+    assert pace.patches(Work(products=10**6)) == 2500 and pace.prompt_tokens([500, 600], False) == 500
     assert pace.prompt_tokens([500], False) is None and pace.prompt_tokens([30, 600], False) == FIRST_TOKENS
     assert pace.prompt_tokens([500], True) == 0, "decoding alone is to be seen first"
     pace.computed(0, 0.1)
@@ -385,12 +458,33 @@ def test_what_is_allowed():
     pace.encoded(5.0)
     assert pace.prompt_tokens([500], True) == 12, "but never more than half"
     pace.begin()
+    pace.encoding(True, False)
+    pace.encoded(0.195)
+    assert pace.prompt_tokens([500], True) == 5, "nor half of what was not divided: it waited for these pictures"
+    pace.encoded(5.0)
+    assert pace.prompt_tokens([500], True) == 1
+    pace.begin()
     pace.step.seconds = 1.0
     assert pace.prompt_tokens([500], True) == 100, "as long as decoding takes"
-    pace.patch.seconds = 1e-3
-    assert pace.patches() == 1000
-    pace.patch.seconds = 1.0
-    assert pace.patches() == LEAST_PATCHES
+    assert pace.patches(Work(products=10**7)) == 1000
+    pace.computed_slice(Work(products=10**9), 100.0)
+    assert pace.patches(Work(products=10**7)) == LEAST_PATCHES
+
+
+def test_what_a_slice_costs():
+    """Each kind of work has its price; a slice of two says of both that they were so much dearer."""
+    pace = Pace(0.25)
+    thousand = {kind: Work(**{kind: 10**9}) for kind in FIRST_PRICES}
+    assert {kind: pace.cost(work) for kind, work in thousand.items()} == pytest.approx(FIRST_PRICES), "a slow core"
+    assert pace.room(Work(products=10**9, pairs=15 * 10**8)) == pytest.approx(1.0)
+    pace.computed_slice(thousand["products"], 0.02)
+    pace.computed_slice(thousand["pairs"], 0.04)
+    assert pace.cost(Work(products=2 * 10**9, pairs=10**9)) == pytest.approx(0.08)
+    pace.computed_slice(Work(products=2 * 10**9, pairs=10**9), 0.08 * 1.5)
+    assert pace.cost(thousand["products"]) == pytest.approx(0.02 * 1.15)
+    assert pace.cost(thousand["pairs"]) == pytest.approx(0.04 * 1.15) and pace.cost(thousand["numbers"]) == 20.0
+    pace.step.seconds = 1.0
+    assert pace.room(Work(products=10**9)) == pytest.approx(0.023), "as long as decoding takes"
 
 
 def test_encoding_pays_back_what_it_took():
@@ -403,7 +497,12 @@ def test_encoding_pays_back_what_it_took():
     assert [pace.encoding(True, False) for _ in range(5)] == [-0.75, -0.5, -0.25, 0.0, 0.25]
     pace.encoded(9.0)
     assert pace.encoding(False, False) == 0.25, "nobody waits"
-    assert Pace(None).encoding(True, True) is None is Pace(None).patches() is Pace(None).prompt_tokens([9, 9], True)
+    assert (
+        Pace(None).encoding(True, True)
+        is None
+        is Pace(None).patches(Work(products=1))
+        is Pace(None).prompt_tokens([9, 9], True)
+    )
 
 
 def test_settings():

@@ -108,6 +108,7 @@ def _declare(library: ctypes.CDLL) -> None:
         ("mr_turn_heads", whole, (pointer, whole, long, whole, long, whole, pointer, pointer, whole)),
         ("mr_gelu", None, (pointer, long, whole)),
         ("mr_attend_seen", whole, (ctypes.POINTER(Seen),)),
+        ("mr_attend_some", whole, (ctypes.POINTER(Seen), ctypes.c_int32)),
         ("mr_packed_bytes", None, (whole, whole, whole, whole, whole, ctypes.POINTER(ctypes.c_size_t))),
         ("mr_pack", None, (matrix, whole, whole, pointer, pointer, pointer)),
         ("mr_unpack", None, (matrix, whole, whole, pointer, pointer, pointer)),

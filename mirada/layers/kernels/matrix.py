@@ -218,17 +218,19 @@ def gelu(x: Tensor, quick: bool) -> None:
 
 def attend_seen(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
     """softmax(q kᵀ · scale) v inside each segment: float32 [T, H, d] each, channels side by side, rows and heads any number
-    apart -> [T, H, d]. A query's result depends on its segment alone. OutOfMemory; TensorError if lengths do not sum to T."""
+    apart -> [T, H, d]. Of a single segment q may be some of the queries, [n, H, d] -> [n, H, d]. A query's result depends on
+    its segment alone. OutOfMemory; TensorError if lengths do not sum to T."""
     made = torch.empty(q.shape, dtype=torch.float32)
-    if sum(lengths) != len(q) or min(lengths, default=1) < 0:
-        raise TensorError(f"segments of {list(lengths)} tokens in {len(q)}", "they must sum to all tokens")
+    some = len(q) != len(k)
+    if sum(lengths) != len(k) or min(lengths, default=1) < 0 or (some and len(lengths) != 1):
+        raise TensorError(f"segments of {list(lengths)} tokens in {len(k)}, {len(q)} asked", "they must sum to all tokens")
     ends = (ctypes.c_int32 * len(lengths))(*lengths)
     strides = (ctypes.c_int64 * 6)(*(x.stride(i) for x in (q, k, v) for i in (0, 1)))
     given = compiled.Seen(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), strides, q.shape[1], q.shape[2], scale, len(lengths),
         ctypes.addressof(ends), made.data_ptr(),
     )  # fmt: skip
-    if kernels().mr_attend_seen(given):
+    if kernels().mr_attend_some(given, len(q)) if some else kernels().mr_attend_seen(given):
         raise OutOfMemory(f"no memory for the keys of {max(lengths)} tokens", "send smaller pictures")
     return made
 

@@ -122,6 +122,7 @@ typedef struct {
     const lanes *with;
     char *memory;
     size_t each; /* bytes of a thread */
+    int queries; /* of the only segment; below 0: as many as there are keys, of every segment */
     int shares;  /* of a head, at most */
     _Atomic int64_t next;
 } attention;
@@ -174,26 +175,27 @@ static void attend_part(void *context, int part, int parts) {
     (void)parts;
     int64_t first = 0, before = 0, mine = atomic_fetch_add(&a->next, 1);
     for (int segment = 0; segment < s->segments; segment++) {
-        int n = s->lengths[segment], shares = n / LEAST_QUERIES < 1 ? 1 : n / LEAST_QUERIES;
+        int n = s->lengths[segment], asked = a->queries < 0 ? n : a->queries;
+        int shares = asked / LEAST_QUERIES < 1 ? 1 : asked / LEAST_QUERIES;
         if (shares > a->shares) shares = a->shares;
         int64_t units = (int64_t)s->heads * shares;
         for (; mine < before + units; mine = atomic_fetch_add(&a->next, 1)) {
             int h = (int)((mine - before) / shares), share = (int)((mine - before) % shares);
-            int from = (int)((int64_t)n * share / shares), to = (int)((int64_t)n * (share + 1) / shares);
+            int from = (int)((int64_t)asked * share / shares), to = (int)((int64_t)asked * (share + 1) / shares);
             attend_share(a, a->memory + part * a->each, first, n, h, from, to);
         }
         before += units, first += n;
     }
 }
 
-/* softmax(q kᵀ scale) v inside each segment. 0, or 1 if there is no memory: some blocks, and for each thread one head's keys and
- * values of the longest segment. */
-int mr_attend_seen(const mr_seen *s) {
-    attention a = {.of = s, .with = lanes_here()};
+/* softmax(q kᵀ scale) v of `queries` queries over the keys of the only segment; below 0: of each segment's over its own. 0, or 1
+ * if there is no memory: some blocks, and for each thread one head's keys and values of the longest segment. */
+int mr_attend_some(const mr_seen *s, int32_t queries) {
+    attention a = {.of = s, .with = lanes_here(), .queries = queries};
     int64_t work = 0;
     int most = 0, threads = mr_threads();
     for (int i = 0; i < s->segments; i++) {
-        work += (int64_t)s->lengths[i] * s->lengths[i] * s->heads;
+        work += (int64_t)s->lengths[i] * (queries < 0 ? s->lengths[i] : queries) * s->heads;
         if (s->lengths[i] > most) most = s->lengths[i];
     }
     if (work < SERIAL_NUMBERS) threads = 1;
@@ -208,3 +210,6 @@ int mr_attend_seen(const mr_seen *s) {
     free(memory);
     return 0;
 }
+
+/* The same inside each segment. */
+int mr_attend_seen(const mr_seen *s) { return mr_attend_some(s, -1); }
