@@ -129,7 +129,7 @@ def test_media_that_no_thread_can_prepare_fail_their_request_alone(vlm, monkeypa
         patch.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
         error = engine.submit(seen, SHORT).result(5).error
         assert isinstance(error, RequestFailed) and "no thread can begin" in error.problem
-    assert engine.stats()["waiting"] == 0
+    assert engine.stats()["waiting"] == engine.stats()["preparing"] == 0
     assert len(engine.submit(seen, SHORT).result(20).tokens) == 2
     engine.close()
 
