@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,45 @@ def made(tmp_path_factory):
     return tmp_path_factory.mktemp("made")
 
 
+class Inside:
+    """``harness.Worker`` without a process, which takes longer to begin than these comparisons do; what is asked and told is
+    JSON all the same."""
+
+    def __init__(self, name: str, script: str, *, threads: int) -> None:
+        assert (name, script, threads) == ("mirada", "ours.py", 1)
+        self.name, self.cpu = name, 0.0
+        self._side = importlib.import_module("ours").Side()
+
+    def ask(self, do: str, **given):
+        value = getattr(self._side, do)(**json.loads(json.dumps(given)))
+        self.cpu = time.process_time()
+        return json.loads(json.dumps(value))
+
+    def close(self) -> None:
+        self._side.vlm.close()
+
+
+@pytest.fixture
+def comparison(monkeypatch, made):
+    """Name -> its module, with workers in this process."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = set(sys.modules)
+
+    def get(name: str):
+        make = importlib.import_module("shapes").make  # what each would start a process for
+        make(made / "picture-tiny-2-2", "tiny", "tiny", 2, 2)
+        make(made / "throughput-tiny", "tiny", "tiny", None, None)
+        module = importlib.import_module(name)
+        monkeypatch.setattr(module, "Worker", Inside)
+        if hasattr(module, "cpu_image"):
+            monkeypatch.setattr(module.cpu_image, "Worker", Inside)
+        return module
+
+    yield get
+    for name in [name for name in sys.modules if name not in before and (FOLDER / f"{name}.py").exists()]:
+        del sys.modules[name]
+
+
 @pytest.fixture
 def harness(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
@@ -37,33 +77,35 @@ def harness(monkeypatch):
     sys.modules.pop("harness")
 
 
+def written(file: Path, names: list[str]) -> list[dict]:
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["name"] for row in rows] == names
+    assert all(row["ratio"] > 0 for row in rows if "ratio" in row)
+    return rows
+
+
+def test_a_comparison_runs_in_processes(tmp_path, made):
+    run("cpu_decode", "--threads", "1", "--folder", str(made), "--json", str(tmp_path / "rows.json"))
+    names = ["tiny fp32 : itself fp32 decode", "tiny fp32 : itself fp32 prefill", "tiny fp32 : itself fp32 error"]
+    error = written(tmp_path / "rows.json", names)[-1]
+    assert error["kl"] == 0 and error["same"] == 1 and error["steps"] < 1e-4
+
+
+LATENCIES = [f"{name}: {what}" for name in ("mini", "Qwen2-VL's widths") for what in ("alone", "112x112", "300 tokens")]
+
+
 @pytest.mark.parametrize(
     ("name", "rows"),
     [
-        ("cpu_decode", ["tiny fp32 : itself fp32 decode", "tiny fp32 : itself fp32 prefill", "tiny fp32 : itself fp32 error"]),
         ("cpu_image", ["first token, 112x112", "ten questions, 2 token(s) each"]),
-        (
-            "mixed_latency",
-            [
-                "mini: alone",
-                "mini: 112x112",
-                "mini: 300 tokens",
-                "Qwen2-VL's widths: alone",
-                "Qwen2-VL's widths: 112x112",
-                "Qwen2-VL's widths: 300 tokens",
-            ],
-        ),
+        ("mixed_latency", LATENCIES),
         ("throughput", ["mini : one by one", "same sizes : itself, one by one"]),
     ],
 )
-def test_a_comparison_runs(tmp_path, made, name, rows):
-    run(name, "--threads", "1", "--folder", str(made), "--json", str(tmp_path / "rows.json"))
-    written = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [row["name"] for row in written] == rows
-    assert all(row["ratio"] > 0 for row in written if "ratio" in row)
-    for row in written:
-        if row["name"].endswith("error"):
-            assert row["kl"] == 0 and row["same"] == 1 and row["steps"] < 1e-4
+def test_a_comparison_runs(comparison, tmp_path, made, name, rows):
+    words = ["--smoke", "--threads", "1", "--folder", str(made), "--json", str(tmp_path / "rows.json")]
+    assert comparison(name).main(words) == 0
+    written(tmp_path / "rows.json", rows)
 
 
 def test_speculation_runs(tmp_path, made):
