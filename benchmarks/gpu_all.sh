@@ -27,8 +27,8 @@ measure() { # seconds name arguments...
 }
 
 measure 130 gpu_kernels --json "$folder"
-measure 70 gpu_parity
-measure 120 gpu_decode --json "$folder"
-measure 80 gpu_prefill --json "$folder"
+measure 60 gpu_parity
+measure 150 gpu_decode --json "$folder"
+measure 70 gpu_prefill --json "$folder"
 measure 130 gpu_throughput --json "$folder"
 exit $failed

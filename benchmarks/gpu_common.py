@@ -15,12 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 from gpu_parity import configs
-from torch import Tensor
+from torch import Tensor, nn
 
+from mirada.adapt.mode import Mode
 from mirada.layers.batch import Batch
 from mirada.layers.cache import make_cache
+from mirada.layers.moe import Experts
+from mirada.models import precision
 from mirada.models.family import FAMILIES
 from mirada.models.load import build
+from mirada.models.precision import RoundedLinear, RoundedStack
 
 LAYERS = {"Qwen2-VL-7B": (28, 32), "Keye-VL-8B": (36, 27), "Kimi-VL-A3B": (27, 27)}
 """Layers of decoder and tower as released."""
@@ -76,6 +80,33 @@ def model_of(name: str, smoke: bool, device: torch.device) -> Any:
     model: Any = build(mapping, torch.float32 if smoke else torch.bfloat16, device)
     model.init_weights(0)
     return model.eval()
+
+
+def round_matrices(model: Any, mode: Mode) -> None:
+    """The decoder's matrices, experts and head of a model in memory, as ``VLM(..., quant=)`` keeps them on a GPU."""
+    for path, module in list(model.decoder.named_modules()):
+        if isinstance(module, nn.Linear) and not getattr(module, "stays_float", False):
+            parent, _, child = path.rpartition(".")
+            setattr(model.decoder.get_submodule(parent), child, _rounded(module, mode))
+        elif isinstance(module, Experts):
+            for name in ("gate_up", "down"):
+                held = getattr(module, name).data
+                delattr(module, name)
+                bits = 8 if mode.name == "int8" else 4
+                stack = RoundedStack(held.shape, bits, precision._group(mode, held.shape[2]), held.dtype, held.device)
+                stack.holder.fill(0, held.flatten(0, 1))  # pyright: ignore
+                stack.finish()
+                setattr(module, name, stack)
+    model.lm_head = _rounded(model.lm_head, precision.HEAD)
+
+
+def _rounded(plain: nn.Linear, mode: Mode) -> nn.Module:
+    rows, columns = plain.weight.shape
+    bits, group = 8 if mode.name == "int8" else 4, precision._group(mode, columns)
+    made = RoundedLinear(rows, columns, bits, group, plain.bias, plain.weight.device)
+    made.holder.fill(0, plain.weight.data)  # pyright: ignore
+    made.finish()
+    return made
 
 
 def cache_of(model: Any, tokens: int, sequences: int) -> Any:

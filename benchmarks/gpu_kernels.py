@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     ceiling = common.bandwidth(report.device)
     report.row("read bandwidth", bytes_per_s=ceiling)
     with torch.inference_mode():
-        for part in (norms, attention, latents, products, experts):
+        for part in (norms, attention, segments, latents, products, experts, packed_experts):
             try:
                 part(report, ceiling)
             except Exception as error:  # one that does not run must not hide the others
@@ -124,6 +124,26 @@ def attention(report: common.Report, ceiling: float) -> None:
           lambda: attend_one(q, k, v, 0.09))  # fmt: skip
 
 
+def segments(report: common.Report, ceiling: float) -> None:
+    """Pictures of a tower end to end; bytes are not what bounds it, so the share says little."""
+    from mirada.layers.attention import KINDS
+    from mirada.layers.kernels import triton_varlen
+
+    lengths = (1024, 4096, 256, 2048)
+    q, k, v = noise(sum(lengths), 48, 80).split(16, 1)
+    places = triton_varlen.tiles(lengths, q.device)
+
+    def plain() -> Tensor:
+        made = []
+        for sides in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
+            one = [side.transpose(0, 1)[None] for side in sides]
+            made.append(KINDS["sdpa"](*one, False, 0.1)[0].transpose(0, 1))
+        return torch.cat(made)
+
+    timed(report, ceiling, f"segments {lengths}, 16 heads of 80", 4 * q.nbytes,
+          lambda: triton_varlen.varlen(q, k, v, places, False, 0.1), plain)  # fmt: skip
+
+
 def latents(report: common.Report, ceiling: float) -> None:
     from mirada.layers.kernels import triton_mla
     from mirada.layers.mla import attend_latents
@@ -188,6 +208,35 @@ def experts(report: common.Report, ceiling: float) -> None:
               lambda x=x, o=order, s=shares, c=counts: triton_moe.grouped_experts(
                   x, module.gate_up, module.down, o // 6, s, o, c),
               lambda x=x, o=order, s=shares, c=counts: module._grouped(x, o // 6, s[:, None], o, c))  # fmt: skip
+
+
+def packed_experts(report: common.Report, ceiling: float) -> None:
+    """Kimi's experts as integers: what one token, and many, make of the bandwidth. The reference is widened once."""
+    from mirada.adapt.packed import Packed
+    from mirada.layers.kernels import triton_moe, triton_moe_packed
+    from mirada.layers.moe import Experts
+
+    module = Experts(64, 2048, 1408).to("cuda", BF16)
+    for bits, group in ((4, 32), (8, 128)):
+        forms = [
+            Packed(torch.randint(0, 256, (64 * rows, columns * bits // 8), dtype=torch.uint8, device="cuda"),
+                   torch.rand(64 * rows, columns // group, device="cuda").half() * 0.01, columns, bits, group)
+            for rows, columns in ((2816, 2048), (2048, 1408))
+        ]  # fmt: skip
+        wide = [form.widen().to(BF16).view(64, -1, form.columns) for form in forms]
+        one = sum(form.values.nbytes + form.scales.nbytes for form in forms) // 64
+        for tokens in (1, 8, 64, 1024):
+            x = noise(tokens, 2048)
+            chosen = torch.rand(tokens, 64, device="cuda").topk(6, -1).indices
+            order = chosen.flatten().argsort(stable=True)
+            shares, counts = torch.rand(tokens * 6, device="cuda").to(BF16), module._counts(chosen.flatten())
+            used = int((counts > 0).sum())
+            timed(report, ceiling, f"int{bits} experts, {tokens} tokens, {used} experts", used * one,
+                  lambda x=x, o=order, s=shares, c=counts, f=forms: triton_moe_packed.grouped_packed_experts(
+                      x, *f, o // 6, s, o, c),
+                  lambda x=x, o=order, s=shares, c=counts, w=wide: triton_moe.grouped_experts(
+                      x, *w, o // 6, s, o, c))  # fmt: skip
+        del forms, wide
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@
     python benchmarks/gpu_throughput.py [--json FOLDER] [--requests 64] [--new 128] [--goal 3]
 
 Ours: requests with ready patches through the engine (continuous batching, chunked prefill, captured steps). transformers:
-``generate`` of one padded batch of all of them, same sizes, same number of new tokens, bfloat16, its SDPA attention (its own
-continuous batching takes no pictures). Preparation of pictures is left out on both sides.
+``generate`` of one padded batch of all of them, same sizes, same number of new tokens, bfloat16, its SDPA attention. Its own
+continuous batching (``generate_batch``) takes no pictures: against that a second pair of rows has requests of text alone,
+theirs by a Qwen2 of the same text sizes. Preparation of pictures is left out on both sides.
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import sys
 import tempfile
 import time
@@ -33,12 +35,21 @@ def main(argv: list[str] | None = None) -> int:
         options.requests, options.new = 3, 4
     report = common.Report("gpu_throughput", options)
     with tempfile.TemporaryDirectory() as folder:
-        rate = ours(Path(folder), options, report)
-        if not options.smoke:
-            gc.collect()
-            torch.cuda.empty_cache()
-            peer(Path(folder), options, report, rate)
+        rates = ours(Path(folder), options, report)
+        if not options.smoke and rates:
+            for compare, rate in zip((peer, peer_of_text), rates, strict=True):
+                gc.collect()
+                torch.cuda.empty_cache()
+                compare(Path(folder), options, report, rate)
     return report.finish()
+
+
+def texts(options: Any) -> list[Any]:
+    """Prompts of text alone, 200 to 400 tokens."""
+    from mirada.types import Prompt
+
+    random = np.random.default_rng(1)
+    return [Prompt(random.integers(5, 100, int(random.integers(200, 400))).tolist()) for _ in range(options.requests)]
 
 
 def asked(options: Any, config: Any) -> tuple[list[Any], list[Any]]:
@@ -59,8 +70,8 @@ def asked(options: Any, config: Any) -> tuple[list[Any], list[Any]]:
     return prompts, media
 
 
-def ours(folder: Path, options: Any, report: common.Report) -> float:
-    """Requests per second."""
+def ours(folder: Path, options: Any, report: common.Report) -> list[float]:
+    """Requests per second, with pictures and of text alone; nothing if one failed."""
     import shapes
 
     from mirada import VLM
@@ -74,22 +85,26 @@ def ours(folder: Path, options: Any, report: common.Report) -> float:
         settings["cache_bytes"] = 16 << 30  # the peer runs in the same process afterwards
     sampling = Sampling(temperature=0.0, max_tokens=options.new, ignore_eos=True)
     with VLM(directory, device=str(report.device), engine=settings) as vlm:
-        prompts, media = asked(options, vlm.parts.model.config)
-        taken = []
-        for _ in range(1 if options.smoke else 4):  # the first captures
-            began = time.perf_counter()
-            handles = [vlm.submit(p, sampling, media=m) for p, m in zip(prompts, media, strict=True)]
-            outputs = [handle.result() for handle in handles]
-            taken.append(time.perf_counter() - began)
-            wrong = [output.error for output in outputs if output.error or len(output.tokens) != options.new]
-            if wrong:
-                report.row("ours", False, error=repr(wrong[0])[:300])
-                return 0.0
-        graphs = vlm._engine.engine.runner.graphs
-        rate = options.requests / min(taken)
-        report.row("ours", requests_per_s=rate, tokens_per_s=rate * options.new, seconds=min(taken),
-                   captured=0 if graphs is None else graphs.num_captured)  # fmt: skip
-    return rate
+        rates = []
+        alone = texts(options)
+        for what, (prompts, media) in {
+            "ours": asked(options, vlm.parts.model.config), "ours, text alone": (alone, [[]] * len(alone)),
+        }.items():  # fmt: skip
+            taken = []
+            for _ in range(1 if options.smoke else 4):  # the first captures
+                began = time.perf_counter()
+                handles = [vlm.submit(p, sampling, media=m) for p, m in zip(prompts, media, strict=True)]
+                outputs = [handle.result() for handle in handles]
+                taken.append(time.perf_counter() - began)
+                wrong = [output.error for output in outputs if output.error or len(output.tokens) != options.new]
+                if wrong:
+                    report.row(what, False, error=repr(wrong[0])[:300])
+                    return []
+            graphs = vlm._engine.engine.runner.graphs
+            rates.append(options.requests / min(taken))
+            report.row(what, requests_per_s=rates[-1], tokens_per_s=rates[-1] * options.new, seconds=min(taken),
+                       captured=0 if graphs is None else graphs.num_captured)  # fmt: skip
+    return rates
 
 
 def peer(folder: Path, options: Any, report: common.Report, rate: float) -> None:
@@ -131,6 +146,37 @@ def peer(folder: Path, options: Any, report: common.Report, rate: float) -> None
         return
     report.row("transformers, one padded batch", requests_per_s=best, tokens_per_s=best * options.new)
     report.row("ours over transformers", rate / best >= options.goal, ratio=rate / best)
+
+
+def peer_of_text(folder: Path, options: Any, report: common.Report, rate: float) -> None:
+    """transformers' continuous batching of the text-only prompts, by a Qwen2 with random weights of the same sizes."""
+    what = "transformers, continuous batching, text alone"
+    try:
+        import transformers
+
+        given = json.loads((folder / "made" / "config.json").read_text())
+        keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                "vocab_size", "rms_norm_eps", "rope_theta", "max_position_embeddings", "tie_word_embeddings")  # fmt: skip
+        config = transformers.Qwen2Config(**{key: given[key] for key in keys if key in given})
+        config._attn_implementation = "sdpa_paged"
+        model: Any = transformers.Qwen2ForCausalLM(config).to(torch.bfloat16).cuda().eval()
+        how = transformers.GenerationConfig(max_new_tokens=options.new, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        inputs, best = [list(prompt.tokens) for prompt in texts(options)], 0.0
+        for _ in range(3):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            with torch.inference_mode():
+                made = model.generate_batch(inputs=inputs, generation_config=how)
+            torch.cuda.synchronize()
+            short = [len(one.generated_tokens) for one in made.values() if len(one.generated_tokens) != options.new]
+            if short or len(made) != len(inputs):
+                raise RuntimeError(f"{len(made)} answers, of other lengths than asked: {short[:5]}")
+            best = max(best, options.requests / (time.perf_counter() - began))
+    except (ImportError, AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:  # its releases differ
+        report.row(what, error=repr(error)[:300])
+        return
+    report.row(what, requests_per_s=best, tokens_per_s=best * options.new)
+    report.row("ours over transformers' continuous batching", rate / best >= options.goal, ratio=rate / best)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ import torch
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 ROWS = {
     "gpu_kernels": "kernels",
-    "gpu_decode": "Kimi-VL-A3B: decode, graph",
+    "gpu_decode": "Kimi-VL-A3B int4: decode, graph",
     "gpu_prefill": "Qwen2-VL-7B: vision, 2 pictures",
-    "gpu_throughput": "ours",
+    "gpu_throughput": "ours, text alone",
 }
 
 
@@ -32,12 +33,48 @@ def measurement(monkeypatch):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_measurement_runs(name, measurement, tmp_path):
-    assert measurement(name).main(["--smoke", "--json", str(tmp_path)]) == 0
+    more = ["--quant", "int4"] if name == "gpu_decode" else []
+    assert measurement(name).main(["--smoke", "--json", str(tmp_path), *more]) == 0
     made = json.loads((tmp_path / f"{name}.json").read_text())
     rows = {row["what"]: row for row in made["rows"]}
     assert ROWS[name] in rows and not any("error" in row or row["good"] is False for row in made["rows"])
     if name == "gpu_decode":
-        assert sum(what.endswith("captured against launched") and row["good"] for what, row in rows.items()) == 3
+        assert sum(what.endswith("captured against launched") and row["good"] for what, row in rows.items()) == 6
+        assert sum(what.endswith("decode, submit") for what in rows) == 3
+        # Rounded matrices are fewer bytes: 4 bits beside 32, with scales, and what is not rounded.
+        sizes = [rows[f"Keye-VL-8B{quant}: decode, graph"]["gigabytes"] for quant in ("", " int4")]
+        assert sizes[1] < 0.4 * sizes[0]
+
+
+@pytest.mark.parametrize("answered", (4, 3))
+def test_the_peer_that_batches_continuously(answered, measurement, tmp_path, monkeypatch):
+    """With a stand-in for transformers: what it is asked for, and that short answers are no rate."""
+    asked, rows = [], {}
+
+    class Model:
+        def __getattr__(self, name):
+            return lambda *args, **options: self
+
+        def generate_batch(self, inputs, generation_config):
+            asked.append((inputs, generation_config))
+            return {i: SimpleNamespace(generated_tokens=[1] * answered) for i in range(len(inputs))}
+
+    fake = SimpleNamespace(
+        Qwen2Config=SimpleNamespace, Qwen2ForCausalLM=lambda config: Model(), GenerationConfig=SimpleNamespace
+    )
+    monkeypatch.setitem(sys.modules, "transformers", fake)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "config.json").write_text(json.dumps({"hidden_size": 8, "vocab_size": 100}))
+    options, report = (
+        SimpleNamespace(requests=3, new=4, goal=0.0),
+        SimpleNamespace(row=lambda what, *a, **v: rows.update({what: v})),
+    )
+    measurement("gpu_throughput").peer_of_text(tmp_path, options, report, 1e9)
+    inputs, how = asked[0]
+    assert len(inputs) == 3 and all(200 <= len(one) < 400 for one in inputs) and how.max_new_tokens == 4
+    assert ("error" in rows["transformers, continuous batching, text alone"]) == (answered == 3)
+    assert ("ours over transformers' continuous batching" in rows) == (answered == 4)
 
 
 def test_without_a_gpu_it_says_so(measurement):
