@@ -22,6 +22,7 @@ _MODULES = {  # distribution -> module, where they differ
     "math-verify": "math_verify",
     "import-linter": "importlinter",
     "pre-commit": "pre_commit",
+    "pytest-xdist": "xdist",
 }
 _CODECS = ("h264", "hevc", "vp9", "av1", "mpeg4", "mjpeg")
 _DRIVER = Path("/proc/driver/nvidia/version")

@@ -38,7 +38,7 @@ def run(plan: Plan) -> None:
     """Serve. What can be checked is, before a model is opened."""
     missing = [name for name in NEEDS if find_spec(name) is None]
     if missing:
-        raise NotAvailable(f"serving needs {', '.join(missing)}", "run: pip install mirada[serve]")
+        raise NotAvailable(f"serving needs {', '.join(missing)}", "run: pip install 'mirada[serve]'")
     import mirada
     from mirada.adapt.mode import parse as check_quant
     from mirada.serve import run as server

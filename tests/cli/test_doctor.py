@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,15 @@ def test_every_requirement_is_looked_at(report):
     names = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}  # type: ignore[index]
     assert names <= set(report["versions"])
     assert set(report["extras"]) == set(project["optional-dependencies"])
+
+
+def test_what_is_installed_is_found():
+    for name, _ in doctor._requirements():
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        assert doctor._present(name), name
 
 
 def test_json_and_the_table_say_the_same(mirada):
