@@ -233,10 +233,10 @@ def test_a_row_depends_on_nothing_beside_it(format: Format) -> None:
 def test_threads_wait_for_each_other() -> None:
     """Many times, with other input: who went on too soon would read what an earlier turn left."""
     decoder, head = make(replace(WIDE, num_hidden_layers=5))
-    before, past = torch.get_num_threads(), (900, 40)
+    before, past = torch.get_num_threads(), (2900, 40)
     cache = filled(decoder.config, past)
     try:
-        for turn in range(6):
+        for turn in range(12):
             x, new = batch(past, (1, 1), 256)
             torch.set_num_threads(1)
             wanted = compiled(decoder, head, cache, x + turn, new)[1]
