@@ -277,8 +277,8 @@ def experts(
 
 
 def _packed_experts(x: Tensor, gate_up: Any, down: Any, *sorted_by_expert: Tensor) -> Tensor | None:
-    joined = [getattr(stack, "joined", None) for stack in (gate_up, down)]
-    if not on(x) or not x.numel() or any(one is None for one in joined):
+    joined = [one for stack in (gate_up, down) if (one := getattr(stack, "joined", None)) is not None]
+    if not on(x) or not x.numel() or len(joined) < 2:
         return None
     forms = [one.packed for one in joined]
     if not all(map(_reads, forms)):

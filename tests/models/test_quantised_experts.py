@@ -12,6 +12,7 @@ from torch import nn
 
 from mirada import adapt
 from mirada.adapt.packed import PackedLinear, PackedStack
+from mirada.layers import fused
 from mirada.layers.batch import Batch
 from mirada.layers.cache import make_cache
 from mirada.layers.kernels.library import library
@@ -101,6 +102,30 @@ def test_packed_experts_are_multiplied_packed(tmp_path: Path, form: str, monkeyp
     experts = ours.decoder.layers[1].mlp.experts
     assert isinstance(experts.gate_up, PackedStack) and experts.table._array is not None
     assert (made - expected).abs().median() < 0.02 * expected.std()  # a near tie between experts may fall otherwise
+
+
+@pytest.mark.parametrize("form", ["fp8", "gptq 4", "compressed asymmetric"])
+def test_packed_experts_may_lie_one_below_another(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As kernels for many experts read them: the same matrices, and no part is held twice; of floats in blocks they stay."""
+    packed, _, scheme = checkpoint(tmp_path, form)
+    ours = LanguageModel()
+    quantised.replace(ours, quantised.check(LAYOUT, packed, scheme))  # pyright: ignore[reportArgumentType]
+    load_weights(ours, LAYOUT, packed, scheme)  # pyright: ignore[reportArgumentType]
+    experts = ours.decoder.layers[1].mlp.experts
+    stacks = (experts.gate_up, experts.down)
+    apart = [[stack[e] for e in range(len(stack))] for stack in stacks]
+    size = sum(buffer.nbytes for buffer in experts.buffers())
+    monkeypatch.setattr(fused, "packs", lambda device: True)
+    quantised.join(ours)
+    assert all((stack.joined is not None) == (form != "fp8") for stack in stacks)
+    assert sum(buffer.nbytes for buffer in experts.buffers()) == size
+    x = torch.randn(3, CONFIG.hidden_size)
+    for stack, matrices in zip(stacks, apart, strict=True):
+        assert all(torch.equal(stack[e], matrix) for e, matrix in enumerate(matrices))
+        assert torch.equal(stack[-1], matrices[-1])
+        with pytest.raises(IndexError):
+            stack[len(stack)]
+    torch.testing.assert_close(experts.gate_up.product(5, x), x @ apart[0][5].T)
 
 
 def test_the_need_for_memory_counts_experts_as_stored(tmp_path: Path) -> None:
