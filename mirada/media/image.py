@@ -127,6 +127,11 @@ def from_pil(image: pil.Image, limits: FetchLimits, alpha: Alpha = "white", name
     except (MediaError, MemoryError):
         raise
     except Exception as error:  # as in decode: truncated files surface here
+        file = getattr(image, "fp", image)
+        if file is None or getattr(file, "closed", False):  # Pillow reads pixels when they are asked for
+            raise MediaDecodeError(
+                f"the file of {name} was closed before it was read", "call image.load() inside the with block, or give the path"
+            ) from error
         raise MediaDecodeError(f"{name} is broken ({_say(error)})", "open and save it again, or fetch it again") from error
     if image.format != "MPO" and getattr(image, "is_animated", False):
         frame = image.tell()  # of a PIL image given, the one that the caller went to

@@ -236,6 +236,20 @@ def test_exif_orientation_is_applied(form: str, orientation: int) -> None:
     np.testing.assert_array_equal(np.asarray(open_image(given, LIMITS).rgb), np.asarray(picture.rgb))
 
 
+def test_a_pil_image_whose_file_was_closed_unread_is_not_called_broken(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(saved(corners()))
+    with pil.open(path) as left:
+        pass
+    (shut := pil.open(path)).close()
+    for image in (left, shut):
+        with pytest.raises(MediaDecodeError, match=r"was closed before it was read.*image\.load\(\)"):
+            open_image(image, LIMITS)
+    with pil.open(path) as read:
+        read.load()
+    assert open_image(read, LIMITS).rgb.tobytes() == corners().tobytes()
+
+
 def test_a_pil_image_is_left_as_it_was() -> None:
     image = corners()
     image.getexif()[0x0112] = 6
