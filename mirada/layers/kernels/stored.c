@@ -10,6 +10,7 @@
 #include "gemm.h"
 
 #define ROWS 4              /* that are widened at a time: as many as the kernels for floats take together */
+#define LONG_GROUP 96       /* columns from which halves of bytes are taken apart group by group, not for a whole row first */
 #define MOST_HELD (1 << 18) /* numbers of them; of wider matrices one row is */
 
 INLINE float of_e4m3(uint8_t value) {
@@ -45,15 +46,24 @@ INLINE void widen_fours(const uint8_t *restrict from, int begin, int end, int32_
     if (begin + 2 * count < end) to[end - 1] = (float)((int32_t)(from[(end - 1) / 2] & 15) - zero) * scale;
 }
 
+/* Numbers that were widened as they are, with a zero of 0 and a scale of 1. */
+INLINE void scale_group(int begin, int end, float zero, float scale, float *restrict to) {
+    for (int c = begin; c < end; c++) to[c] = (to[c] - zero) * scale;
+}
+
 INLINE void widen_row(const int format, const mr_matrix *w, size_t row, float *to) {
     int width = w->group ? w->group : w->cols, groups = mr_groups(w->cols, w->group);
     const uint8_t *from = (const uint8_t *)w->values + row * (format == MR_STORED4 ? (w->cols + 1) / 2 : w->cols);
+    int apart = format == MR_STORED4 && width < LONG_GROUP;
+    if (apart) widen_fours(from, 0, w->cols, 0, 1.0f, to);
     for (int g = 0; g < groups; g++) {
         size_t at = row * groups + g;
         int begin = g * width, end = w->cols - begin < width ? w->cols : begin + width;
         int32_t zero = w->zeros ? ((const uint8_t *)w->zeros)[at] : format == MR_STORED4 ? 8 : 128;
         float scale = scale_at(w, at);
-        if (format == MR_STORED4)
+        if (apart)
+            scale_group(begin, end, (float)zero, scale, to);
+        else if (format == MR_STORED4)
             widen_fours(from, begin, end, zero, scale, to);
         else if (format == MR_STORED8)
             widen_eights(from, begin, end, zero, scale, to);
