@@ -11,7 +11,9 @@ picture of its own, so no cache of ours helps. transformers runs its PIL image p
 the quicker for each size, tried before.
 *Ten questions* are asked one after the other about one 448x448 picture, ``--answers`` tokens each: ours keep what they computed
 of the picture, transformers' ``generate`` starts anew, which is what it offers. Every token after an answer's first reads all
-weights once on both sides, so the longer the answers, the less the picture counts.
+weights once on both sides, so the longer the answers, the less the picture counts. *Ten at once* are asked together: ours in
+one ``generate`` of ten chats, which encodes the picture once and decodes all ten in each step; theirs in a padded batch of ten
+copies or one after the other, whichever is the quicker, tried before.
 Refuses to measure while other programs keep the CPU busy, unless ``--anyway``. Exit status 1: a row is below its goal.
 """
 
@@ -41,6 +43,8 @@ class Row:
     size: int
     key: str
     goal: float
+    padded: bool = False
+    """Whether theirs may be asked in one padded batch or one by one (``together`` of the order)."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,7 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{'':34}{'ours s':>9}{'theirs':>9}{'ratio':>7}{'':14}{'CPU':>6}   goal")
         for row in rows(options):
             attention = None if options.smoke else theirs.ask("load", size=row.size)["setting"]
-            measure(ours, theirs, row, report, attention)
+            together = quickest(theirs, row, options.smoke) if row.padded else None
+            measure(ours, theirs, row, report, attention, together)
     return report.finish()
 
 
@@ -121,12 +126,35 @@ def rows(options: argparse.Namespace) -> list[Row]:
 
         return make
 
+    def at_once(new: int) -> Callable[[int], dict[str, Any]]:
+        def make(i: int) -> dict[str, Any]:
+            seed = 10**8 * new + i
+            asked = [{"size": options.asked, "seed": seed, "text": question(i * QUESTIONS + j)} for j in range(QUESTIONS)]
+            return {"do": "batch", "requests": asked, "new": new}
+
+        return make
+
     made = [Row(f"first token, {size}x{size}", first(size), size, "first", 1.15) for size in options.sizes]
-    return made + [Row(f"ten questions, {new} token(s) each", ten(new), options.asked, "all", 5.0) for new in options.answers]
+    for new in options.answers:
+        made.append(Row(f"ten questions, {new} token(s) each", ten(new), options.asked, "all", 5.0))
+        made.append(Row(f"ten at once, {new} token(s) each", at_once(new), options.asked, "all", 5.0, padded=True))
+    return made
 
 
-def measure(ours: Worker, theirs: Worker, row: Row, report: Report, attention: str | None) -> None:
-    orders = [(order, order) for order in map(row.make, range(report.options.pairs + 1))]
+def quickest(theirs: Worker, row: Row, smoke: bool) -> int:
+    """How many of the questions their padded batch holds: all or one. (Ours, standing in for them, take no other number.)"""
+    if smoke:
+        return 1
+    taken: dict[int, float] = {}
+    for size in (QUESTIONS, 1):
+        taken[size] = theirs.ask(**row.make(10**6), together=size)[row.key][0]
+    return min(taken, key=lambda size: taken[size])
+
+
+def measure(ours: Worker, theirs: Worker, row: Row, report: Report, attention: str | None, together: int | None = None) -> None:
+    """``together``: of theirs."""
+    other = {} if together is None else {"together": together}
+    orders = [(order, order | other) for order in map(row.make, range(report.options.pairs + 1))]
     harness.in_turn(ours, theirs, orders[:1])  # first touch of everything
     turns = harness.in_turn(ours, theirs, orders[1:])
     for mine, other in turns.pairs:
@@ -142,11 +170,12 @@ def measure(ours: Worker, theirs: Worker, row: Row, report: Report, attention: s
     low, high = turns.spread(clock)
     verdict = report.add(
         row.name, turns, turns.ratio(clock), row.goal, ours_s=turns.side(0, clock), theirs_s=turns.side(1, clock),
-        low=low, high=high, cpu=turns.ratio(cpu), prompt=turns.pairs[0][0]["prompt"],
+        low=low, high=high, cpu=turns.ratio(cpu), prompt=turns.pairs[0][0]["prompt"], together=together,
     )  # fmt: skip
     print(
         f"{row.name:34}{turns.side(0, clock):9.3f}{turns.side(1, clock):9.3f}{turns.ratio(clock):7.2f} [{low:.2f}, {high:.2f}]"
-        f"{turns.ratio(cpu):6.2f}   {verdict}" + (f"   (theirs: {attention})" if attention else ""),
+        f"{turns.ratio(cpu):6.2f}   {verdict}"
+        + (f"   (theirs: {attention}" + ("" if together is None else f", batches of {together}") + ")" if attention else ""),
         flush=True,
     )
 

@@ -97,7 +97,7 @@ LATENCIES = [f"{name}: {what}" for name in ("mini", "Qwen2-VL's widths") for wha
 @pytest.mark.parametrize(
     ("name", "rows"),
     [
-        ("cpu_image", ["first token, 112x112", "ten questions, 2 token(s) each"]),
+        ("cpu_image", ["first token, 112x112", "ten questions, 2 token(s) each", "ten at once, 2 token(s) each"]),
         ("mixed_latency", LATENCIES),
         ("throughput", ["mini : one by one", "same sizes : itself, one by one"]),
     ],
