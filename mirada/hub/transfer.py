@@ -159,7 +159,7 @@ class Unreachable(HubError):
     def __init__(self, source: Source, asked: Asked, cause: object) -> None:
         super().__init__(
             f"{source.title} at {asked.endpoint} cannot be reached, so {asked.model!r} cannot be looked up ({cause})",
-            "check the connection and proxy; a model that was fetched before opens with offline=True",
+            "check the connection and proxy, or the path if a folder was meant; HF_HUB_OFFLINE=1 uses what was fetched before",
         )
 
 
