@@ -89,7 +89,7 @@ def main(folder: str, *keys: str) -> None:
         "mini": mini,
         "echo": Echo(make_echo(root), limits=limits, engine=engine),
     }
-    settings = ServeSettings(port=0, api_keys=keys, drain_seconds=20)
+    settings = ServeSettings(port=0, api_keys=keys, drain_seconds=300)
     record(root / "answers.jsonl")
     serve(models, settings, lambda address: print(address, flush=True))
 

@@ -45,7 +45,7 @@ class Strained:
 
     def ask(self, text="hi", *parts, **more) -> httpx.Response:
         body = {"model": "mini", "messages": user(text, *parts), "max_tokens": 4, "temperature": 0, **more}
-        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=60)
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=300)
 
     def answer(self, *asked, **more) -> str:
         reply = self.ask(*asked, **more)
@@ -74,10 +74,17 @@ class Strained:
 
     def cpu(self) -> float:
         """Processor seconds so far, its workers included: those that live and those that have ended."""
-        stats = [Path(f"/proc/{pid}/stat").read_text() for pid in (self.process.pid, *self.workers())]
-        words = [text.rpartition(")")[2].split() for text in stats]
-        ticks = sum(int(one[11]) + int(one[12]) for one in words) + int(words[0][13]) + int(words[0][14])
-        return ticks / os.sysconf("SC_CLK_TCK")
+        words = [self._figures(pid) for pid in (self.process.pid, *self.workers())]
+        return (sum(one[0] + one[1] for one in words) + words[0][2] + words[0][3]) / os.sysconf("SC_CLK_TCK")
+
+    def own_cpu(self) -> float:
+        """Those of the server's process alone."""
+        return sum(self._figures(self.process.pid)[:2]) / os.sysconf("SC_CLK_TCK")
+
+    @staticmethod
+    def _figures(pid: int) -> list[int]:
+        """Ticks of a process in user mode and in the system's, and of its children that have ended."""
+        return [int(word) for word in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]]
 
     def connect(self) -> socket.socket:
         host, port = self.url.removeprefix("http://").split(":")
@@ -297,21 +304,24 @@ def test_one_request_that_would_take_all_memory(tight, name):
 
 
 def test_bodies_of_very_many_values_hold_up_nobody(tight):
-    """Half of them are refused as they come; the others are as large as may be, and are read beside the loop."""
+    """Half of them are refused as they come; the others are as large as may be, and are read beside the loop: while somebody
+    else waits, the server computes for less than three seconds (whatever else the machine does meanwhile)."""
     bombs = [b"[[]," * 5_000_000, b'{"model": "mini", "messages": [' + b'{"role": "user", "content": "a"},' * 49_000 + b"{}]}"]
     before, ended, gaps = tight.megabytes(), threading.Event(), []
 
     def look() -> None:
-        with httpx.Client(base_url=tight.url, timeout=60) as client:
-            while not ended.is_set():
-                began = time.monotonic()
-                assert client.get("/health").status_code == 200
-                gaps.append(time.monotonic() - began)
+        while not ended.is_set():
+            began = tight.own_cpu()
+            try:
+                assert httpx.get(f"{tight.url}/health", timeout=300).status_code == 200
+            except httpx.TransportError:  # this side came too late with its head, for which there is a second
+                continue
+            gaps.append(tight.own_cpu() - began)
 
     def send(data: bytes) -> str:
         with suppress(httpx.WriteError, httpx.ReadError):  # it is cut off while it still sends
             kind = {"Content-Type": "application/json"}
-            return httpx.post(f"{tight.url}/v1/chat/completions", content=data, headers=kind, timeout=60).json()["error"][
+            return httpx.post(f"{tight.url}/v1/chat/completions", content=data, headers=kind, timeout=300).json()["error"][
                 "code"
             ]
         return "cut"
@@ -414,7 +424,7 @@ def test_sigterm_under_load_loses_nothing_that_was_accepted(tmp_path, site):
             site.gate.set()
             for one in asked:
                 one.result()
-        assert server.process.wait(SLACK) == 0
+        assert server.process.wait(PATIENCE) == 0
     assert len(accepted) == count
     for number, reply in accepted.items():
         assert reply.status_code == 200, reply.text

@@ -420,7 +420,7 @@ def lines_of(server, id: str, count: int) -> list[dict]:
     return found()
 
 
-def wait_for(holds, seconds: float = 20) -> None:
+def wait_for(holds, seconds: float = 60) -> None:
     until = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < until
