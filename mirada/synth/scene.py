@@ -29,15 +29,16 @@ MARGIN = 10
 """Pixels by which positions must differ before a question relies on them."""
 
 
-def _objects(rng: random.Random, options: Options, height: int, width: int, colours: list[str]) -> list[Thing]:
+def _objects(rng: random.Random, options: Options, height: int, width: int, zoom: float, colours: list[str]) -> list[Thing]:
     most = 2 + round(6 * options.level)
     wanted = rng.randint(1, most)
     # A few scenes repeat one shape or one colour, so that counting is not always of one.
     shapes = rng.sample(DRAWN_SHAPES, rng.randint(1, 3)) if rng.random() < 0.4 else DRAWN_SHAPES
     tones = rng.sample(colours, rng.randint(1, 3)) if rng.random() < 0.4 else colours
     placed: list[Thing] = []
+    largest = 20 if wanted > 4 else 40 if rng.random() < 0.35 * options.level else 26
     for _ in range(wanted * 12):
-        radius = rng.randint(10, 20 if wanted > 4 else 26)
+        radius = min(round(zoom * rng.randint(10, largest)), min(height, width) // 2 - 2)
         x, y = rng.randint(radius + 1, width - radius - 2), rng.randint(radius + 1, height - radius - 2)
         if all((x - o["x"]) ** 2 + (y - o["y"]) ** 2 >= (radius + o["radius"] + 3) ** 2 for o in placed):
             placed.append({"shape": rng.choice(shapes), "colour": rng.choice(tones), "x": x, "y": y, "radius": radius})
@@ -320,12 +321,13 @@ def choose_question(
 
 
 def draw_scene(rng: random.Random, options: Options) -> Sample:
-    """Draw shapes that do not overlap, 84 x 84 to 168 x 168 pixels, and ask one question."""
+    """Draw shapes that do not overlap, 84 x 84 to 168 x 168 pixels or up to 2.2 times that, and ask one question."""
     level = options.level
-    width, height = CELL * rng.randint(3, 4 + round(2 * level)), CELL * rng.randint(3, 4 + round(2 * level))
+    zoom = rng.uniform(1, 2.2) if rng.random() < 0.4 * level else 1.0
+    width, height = (CELL * round(zoom * rng.randint(3, 4 + round(2 * level))) for _ in range(2))
     paper = rng.choice(PAPERS)
     names = colours_on(paper)
-    objects = _objects(rng, options, height, width, names)
+    objects = _objects(rng, options, height, width, zoom, names)
     paper = effects.shifted(rng, paper, round(8 * level))
     end = effects.shifted(rng, paper, 16) if rng.random() < 0.2 * level else paper
     canvas = effects.background(rng, height, width, paper, end, 0.5 * level)

@@ -158,6 +158,17 @@ def test_scene_objects_do_not_overlap_and_lie_inside():
                 assert gap >= (one["radius"] + other["radius"]) ** 2
 
 
+def test_scenes_come_in_many_sizes():
+    """One that knows small shapes alone sees several in a large one."""
+    facts = [synth.sample("scene", 3, index, fonts="builtin").facts for index in range(150)]
+    sides = [max(f["height"], f["width"]) for f in facts]
+    assert 280 < max(sides) <= 364 and sum(side <= 168 for side in sides) > len(sides) // 2
+    largest = [max(o["radius"] for o in f["objects"]) for f in facts]
+    assert max(largest) > 60 and sum(26 < radius for radius in largest) > len(largest) // 10
+    plain = [synth.sample("scene", 3, index, level=0.0, fonts="builtin").facts for index in range(50)]
+    assert max(max(f["height"], f["width"]) for f in plain) <= 112
+
+
 def test_positions_near_a_border_are_not_asked():
     for index in range(600):
         drawn = synth.sample("scene", 4, index, fonts="builtin")
