@@ -17,7 +17,7 @@ from mirada.engine.prefix import visual
 from mirada.engine.prepare import _State
 from mirada.engine.sequence import Sequence
 from mirada.engine.thread import _Line
-from mirada.errors import MessageError, RequestFailed, SettingsError
+from mirada.errors import MessageError, OutOfMemory, RequestFailed, SettingsError
 from mirada.types import Prompt, Span
 
 HI = [Message("user", "hi")]
@@ -148,3 +148,23 @@ def test_the_end_of_a_forked_process_waits_for_no_lock_of_its_parent(monkeypatch
     ending.join(5)
     state.close()
     assert not waits
+
+
+@pytest.mark.parametrize("vlm", ["Keye", "kimi_vl"], indirect=True)
+def test_bytes_that_are_just_enough(vlm):
+    """One request runs and is never preempted, those behind it wait, also one that would fit; a byte less is refused."""
+    long, little = tokens(60), tokens(4)
+    made = vlm._requests.make(long, Sampling(max_tokens=40, **ENDLESS), "auto")
+    most = vlm._engine.engine.scheduler.budget.alone(made)
+    engine = small(vlm, cache_bytes=most)
+    line = [line_up_tokens(engine, one, max_tokens=count) for one, count in ((long, 40), (long, 40), (little, 2))]
+    scheduler = engine._engine.engine.scheduler
+    while not line[0].done:
+        assert scheduler.running in ([], line[:1])
+        step(engine)
+    finish(engine)
+    assert [len(sequence.tokens) for sequence in line] == [40, 40, 2] and not scheduler.preemptions
+    less = small(vlm, cache_bytes=most - 1)
+    refused = line_up_tokens(less, long, max_tokens=40)
+    step(less)
+    assert isinstance(refused.error, OutOfMemory) and (refused.error.needed, refused.error.available) == (most, most - 1)
