@@ -156,6 +156,8 @@ def test_zeros_in_the_middle_are_no_zeros():
     given.zeros.fill_(128)
     matrix = to_matrix(given)
     assert matrix is not None and matrix.format == Format.INT8 and torch.equal(matrix.widen(), given.widen())
+    given.zeros[3, 1] = 127
+    assert to_matrix(given) is None
 
 
 def test_without_kernels_it_is_widened_as_before(monkeypatch):

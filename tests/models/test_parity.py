@@ -151,6 +151,17 @@ def test_greedy_tokens_may_differ_at_a_near_tie_alone(qwen, gap, within):
     assert row.within is within and "up to token 2" in row.note
 
 
+def test_what_a_layer_writes_over_its_input_does_not_reach_the_record(qwen):
+    def double(module, given) -> None:
+        given[0].mul_(2)
+
+    hook = qwen.model.decoder.layers[1].register_forward_pre_hook(double)
+    try:
+        assert qwen.first() == "decoder layer 1"
+    finally:
+        hook.remove()
+
+
 def test_limits_are_those_of_the_coarser_side():
     limits = parity.LIMITS
     assert parity.limit_of("exact", "float32") == limits["float32"]
