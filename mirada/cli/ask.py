@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import asdict
 
 from mirada.cli import show
@@ -35,7 +36,8 @@ def run(words: list[str], who: Who, how: How, as_json: bool) -> None:
             raise output.error
         show.notes(output)
     if as_json:
-        print(json.dumps(as_object(output, getattr(client, "model", None) or who.model or "mini"), ensure_ascii=False))
+        made = as_object(output, getattr(client, "model", None) or who.model or "mini")
+        print(json.dumps(made, ensure_ascii=not sys.stdout.encoding.lower().startswith("utf")))
 
 
 def as_object(output: Output, model: str) -> dict:

@@ -6,6 +6,7 @@ Nothing heavier than typer is imported here; ``mirada --help`` stays below 0.3 s
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -266,6 +267,8 @@ def doctor(
 
 def main() -> None:
     """The console script."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what an old terminal cannot show
     try:
         app()
     except MiradaError as error:

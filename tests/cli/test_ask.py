@@ -69,6 +69,20 @@ def test_a_picture_or_the_question_comes_through_a_pipe(mirada, tiny, picture, m
     assert "nothing is piped" in mirada("ask", "-", "What?", "-m", tiny).err
 
 
+def test_an_output_that_cannot_show_every_character(mirada, tiny, monkeypatch):
+    asked = ("ask", "What? é", "-m", tiny, "--max-tokens", 16)
+    whole = VLM(tiny).ask("What? é", max_tokens=16)
+    assert not show.printable(whole).isascii()
+    for more, read in (((), lambda said: said), (("--json",), lambda said: json.loads(said)["text"])):
+        out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr(sys, "stdout", out)
+        assert mirada(*asked, *more).code == 0
+        out.flush()
+        said = out.buffer.getvalue().decode("ascii")
+        expected = whole if more else show.printable(whole).encode("ascii", "backslashreplace").decode() + "\n"
+        assert read(said) == expected
+
+
 def test_a_question_may_be_longer_than_a_path(mirada, tiny, picture):
     done = mirada("ask", picture, "What? " * 60, "-m", tiny, "--max-tokens", 1)
     assert (done.code, done.err) == (0, "")
