@@ -16,9 +16,9 @@ from hypothesis import Phase
 
 from mirada import VLM, Image, Message, Sampling, Text
 from mirada.engine import vision
+from mirada.engine.chunk import Choice
 from mirada.engine.features import Encoder
 from mirada.engine.pace import FIRST_PRICES, FIRST_TOKENS, LEAST_PATCHES, PROBE, Estimate, Pace
-from mirada.engine.runner import Choice
 from mirada.engine.settings import EngineSettings
 from mirada.errors import RequestFailed, SettingsError
 from mirada.models import slices as cutting
@@ -106,9 +106,9 @@ def alone(vlm: VLM, chat, **sampling) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("vlm", ["KeyeVL1_5"], indirect=True)
-def test_an_engine_that_ends_lets_go_of_its_pass(vlm, timed):
+def test_an_engine_that_ends_lets_go_of_its_pass(vlm, timed, monkeypatch):
     engine, _ = timed(vlm, 1e-9)
-    made = begun(engine)
+    made = begun(engine, monkeypatch)
     gone = weakref.ref(engine._engine.engine.encoder.flight)
     engine._engine.engine.close(RequestFailed("the engine was closed", "open the model again"))
     assert gone() is None and all(isinstance(one.error, RequestFailed) for one in made)
@@ -327,13 +327,15 @@ def other() -> list[Message]:
     return [Message("user", [Image(drawn), Text("Which?")])]
 
 
-def begun(engine: VLM) -> list:
-    """Two requests with a picture each, one pass for both, of which two slices are computed."""
+def begun(engine: VLM, monkeypatch) -> list:
+    """Two requests with a picture each, one pass for both, which has stopped in the middle of its first layer."""
+    monkeypatch.setitem(globals(), "SLICE", 1e-2)
     made = [line_up(engine, pictures(1), max_tokens=3), line_up(engine, other(), max_tokens=3)]
-    text = line_up(engine, "hello", max_tokens=40)
-    for _ in range(10):
+    text = line_up(engine, "hello", max_tokens=90)
+    for _ in range(80):
         step(engine)
-        if engine._engine.engine.encoder.flight is not None and engine._engine.engine.encoder.flight.begun:
+        flight = engine._engine.engine.encoder.flight
+        if flight is not None and flight.next.pairs and not flight.next.products:
             break
     assert len(engine._engine.engine.encoder.flight.wanted) == 2
     return [*made, text]
@@ -341,10 +343,10 @@ def begun(engine: VLM) -> list:
 
 @pytest.mark.parametrize("vlm", ["Keye", "qwen2_vl"], indirect=True)
 @pytest.mark.parametrize("end", ["cancel", "preempt", "fail", "all"])
-def test_one_of_a_pass_leaves_before_its_end(vlm, timed, end):
+def test_one_of_a_pass_leaves_before_its_end(vlm, timed, end, monkeypatch):
     """The other has its features all the same; whoever was preempted is encoded again; what nobody waits for is let go."""
     engine, _ = timed(vlm, 1e-9)
-    first, second, text = begun(engine)
+    first, second, text = begun(engine, monkeypatch)
     scheduler, encoder = engine._engine.engine.scheduler, engine._engine.engine.encoder
     gone = weakref.ref(encoder.flight)
     if end == "preempt":
@@ -371,7 +373,7 @@ def test_one_of_a_pass_leaves_before_its_end(vlm, timed, end):
 @pytest.mark.parametrize("vlm", ["KeyeVL1_5", "kimi_vl"], indirect=True)
 def test_a_pass_that_fails_in_the_middle_fails_those_whose_own_it_is(vlm, timed, monkeypatch):
     engine, _ = timed(vlm, 1e-9)
-    first, second, text = begun(engine)
+    first, second, text = begun(engine, monkeypatch)
     bad = first.media[0].pixels
     run = vision.run
 
@@ -405,6 +407,7 @@ def test_adapters_hold_during_every_slice(kind, adapted, monkeypatch):  # noqa: 
     tokens_before, expected = ask(vlm, asked, ["c", None])
     assert not close(expected[0], plain[0]) and close(expected[1], plain[1])
     vlm.forget()
+    fine(monkeypatch)
     monkeypatch.setattr(engine.pace, "seconds", 1e-9)
     monkeypatch.setattr(engine.pace, "step", Estimate())
     monkeypatch.setattr(engine.pace.step, "note", lambda seconds: None)
@@ -414,7 +417,7 @@ def test_adapters_hold_during_every_slice(kind, adapted, monkeypatch):  # noqa: 
     text = vlm.submit([Message("user", "hello")], Sampling(max_tokens=60, **ENDLESS))
     tokens_now, now = ask(vlm, asked, ["c", None])
     assert tokens_now == tokens_before and all(map(close, expected, now)) and text.result().error is None
-    assert len(advanced) >= 4
+    assert len(advanced) >= 20
 
 
 @pytest.mark.parametrize("kind", ["Keye", "qwen2_vl"])

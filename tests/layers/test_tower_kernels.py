@@ -56,6 +56,18 @@ def qkv(tokens: int, heads: int, d: int, seed: int = 0) -> list[torch.Tensor]:
     return list(noise(tokens, 3 * heads * d, seed=seed).view(tokens, 3 * heads, d).split(heads, 1))
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_some_queries_of_some_heads_are_those_of_all(isa, threads, count):
+    """Bit by bit, so that a layer may be computed in parts."""
+    threads(count)
+    q, k, v = qkv(1300, 3, 20)
+    whole = attend_seen(q, k, v, (1300,), 0.2)
+    for first, end in ((0, 1), (0, 1200), (7, 103), (1299, 1300)):
+        assert torch.equal(attend_seen(q[first:end, 1:], k[:, 1:], v[:, 1:], (1300,), 0.2), whole[first:end, 1:])
+    with pytest.raises(TensorError, match="5 asked"):
+        attend_seen(q[:5], k, v, (1000, 300), 0.2)
+
+
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
 def test_the_default_type_changes_nothing(isa, kind):
     q, k, v = qkv(40, 2, 16)
