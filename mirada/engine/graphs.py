@@ -12,20 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mirada.engine.chunk import Chunk
 from mirada.layers import fused
 from mirada.layers.attention import DEFAULT
 from mirada.layers.batch import Batch
 from mirada.layers.cache import Cache
 from mirada.layers.paged import PagedCache, PagedLatentCache, Pages, Tables
-
-if TYPE_CHECKING:
-    from mirada.engine.runner import Chunk
 
 BUCKETS = (1, 2, 4, *range(8, 65, 8), *range(80, 257, 16))
 """Rows of a captured step."""

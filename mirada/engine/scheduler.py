@@ -15,8 +15,8 @@ from collections.abc import Sequence as Seq
 from typing import Protocol
 
 from mirada.engine import memory
+from mirada.engine.chunk import Chunk
 from mirada.engine.memory import Budget
-from mirada.engine.runner import Chunk
 from mirada.engine.sequence import Sequence
 from mirada.engine.settings import EngineSettings
 from mirada.engine.turns import Turns

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from mirada.engine.chunk import Choice, Chunk
 from mirada.engine.drafts import Drafts
 from mirada.engine.features import Encoder, FeatureCache, Unit
 from mirada.engine.memory import Budget
 from mirada.engine.pace import Pace
-from mirada.engine.runner import Choice, Chunk, Runner
+from mirada.engine.runner import Runner
 from mirada.engine.scheduler import KNOBS, PrefixCache, Scheduler, describe
 from mirada.engine.sequence import Sequence
 from mirada.engine.settings import EngineSettings

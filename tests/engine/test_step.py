@@ -12,8 +12,8 @@ from engine.mixes import free, mix, patched
 
 from mirada import VLM, Image, Message, Sampling, Text, Video
 from mirada.engine import scheduler as scheduling
+from mirada.engine.chunk import Choice
 from mirada.engine.drafts import MOST_ROWS
-from mirada.engine.runner import Choice
 from mirada.engine.sequence import Sequence
 from mirada.errors import OutOfMemory, RequestFailed, SettingsError
 from mirada.layers.paged import PAGE, Pages
