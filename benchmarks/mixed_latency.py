@@ -11,7 +11,7 @@ the ratio is of the longest gaps (off / on, median over the pairs).
 Models: mini as it is in the package, and Qwen2-VL-2B scaled down in depth alone (all its widths, 4 of the 32 layers of its
 tower and 4 of the 28 of its decoder, random weights), in float32. A 448x448 picture is 1,024 patches, a 1344x1344 one 9,216
 (mini takes none larger than the first). Without the bound a step holds a whole pass or a whole prompt, so in full depth its
-longest gap beside a picture is eight times as long as here; with it a gap is as here, for a slice is one layer. Every pair has
+longest gap beside a picture is eight times as long as here; with it a gap is as here. Every pair has
 pictures and prompts of its own, so no cache helps.
 Refuses to measure while other programs keep the CPU busy, unless ``--anyway``; the ratio of processor seconds of the longest
 gaps stands beside that of the clock. Exit status 1: a row is below its goal.

@@ -1,4 +1,4 @@
-"""A layer of a vision tower on a CPU by its parts: torch's, ours, and whole layers as they were written and as they run.
+"""A layer of a vision tower on a CPU by its parts: torch's, ours, and layers as they were written, as they run, and in slices.
 
     python benchmarks/tower.py [--side 448] [--width 1280] [--threads 1] [--rounds 5] [--anyway]
 
@@ -20,12 +20,14 @@ import torch.nn.functional as F
 from cpu_kernels import least
 from harness import require_quiet
 
+from mirada.engine.pace import Pace
 from mirada.layers import fused
 from mirada.layers.kernels import library, matrix
 from mirada.layers.kernels.matrix import Matrix
 from mirada.layers.linear import MatrixLinear, linear
 from mirada.layers.mlp import gelu
 from mirada.layers.rope import grid_angles, rotate, rotation
+from mirada.models.slices import Slices
 from mirada.models.vit import VisionConfig, VisionLayer
 
 Runs = dict[str, Callable[[], object]]
@@ -88,6 +90,41 @@ def layers(side: int, config: VisionConfig) -> Runs:
     }
 
 
+def in_slices(side: int, config: VisionConfig, seconds: float, rounds: int, clock: Callable[[], float]) -> str:
+    """A layer cut into slices of ``seconds``, beside the whole: both with the least time of the rounds."""
+    x, layer, pace = torch.randn(side**2, config.hidden_size), VisionLayer(config, "quick"), Pace(seconds)
+    turn = rotation(grid_angles([(1, side, side)], config.head_dim, 1e4, x.device))
+    given = (x, turn, (side**2,))
+    whole, sliced, parts = float("inf"), float("inf"), [0.0]
+    for _ in range(rounds):
+        began = clock()
+        expected = layer(*given)
+        whole = min(whole, clock() - began)
+        made, took = cut(layer.slices(*given, pace.room), pace, clock)
+        if sum(took) < sliced:
+            sliced, parts = sum(took), took
+        if (made - expected).abs().max() > 1e-5 * expected.abs().max():
+            raise SystemExit("a layer in slices is not the layer")
+    return (
+        f"layer, whole        {whole * 1e3:10.2f} ms\nlayer, in slices    {sliced * 1e3:10.2f} ms, {len(parts)} of them, "
+        f"the longest {max(parts) * 1e3:.0f} ms ({seconds * 1e3:.0f} allowed), equal bit by bit: {torch.equal(made, expected)}"
+    )
+
+
+def cut(slices: Slices[torch.Tensor], pace: Pace, clock: Callable[[], float]) -> tuple[torch.Tensor, list[float]]:
+    """What they make, and seconds of each, from which ``pace`` learns."""
+    work, took = next(slices), []
+    while True:
+        began = clock()
+        try:
+            following = next(slices)
+        except StopIteration as end:
+            return end.value, [*took, clock() - began]
+        took.append(clock() - began)
+        pace.computed_slice(work, took[-1])
+        work = following
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=448, help="of the picture, in pixels")
@@ -95,6 +132,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--step-seconds", type=float, default=0.25, help="of a slice")
     parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--anyway", action="store_true", help="measure on a busy machine")
     args = parser.parse_args()
@@ -113,6 +151,7 @@ def main() -> None:
         for runs in (products(side**2, args.width), others(side, config), layers(side, config)):
             for name, seconds in least(runs, args.rounds, clock).items():  # pyright: ignore
                 print(f"{name:20}{seconds * 1e3:10.2f} ms", flush=True)
+        print(in_slices(side, config, args.step_seconds, args.rounds, clock))
 
 
 if __name__ == "__main__":
