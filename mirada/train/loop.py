@@ -76,19 +76,22 @@ def train(
     """
     run = _Run(model, objective, settings, directory, extra)
     with RunLog(directory, settings.steps, run.step, settings.tensorboard, settings.quiet) as log, _Stop() as stop:
-        clock = time.perf_counter()
+        clock, told, saved = time.perf_counter(), run.step, run.step
         for batch in batches(run.step) if run.step < settings.steps else ():
             figures = run.one_step(batch)
             log.advance(run.step)
             if run.step % settings.log_every == 0 or run.step == settings.steps:
                 now = time.perf_counter()
-                log.report(run.step, {**figures(), "seconds_per_step": (now - clock) / settings.log_every})
-                clock = now
+                log.report(run.step, {**figures(), "seconds_per_step": (now - clock) / (run.step - told)})
+                clock, told = now, run.step
             done = run.step >= settings.steps or stop.asked
             if done or run.step % settings.save_every == 0:
                 run.save()
+                saved = run.step
             if done:
                 break
+        if run.step > saved:  # there are no more batches
+            run.save()
     if run.average is not None:
         run.average.copy_to_model()
     return RunState(run.step, run.step < settings.steps)

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ import torch
 from mirada.errors import CheckpointError
 from mirada.media.grid import GridRule, Patches
 from mirada.models.keye_vl import KeyeConfig, KeyeVL
+from mirada.train import checkpoint
 from mirada.train.batch import IGNORE, Example, TrainBatch, collate
 from mirada.train.loop import TrainSettings, train
 from mirada.train.objectives.dense import Dense, DenseHeads
@@ -173,3 +175,10 @@ def test_bfloat16_products_leave_float32_weights_near_those_of_float32(tmp_path:
         assert other.dtype == torch.float32
         torch.testing.assert_close(other, value, atol=2e-2, rtol=0)
     assert any(not torch.equal(value, rough.state_dict()[name]) for name, value in weights(exact).items())
+
+
+def test_batches_that_come_to_an_end_lose_nothing(tmp_path):
+    """Two steps past the last checkpoint the data is out: another run goes on behind them."""
+    train(make_model(), NextToken(), lambda step: islice(batches(step), 5 - step), SETTINGS, tmp_path)
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-0000005"
+    assert train(make_model(), NextToken(), batches, SETTINGS, tmp_path).step == 6
