@@ -65,10 +65,16 @@ def test_models_through_the_kernels(kind, tmp_path, monkeypatch):
         assert (a - b).abs().max() < 2e-4 * b.std() + 1e-5
 
 
+def small_experts(folder) -> dict:
+    """Of a Kimi-VL: one layer, of experts whose width the kernels take."""
+    text = tiny_config("kimi_vl", write_tiktoken(folder, KIMI_CONTROL))["text_config"]
+    return text | {"moe_intermediate_size": 32, "num_hidden_layers": 1, "first_k_dense_replace": 0}
+
+
 def test_a_mode_through_the_kernels(tmp_path, monkeypatch):
     """Loading makes integers for the kernels, and single tokens and several are multiplied by them as they lie. The latents are
     integers too."""
-    text = tiny_config("kimi_vl", write_tiktoken(tmp_path, KIMI_CONTROL))["text_config"] | {"moe_intermediate_size": 32}
+    text = small_experts(tmp_path)
     model = load_model(make_tiny(tmp_path, "kimi_vl", text_config=text), mode=parse("int4"))
     pieces = ({0: 2, 1: 1}, {0: 1, 1: 2})
     spec, calls = FAMILIES["kimi_vl"].cache_spec(model.config), {"packed": 0, "experts": 0}
@@ -83,7 +89,7 @@ def test_a_mode_through_the_kernels(tmp_path, monkeypatch):
         monkeypatch.setattr(fused, name, counted)
     with torch.inference_mode():
         ours = play(model, make_cache(spec, torch.float32, "cpu", kv="int8", layout="paged", budget=1 << 20), pieces)
-        assert calls == {"packed": calls["packed"], "experts": len(pieces)} and calls["packed"] >= len(pieces) * 8
+        assert calls == {"packed": calls["packed"], "experts": len(pieces)} and calls["packed"] >= len(pieces) * 5
         monkeypatch.setattr(fused, "on", lambda x: False)
         theirs = play(model, make_cache(spec, torch.float32, "cpu", kv="int8", layout="slab"), pieces)
     for a, b in zip(ours, theirs, strict=True):
@@ -114,7 +120,7 @@ class Words(TorchDispatchMode):
 
 def test_a_fixed_step_says_nothing_to_the_host(tmp_path):
     """A step of decoding as it is captured, with latents, and experts as integers."""
-    text = tiny_config("kimi_vl", write_tiktoken(tmp_path, KIMI_CONTROL))["text_config"] | {"moe_intermediate_size": 32}
+    text = small_experts(tmp_path)
     model = load_model(make_tiny(tmp_path, "kimi_vl", text_config=text), mode=parse("int4"))
     spec = FAMILIES["kimi_vl"].cache_spec(model.config)
     cache = make_cache(spec, torch.float32, "cpu", layout="paged", budget=1 << 18)
