@@ -74,25 +74,7 @@ class Requests:
             times = Times()
             outcome: Outcome = _unmade()
             try:
-                patches = prepare_named(
-                    wanted,
-                    lambda parts, most: prepare_many(
-                        parts,
-                        self.parts.rule,
-                        self.limits,
-                        cache=self.cache,
-                        pool=self.pool,
-                        cancel=cancel,
-                        times=times,
-                        salt=salt,
-                        most_tokens=most,
-                    ),
-                    self.parts.rule,
-                    self.cache,
-                    salt,
-                    self.limits,
-                    self.parts.context - 1,
-                )
+                patches = self._patches(wanted, salt, times, cancel)
                 with times.stage("render"):
                     prompt = self.parts.renderer.render(messages, patches, thinking=thinking, tools=tools)
                 made = Prepared(prompt, patches, (*notes(patches), *warnings(patches, self.parts.untrained)))
@@ -108,6 +90,17 @@ class Requests:
                     together.settle(outcome)
 
         return sequence, wanted, finish
+
+    def _patches(self, wanted: list[Image | Video], salt: str, times: Times, cancel: Cancel | None) -> list[Patches]:
+        """``wanted`` fetched, decoded and resized, those with names from what was kept under them. Raises MediaError."""
+
+        def prepare(parts: Seq[Image | Video], most: int | None) -> list[Patches]:
+            return prepare_many(
+                parts, self.parts.rule, self.limits, cache=self.cache, pool=self.pool, cancel=cancel, times=times, salt=salt,
+                most_tokens=most,
+            )  # fmt: skip
+
+        return prepare_named(wanted, prepare, self.parts.rule, self.cache, salt, self.limits, self.parts.context - 1)
 
     def fill(self, sequence: Sequence, made: Prepared) -> None:
         """Make ``sequence`` whole with what was prepared for it, or for another one of the same chat. Raises as ``make``."""
