@@ -6,12 +6,10 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mirada import config
 from mirada.adapt.mode import parse as parse_mode
 from mirada.engine import inputs, memory
 from mirada.engine import sleep as sleeping
@@ -21,6 +19,15 @@ from mirada.engine.graphs import Graphs, pool_bytes
 from mirada.engine.guide import Guide
 from mirada.engine.handle import EngineHandle
 from mirada.engine.load import Parts, area_of, assemble, load
+from mirada.engine.options import (
+    EngineSettingsLike,
+    LimitsLike,
+    SamplingLike,
+    bounded,
+    engine_settings_of,
+    limits_of,
+    sampling_of,
+)
 from mirada.engine.parallel import lead, serve
 from mirada.engine.prefix import PrefixCache, Weights
 from mirada.engine.prepare import Preparing, are_remote, most_bytes
@@ -34,7 +41,7 @@ from mirada.engine.structure import Structures, ToolChoice, check_choice, counte
 from mirada.engine.thread import EngineThread
 from mirada.engine.together import Follower, Together
 from mirada.engine.vision import EncoderCache
-from mirada.errors import MessageError, MiradaError, NotAvailable, RequestFailed, SettingsError
+from mirada.errors import MessageError, MiradaError, NotAvailable, RequestFailed
 from mirada.layers.cache import make_cache
 from mirada.layers.paged import Pages
 from mirada.media.cache import PixelCache
@@ -48,13 +55,6 @@ from mirada.types import Chat, Delta, Output, Prompt, Sampling, Thinking
 
 if TYPE_CHECKING:
     from mirada.hub import HubOptions
-
-SamplingLike = Sampling | Mapping[str, Any] | None
-"""Settings of one request; a mapping is checked key by key."""
-
-
-EngineSettingsLike = EngineSettings | Mapping[str, Any] | None
-"""Bounds of the engine; a mapping is checked key by key."""
 
 
 class VLM(Sleeper):
@@ -70,7 +70,8 @@ class VLM(Sleeper):
     (see ``load.area_of``). ``widen``: matrices of a quantised checkpoint take
     ``dtype`` on load (faster, larger) instead of staying packed. ``quant`` says how matrices are kept: ``int8``, ``int4`` or,
     with groups of 64, ``int4:64``, and on a CPU ``exact`` (as stored, with float32 activations); see docs/quantise.md.
-    ``load_in_8bit`` and ``load_in_4bit`` are other names of int8 and int4. ``limits`` say what may be fetched, and from where.
+    ``load_in_8bit`` and ``load_in_4bit`` are other names of int8 and int4. ``limits`` say what may be fetched, and from where
+    (``media.fetch.FetchLimits``, or a mapping of its fields).
     ``adapters``: names and directories of LoRA adapters, see ``load_adapter``. ``tensor_parallel``: processes that share the
     model, of which this is the first; the others call ``follow`` (docs/parallel.md).
     ``engine``: bounds of the engine, see ``EngineSettings``. Its thread ends with ``close()``, at the end of a ``with`` block,
@@ -95,16 +96,16 @@ class VLM(Sleeper):
         load_in_4bit: bool = False,
         tensor_parallel: int | None = None,
         hub: HubOptions | Mapping[str, Any] | None = None,
-        limits: FetchLimits | None = None,
+        limits: LimitsLike = None,
         engine: EngineSettingsLike = None,
         adapters: Mapping[str, str | Path] | None = None,
     ) -> None:
-        settings = _engine_settings(engine)
+        settings, allowed = engine_settings_of(engine), limits_of(limits)
         mode = parse_mode(quant, load_in_8bit, load_in_4bit)
         read = lambda: load(  # noqa: E731
             model, device, dtype, min_pixels, max_pixels, widen, hub, device_map, attn, mode, tensor_parallel, max_image_tokens
         )
-        self._set_up(read(), limits, settings, read)
+        self._set_up(read(), allowed, settings, read)
         for name, path in (adapters or {}).items():
             self.load_adapter(name, path)
 
@@ -116,7 +117,7 @@ class VLM(Sleeper):
         rule: MediaRule | None = None,
         *,
         eos: Iterable[int] = (),
-        limits: FetchLimits | None = None,
+        limits: LimitsLike = None,
         engine: EngineSettingsLike = None,
     ) -> VLM:
         """An engine around a model in memory (it is not copied: what is trained answers with its weights of the moment).
@@ -125,8 +126,8 @@ class VLM(Sleeper):
         weights, not those through ``parameter.data``. After one of these, call ``forget``.
         """
         made = cls.__new__(cls)
-        settings = EngineSettings(prefix_cache_bytes=0, encoder_cache_bytes=0) if engine is None else _engine_settings(engine)
-        made._set_up(assemble(model, renderer, rule, eos), limits, settings)
+        settings = EngineSettings(prefix_cache_bytes=0, encoder_cache_bytes=0) if engine is None else engine_settings_of(engine)
+        made._set_up(assemble(model, renderer, rule, eos), limits_of(limits), settings)
         return made
 
     @classmethod
@@ -140,12 +141,12 @@ class VLM(Sleeper):
         serve(load(model, device, dtype, tensor_parallel=tensor_parallel, **options))
 
     def _set_up(
-        self, parts: Parts, limits: FetchLimits | None, settings: EngineSettings, read: Callable[[], Parts] | None = None
+        self, parts: Parts, limits: FetchLimits, settings: EngineSettings, read: Callable[[], Parts] | None = None
     ) -> None:
         """``read`` gives the parts anew, where they are in files."""
         settings = memory.fitted(settings, next(parts.model.parameters()).device)
-        self.parts, self._settings, self._read = _bounded(parts, settings.max_length), settings, read
-        self.limits = limits or FetchLimits()
+        self.parts, self._settings, self._read = bounded(parts, settings.max_length), settings, read
+        self.limits = limits
         self._pool = Pool(settings.workers)
         self._requests = Requests(self.parts, self.limits, PixelCache(settings.pixel_cache_bytes), self._pool)
         self._structures = Structures(parts.renderer.tokenizer, parts.renderer.format, parts.eos)
@@ -422,7 +423,7 @@ class VLM(Sleeper):
                 raise sleeping.asleep()
             if not isinstance(chat, Prompt) and (not isinstance(media, list | tuple) or media):
                 raise MessageError("prepared media are given beside messages", "give them with a Prompt, or put pictures there")
-            settings = _sampling(sampling)
+            settings = sampling_of(sampling)
             mode, _ = check_choice(tools, tool_choice)
             shown = tools if mode != "none" else None
             sequence, wanted, finish = self._requests.begin(chat, settings, thinking, media, shown, salt, together)
@@ -463,7 +464,7 @@ class VLM(Sleeper):
     ) -> Guide | None:
         """A guide for one reply, as ``submit`` makes it of the same settings: to learn early whether they can be kept to. None
         where the reply may be anything. Raises SettingsError, and NotAvailable without llguidance."""
-        return self._structures.guide(_sampling(sampling), thinking, tools, tool_choice, parallel_tool_calls)
+        return self._structures.guide(sampling_of(sampling), thinking, tools, tool_choice, parallel_tool_calls)
 
 
 def _ended(leader: weakref.ref[Sequence], together: weakref.ref[Together], done: bool) -> None:
@@ -471,29 +472,3 @@ def _ended(leader: weakref.ref[Sequence], together: weakref.ref[Together], done:
     first, shared = leader(), together()
     if done and first is not None and shared is not None:
         shared.settle(first.error or RequestFailed("the request was cancelled while it was prepared", "send it again"))
-
-
-def _sampling(given: SamplingLike) -> Sampling:
-    if isinstance(given, Sampling):
-        return given
-    if given is not None and not isinstance(given, Mapping):
-        raise SettingsError(f"sampling is a {type(given).__name__}", "give Sampling(...) or a mapping of its fields")
-    values = dict(given or {})
-    if isinstance(values.get("stop"), str):
-        values["stop"] = (values["stop"],)
-    return config.parse(Sampling, values, "sampling")
-
-
-def _engine_settings(given: EngineSettingsLike) -> EngineSettings:
-    return given if isinstance(given, EngineSettings) else config.parse(EngineSettings, given or {}, "engine settings")
-
-
-def _bounded(parts: Parts, most: int | None) -> Parts:
-    """``parts`` whose context holds at most ``most`` tokens."""
-    if most is None:
-        return parts
-    if most > parts.context:
-        raise SettingsError(
-            f"engine setting max_length={most} is more than the model's context of {parts.context}", "lower it, or leave it out"
-        )
-    return replace(parts, context=most)
