@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from mirada.errors import MediaNotFound, MessageError, SettingsError
 from mirada.media.fetch import FetchLimits, locate, show
 from mirada.table import nearest
-from mirada.types import Image, Message, Part, Sampling, Text, Video
+from mirada.types import Image, Message, Part, Prompt, Sampling, Text, Video
 
 VIDEO_SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".flv", ".wmv", ".3gp", ".ogv")
@@ -31,13 +31,41 @@ _VIDEO = frozenset(field.name for field in fields(Video)) - {"source"}
 
 def question(inputs: tuple[Any, ...], text: str | None, options: Mapping[str, Any], limits: FetchLimits) -> Message:
     """The user's turn for ``ask``: media in the order given, then the text (the last input unless ``text`` is given)."""
+    if text is None and inputs and is_source(inputs[-1]):
+        raise MessageError(
+            f"the question is missing: the last input, {show(inputs[-1])}, is a picture or video",
+            'the question comes last: ask("photo.jpg", "What is this?")',
+        )
     *media, text = (inputs or (None,)) if text is None else (*inputs, text)
     if not isinstance(text, str):
-        raise MessageError("ask has no question", 'give it last: ask("photo.jpg", "What is this?")')
+        raise MessageError("the question is missing", 'it comes last: ask("photo.jpg", "What is this?")')
     if not text.strip():
         raise MessageError("the question is empty", "say what you want to know about the media")
     parts = [as_part(source, limits) for source in _flat(media)]
     return Message("user", (*with_settings(parts, options), Text(text)))
+
+
+def is_source(given: Any) -> bool:
+    """Whether text names a file or has the look of a picture's or video's name or address, as no question has."""
+    if not isinstance(given, str):
+        return False
+    return os.path.isfile(given) or given[:11].lower() in ("data:image/", "data:video/") or (
+        _suffix(given) in VIDEO_SUFFIXES | IMAGE_SUFFIXES and not any(letter.isspace() for letter in given)
+    )  # fmt: skip
+
+
+def chats(given: Any) -> list[Any]:
+    """What ``generate`` is given, as a list of chats; each of them is looked at later, by itself. MessageError for one chat,
+    and for what is no row of chats at all."""
+    fix = "give a list of chats, also of one: generate([chat])"
+    if isinstance(given, str | bytes | Message | Prompt | Mapping) or not isinstance(given, Iterable):
+        raise MessageError(f"chats are given as a {type(given).__name__}", fix)
+    made = list(given)
+    if made and all(isinstance(one, Message | Mapping) for one in made):
+        raise MessageError(
+            "generate takes a list of chats, and is given one chat: a list of messages", f"wrap it in a list; {fix}"
+        )
+    return made
 
 
 def system_turn(system: str | None) -> list[Message]:

@@ -368,9 +368,10 @@ class VLM(Sleeper):
 
         ``sampling``, ``adapter`` and ``salt`` are one for all, or one per chat; ``media`` (of Prompts) and ``guide``, which
         serves one reply alone, are one per chat; the rest is one for all, as in ``submit``. An answer that reaches the end of
-        the model's context finishes with ``length``. Raises MessageError for as many of them as there are no chats.
+        the model's context finishes with ``length``. Raises MessageError for one chat outside a list, and for as many of them
+        as there are no chats.
         """
-        chats = list(chats)
+        chats = inputs.chats(chats)
         count = len(chats)
         each = zip(
             chats,

@@ -87,3 +87,22 @@ def test_options_by_name():
         question(("Why?",), None, {"resized_height": 28}, LIMITS)
     with pytest.raises(MessageError, match="question is empty"):
         question((FRAME, "  "), None, {}, LIMITS)
+
+
+def test_a_picture_where_the_question_belongs_is_not_asked(tmp_path):
+    file = tmp_path / "sign"
+    file.write_bytes(b"\x89PNG")
+    for inputs in (
+        ("sign.png",),
+        ("What?", "sign.png"),
+        (str(file),),
+        ("What?", "https://a.b/c.MP4?x=1"),
+        ("data:image/png;base64,AA",),
+    ):
+        with pytest.raises(MessageError, match=r"question is missing.*question comes last"):
+            question(inputs, None, {}, LIMITS)
+    for inputs in ((), (file,), ("What?", FRAME)):
+        with pytest.raises(MessageError, match="question is missing"):
+            question(inputs, None, {}, LIMITS)
+    assert question(("What is in sign.png",), None, {}, LIMITS).parts == (Text("What is in sign.png"),)
+    assert question((FRAME,), "sign.png", {}, LIMITS).parts[-1] == Text("sign.png")
