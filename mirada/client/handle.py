@@ -52,6 +52,12 @@ class ReplyHandle:
         # Not the reply itself: one that failed may hold its error, that the frames it passed, and those this handle, for ever.
         weakref.finalize(self, _let_go, weakref.ref(reply)).atexit = False
 
+    def __repr__(self) -> str:
+        reply, state = self._reply, "running"
+        if reply.done:
+            state = type(reply.error).__name__ if reply.error is not None else str(reply.deltas[-1].finish)
+        return f"<ReplyHandle {state}, {sum(len(delta.tokens) for delta in tuple(reply.deltas))} tokens>"
+
     @property
     def done(self) -> bool:
         return self._reply.done

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mirada.adapt.mode import parse as parse_mode
 from mirada.engine import inputs, memory
@@ -25,6 +25,7 @@ from mirada.engine.options import (
     SamplingLike,
     bounded,
     engine_settings_of,
+    label,
     limits_of,
     sampling_of,
 )
@@ -105,7 +106,7 @@ class VLM(Sleeper):
         read = lambda: load(  # noqa: E731
             model, device, dtype, min_pixels, max_pixels, widen, hub, device_map, attn, mode, tensor_parallel, max_image_tokens
         )
-        self._set_up(read(), allowed, settings, read)
+        self._set_up(read(), allowed, settings, read, str(model))
         for name, path in (adapters or {}).items():
             self.load_adapter(name, path)
 
@@ -141,9 +142,15 @@ class VLM(Sleeper):
         serve(load(model, device, dtype, tensor_parallel=tensor_parallel, **options))
 
     def _set_up(
-        self, parts: Parts, limits: FetchLimits, settings: EngineSettings, read: Callable[[], Parts] | None = None
+        self,
+        parts: Parts,
+        limits: FetchLimits,
+        settings: EngineSettings,
+        read: Callable[[], Parts] | None = None,
+        name: str = "",
     ) -> None:
-        """``read`` gives the parts anew, where they are in files."""
+        """``read`` gives the parts anew, where they are in files; ``name`` is what those were opened by."""
+        self._label = label(name, parts)
         settings = memory.fitted(settings, next(parts.model.parameters()).device)
         self.parts, self._settings, self._read = bounded(parts, settings.max_length), settings, read
         self.limits = limits
@@ -212,6 +219,17 @@ class VLM(Sleeper):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        if not hasattr(self, "_engine"):  # opening it failed
+            return "<VLM, not open>"
+        return f"<VLM {self._label}, {'running' if (state := self.state()) == 'ready' else state}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise NotAvailable(
+            "a VLM cannot be copied, pickled or sent to another process: it holds threads and a model's memory",
+            "open it in each process: VLM(...)",
+        )
 
     def forget(self) -> None:
         """Let nothing that was computed so far be used again: weights have changed in a way that torch's counters do not

@@ -49,3 +49,9 @@ def bounded(parts: Parts, most: int | None) -> Parts:
             f"engine setting max_length={most} is more than the model's context of {parts.context}", "lower it, or leave it out"
         )
     return replace(parts, context=most)
+
+
+def label(name: str, parts: Parts) -> str:
+    """A model in a few words: what it was opened by (of one in memory its type), how matrices are kept, and where."""
+    devices = parts.placement.devices if parts.placement is not None else [next(parts.model.parameters()).device]
+    return f"{name or parts.model.config.model_type}, {parts.precision} on {' and '.join(map(str, devices))}"

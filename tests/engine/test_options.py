@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 
 from mirada import VLM, Message
-from mirada.errors import MessageError, SettingsError
+from mirada.errors import MessageError, NotAvailable, SettingsError
 
 
 @pytest.fixture(scope="module")
@@ -36,3 +39,24 @@ def test_what_is_no_list_of_chats_is_refused(qwen):
     assert qwen.generate([]) == []
     good, bad = qwen.generate(iter([chat, chat[0]]), {"max_tokens": 1})  # one among chats does not disturb the others
     assert good.error is None and isinstance(bad.error, MessageError)
+
+
+def test_a_line_says_what_it_is_and_how_it_does(qwen):
+    parts = qwen.parts
+    with VLM.from_parts(parts.model, parts.renderer, parts.rule) as vlm:
+        assert repr(vlm) == "<VLM qwen2_vl, float32 on cpu, running>"
+        handle = vlm.submit([Message("user", "hi")], {"max_tokens": 2, "ignore_eos": True})
+        assert repr(handle).startswith("<ReplyHandle ")
+        handle.result()
+        assert repr(handle) == "<ReplyHandle length, 2 tokens>"
+        assert repr(vlm.submit([])) == "<ReplyHandle MessageError, 0 tokens>"
+        vlm.sleep()
+        assert repr(vlm) == "<VLM qwen2_vl, float32 on cpu, asleep>"
+    assert repr(vlm).endswith("closed>")
+    assert repr(VLM.__new__(VLM)) == "<VLM, not open>"
+
+
+def test_a_model_is_not_sent_to_another_process(qwen):
+    for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(NotAvailable, match="open it in each process"):
+            attempt(qwen)
