@@ -15,7 +15,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union
@@ -46,8 +46,8 @@ def child_env(**changes: str) -> dict[str, str]:
 def parse(cls: type[T], mapping: Mapping[str, Any], where: str = "settings") -> T:
     """Build the dataclass ``cls`` from ``mapping``, checking keys and types all the way down.
 
-    Fields may be str, int, float (takes an int), bool, None, Path, Literal, unions, tuples, lists, mappings and other
-    dataclasses. ``where`` names the mapping in messages. Raises SettingsError.
+    Fields may be str, int, float (takes an int), bool, None, Path, Literal, unions, tuples, lists, sequences (kept as tuples),
+    mappings and other dataclasses. ``where`` names the mapping in messages. Raises SettingsError.
     """
     if not isinstance(mapping, Mapping):
         raise SettingsError(f"{where} is a {type(mapping).__name__}", "it must be a mapping of names to values")
@@ -131,7 +131,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else parse(hint, value, where)  # type: ignore[arg-type]
-    if origin in (tuple, list):
+    if origin in (tuple, list, Sequence):
         return _convert_sequence(origin, args, hint, value, where)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
@@ -161,13 +161,14 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
 def _convert_sequence(origin: type, args: tuple, hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, list | tuple):
         raise _wrong(hint, value, where)
-    if origin is list or args[1:] == (...,):
+    if origin is not tuple or args[1:] == (...,):
         kinds = (args[0],) * len(value)
     elif len(args) != len(value):
         raise SettingsError(f"{where} has {len(value)} values", f"give {len(args)}")
     else:
         kinds = args
-    return origin(_convert(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+    made = [_convert(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True))]
+    return made if origin is list else tuple(made)
 
 
 def _convert_union(hint: Any, args: tuple, value: Any, where: str) -> Any:
@@ -213,9 +214,11 @@ def _say(hint: Any) -> str:
         return " or ".join(_say(arg) for arg in args)
     if origin is Literal:
         return "one of " + ", ".join(repr(arg) for arg in args)
-    if origin in (tuple, list):
+    if origin in (tuple, list, Sequence):
         return "a list of " + ", ".join(_say(arg) for arg in args if arg is not ...)
-    if dataclasses.is_dataclass(hint) or (isinstance(origin, type) and issubclass(origin, Mapping)):
+    if args and isinstance(origin, type) and issubclass(origin, Mapping):
+        return "a mapping" if args[0] in (str, Any) else f"a mapping whose keys are each {_say(args[0])}"
+    if dataclasses.is_dataclass(hint):
         return "a mapping"
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path", type(None): "null"}
     return words.get(hint, getattr(hint, "__name__", str(hint)))

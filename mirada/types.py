@@ -153,6 +153,8 @@ def _parts(parts: str | Part | Sequence[str | Part]) -> tuple[Part, ...]:
 
 
 Chat = Sequence[Message]
+ChatLike = Sequence[Message | Mapping[str, Any]]
+"""A chat as the engine takes it: also messages as OpenAI's API has them, ``{"role": ..., "content": ...}``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +209,7 @@ FORMS = ("json_schema", "regex", "choice", "grammar")
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to choose tokens. ``None`` switches a filter off; temperature 0 is greedy."""
+    """How to choose tokens. ``None`` switches a filter off; temperature 0 is greedy. Sequences are kept as tuples."""
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -223,12 +225,12 @@ class Sampling:
     logit_bias: Mapping[int, float] | None = None
     """Added to the logits of these token ids."""
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
     logprobs: int | None = None
     """How many alternatives to report per token (0: the chosen token alone)."""
     include_stop_str_in_output: bool = False
     """A stop string that ended the answer stays at its end."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: Sequence[int] = ()
     """Token ids that end the answer like the model's own ends; their text is no part of it."""
     min_tokens: int = 0
     """Before so many tokens neither an end nor a stop string ends the answer (a promised form may)."""
@@ -242,7 +244,7 @@ class Sampling:
     """The answer is JSON of this schema: a mapping, ``True`` for any JSON, or a pydantic model."""
     regex: str | None = None
     """The whole answer matches this regular expression."""
-    choice: tuple[str, ...] | None = None
+    choice: Sequence[str] | None = None
     """The answer is one of these texts."""
     grammar: str | None = None
     """The answer is a text of this Lark grammar."""

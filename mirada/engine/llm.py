@@ -52,7 +52,7 @@ from mirada.media.pool import Pool
 from mirada.media.rule import MediaRule
 from mirada.models import rounding
 from mirada.prompt.render import Tools
-from mirada.types import Chat, Delta, Output, Prompt, Sampling, Thinking
+from mirada.types import ChatLike, Delta, Output, Prompt, Sampling, Thinking
 
 if TYPE_CHECKING:
     from mirada.hub import HubOptions
@@ -346,7 +346,7 @@ class VLM(Sleeper):
 
     def stream(
         self,
-        chat: Chat | Prompt,
+        chat: ChatLike | Prompt,
         sampling: SamplingLike = None,
         *,
         thinking: Thinking = "auto",
@@ -370,7 +370,7 @@ class VLM(Sleeper):
 
     def generate(
         self,
-        chats: Iterable[Chat | Prompt],
+        chats: Iterable[ChatLike | Prompt],
         sampling: SamplingLike | Seq[SamplingLike] = None,
         *,
         thinking: Thinking = "auto",
@@ -418,7 +418,7 @@ class VLM(Sleeper):
 
     def submit(
         self,
-        chat: Chat | Prompt,
+        chat: ChatLike | Prompt,
         sampling: SamplingLike = None,
         *,
         thinking: Thinking = "auto",

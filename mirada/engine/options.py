@@ -29,6 +29,11 @@ def sampling_of(given: SamplingLike) -> Sampling:
     values = dict(given or {})
     if isinstance(values.get("stop"), str):
         values["stop"] = (values["stop"],)
+    if isinstance(bias := values.get("logit_bias"), Mapping):  # JSON has no numbers as keys
+        values["logit_bias"] = {
+            int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 10 else key: value
+            for key, value in bias.items()
+        }
     return config.parse(Sampling, values, "sampling")
 
 

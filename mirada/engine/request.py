@@ -28,7 +28,7 @@ from mirada.prompt.ground import Grounder
 from mirada.prompt.parse import Parser
 from mirada.prompt.render import Tools
 from mirada.records.wire import messages_from_openai
-from mirada.types import Chat, Image, MediaUsage, Message, Prompt, Sampling, Thinking, Usage, Video
+from mirada.types import ChatLike, Image, MediaUsage, Message, Prompt, Sampling, Thinking, Usage, Video
 
 Finish = Callable[[Cancel | None], None]
 
@@ -40,7 +40,12 @@ class Requests:
         self.parts, self.limits, self.cache, self.pool = parts, limits, cache, pool
 
     def make(
-        self, chat: Chat | Prompt, sampling: Sampling, thinking: Thinking, media: Seq[Patches] = (), tools: Tools | None = None
+        self,
+        chat: ChatLike | Prompt,
+        sampling: Sampling,
+        thinking: Thinking,
+        media: Seq[Patches] = (),
+        tools: Tools | None = None,
     ) -> Sequence:
         """A whole sequence. Raises MediaError, MessageError, SettingsError, ContextOverflow or RequestFailed."""
         sequence, _, finish = self.begin(chat, sampling, thinking, media, tools)
@@ -49,7 +54,7 @@ class Requests:
 
     def begin(
         self,
-        chat: Chat | Prompt,
+        chat: ChatLike | Prompt,
         sampling: Sampling,
         thinking: Thinking,
         media: Seq[Patches] = (),

@@ -7,7 +7,8 @@ import pickle
 
 import pytest
 
-from mirada import VLM, Message
+from mirada import VLM, Message, Sampling
+from mirada.engine.options import sampling_of
 from mirada.errors import MessageError, NotAvailable, SettingsError
 
 
@@ -60,3 +61,20 @@ def test_a_model_is_not_sent_to_another_process(qwen):
     for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(NotAvailable, match="open it in each process"):
             attempt(qwen)
+
+
+def test_token_ids_may_be_text_as_in_json():
+    assert sampling_of({"logit_bias": {"5": 1, 7: -2}}).logit_bias == {5: 1, 7: -2}
+    with pytest.raises(SettingsError, match="keys are each a whole number"):
+        sampling_of({"logit_bias": {"five": 1}})
+    with pytest.raises(SettingsError, match="token ids"):
+        Sampling(logit_bias={"5": 1})  # pyright: ignore[reportArgumentType]
+
+
+def test_lists_of_sampling_are_kept_as_tuples():
+    for made in (
+        Sampling(stop=["a"], stop_token_ids=[1], choice=["b"]),
+        sampling_of({"stop": ["a"], "stop_token_ids": [1], "choice": ["b"]}),
+    ):
+        assert (made.stop, made.stop_token_ids, made.choice) == (("a",), (1,), ("b",))
+        assert made == Sampling(stop=("a",), stop_token_ids=(1,), choice=("b",))
