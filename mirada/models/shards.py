@@ -37,6 +37,8 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _INDEX = "model.safetensors.index.json"
+_POINTER = b"version https://git-lfs"
+"""How the text begins that stands in a repository in the place of a large file."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ def read_header(file: Path) -> dict[str, Stored]:
     size = file.stat().st_size
     with file.open("rb") as handle:
         prefix = handle.read(8)
+        if not prefix:
+            raise _broken(file, "it is empty")
+        if prefix + handle.read(len(_POINTER) - 8) == _POINTER:
+            raise TensorError(f"{file} is a pointer of Git LFS, not the weights", "run `git lfs pull` in that directory")
+        handle.seek(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if length > size - 8:
             raise _broken(file, f"its header should take {length} bytes but the file has {size}")

@@ -249,7 +249,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[CheckpointError], str]] =
     "int8 unsaid": (_tensors(lambda t: t.update({HEAD: t[HEAD].char()})), TensorError, "lm_head.weight' is stored as int8"),
     "truncated": (_bytes(lambda data: data[:-5]), TensorError, r"model.safetensors is broken: tensor .* but the file has"),
     "header cut": (_bytes(lambda data: data[:50]), TensorError, "header should take"),
-    "empty": (_bytes(lambda data: b""), TensorError, "is broken"),
+    "empty": (_bytes(lambda data: b""), TensorError, "is broken: it is empty"),
+    "a pointer of Git LFS": (
+        _bytes(lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"), TensorError, "git lfs pull",
+    ),
     "header overlong": (_bytes(_overlong), TensorError, "header should take 1099511627776"),
     "header no JSON": (_bytes(lambda data: data[:8] + b"x" * (len(data) - 8)), TensorError, "not that of a safetensors"),
     "sizes disagree": (_bytes(_wrong_span), TensorError, "takes .* bytes, not"),
