@@ -85,8 +85,7 @@ class Run:
         with _progress(self.total) as tick, ThreadPoolExecutor(self.batch.in_flight, "mirada-batch") as pool:
             try:
                 for line in read_lines(self.batch.source):
-                    if self.results.has(line):
-                        self.results.counts["skipped (had an answer)"] += 1
+                    if self.results.skips(line):
                         tick()
                         continue
                     slots.acquire()

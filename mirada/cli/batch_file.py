@@ -18,6 +18,7 @@ from mirada.errors import MiradaError, ParameterError, RequestFailed, SettingsEr
 from mirada.records.files import JsonLines
 
 ENDPOINT, RESPONSES = "/v1/chat/completions", "/v1/responses"
+HAD_ANSWER, HAD_ERROR = "skipped (had an answer)", "skipped (had an error: --retry-errors asks again)"
 
 
 class Line(NamedTuple):
@@ -78,14 +79,14 @@ def _parse(raw: bytes, number: int) -> Line:
 class Results:
     """The file of answers: opened by one process alone, repaired, and added to line by line.
 
-    ``done``: names of lines that have an answer. ``retry_errors`` takes out the lines of errors first, so that they are asked
-    again. Raises SettingsError if it cannot be written or another process writes it.
+    ``done``: names of lines that have an answer or an error, and whether it is an error. ``retry_errors`` takes out the lines
+    of errors first, so that they are asked again. Raises SettingsError if it cannot be written or another process writes it.
     """
 
     def __init__(self, path: Path, retry_errors: bool = False) -> None:
         self.path = path
-        self.counts: Counter[str] = Counter({"answered": 0, "failed": 0, "skipped (had an answer)": 0})
-        self.done: set[str] = set()
+        self.counts: Counter[str] = Counter(dict.fromkeys(("answered", "failed", HAD_ANSWER, HAD_ERROR), 0))
+        self.done: dict[str, bool] = {}
         self.num_errors = 0
         self._lock = threading.Lock()
         with contextlib.ExitStack() as opened:
@@ -109,9 +110,13 @@ class Results:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def has(self, line: Line) -> bool:
-        """Whether it has an answer. A line that repeats a custom_id or has none is known by its place."""
-        return line.id in self.done if line.problem is not None else f"custom {line.custom_id}" in self.done
+    def skips(self, line: Line) -> bool:
+        """Whether it has an answer or an error already, which is counted. A line that repeats a custom_id or has none is known
+        by its place."""
+        failed = self.done.get(line.id if line.problem is not None else f"custom {line.custom_id}")
+        if failed is not None:
+            self.counts[HAD_ERROR if failed else HAD_ANSWER] += 1
+        return failed is not None
 
     def add(self, line: Line, response: dict[str, Any] | None, error: dict[str, Any] | None) -> None:
         """Write one line, whole. Raises RequestFailed if the disk does not take it."""
@@ -128,8 +133,9 @@ class Results:
             self.counts["failed" if failed else "answered"] += 1
 
     def _note(self, value: Mapping[str, Any], named: bool) -> None:
-        self.num_errors += _failed(value)
-        self.done.add(f"custom {value['custom_id']}" if named else value["id"])
+        failed = _failed(value)
+        self.num_errors += failed
+        self.done[f"custom {value['custom_id']}" if named else value["id"]] = failed
 
     def _read(self) -> None:
         with self.path.open("rb") as file:

@@ -151,7 +151,8 @@ def test_errors_may_be_asked_again(mirada, tmp_path):
         done = mirada("batch", source, out, "--url", server.url, "--in-flight", 1)
         assert done.code == 1 and "1 answered, 2 failed" in done.err
         assert by_name(out)["a"]["response"]["status_code"] == 400
-        assert mirada("batch", source, out, "--url", server.url).code == 1
+        again = mirada("batch", source, out, "--url", server.url)
+        assert again.code == 1 and "1 skipped (had an answer), 2 skipped (had an error: --retry-errors asks again)" in again.err
         assert mirada("batch", source, out, "--url", server.url, "--retry-errors").code == 0
     assert all(text(line) == "x" for line in by_name(out).values()) and not out.with_name("out.jsonl.partial").exists()
 
