@@ -14,6 +14,7 @@ from typing import Any
 
 from mirada import __version__, config
 from mirada.errors import SettingsError
+from mirada.layers.kernels.library import AGAIN
 
 _MODULES = {  # distribution -> module, where they differ
     "pillow": "PIL",
@@ -214,7 +215,7 @@ def _models(problems: list[Problem]) -> dict[str, str]:
     folder = Path(__file__).parents[1] / "assets" / "mini"
     parts = sorted(folder.glob("*.safetensors"))
     if not (parts and (folder / "config.json").exists()):
-        problems.append(Problem("error", f"the model mini is not in {folder}", "pip install --force-reinstall mirada"))
+        problems.append(Problem("error", f"the model mini is not in {folder}", AGAIN))
         return {}
     return {"mini": f"{sum(part.stat().st_size for part in parts) / 1e6:.1f} MB in {folder}"}
 

@@ -117,7 +117,7 @@ def test_codecs_and_formats_that_are_missing(monkeypatch):
 def test_the_model_inside_the_package(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "__file__", str(tmp_path / "cli" / "doctor.py"))
     (gone,) = problems(doctor._models)
-    assert gone.level == "error" and "mini" in gone.problem
+    assert gone.level == "error" and "mini" in gone.problem and gone.fix.endswith("--no-deps .")
     mini = tmp_path / "assets" / "mini"
     mini.mkdir(parents=True)
     (mini / "config.json").write_text("{}")
@@ -149,3 +149,5 @@ def test_which_kernels_multiply(monkeypatch):
     monkeypatch.setattr(library, "status", lambda: library.Status("none", "they were not compiled", "pip install"))
     assert "fbgemm" in doctor._kernels(found)
     assert found[0].level == "warning" and "they were not compiled" in found[0].problem and found[0].fix == "pip install"
+    monkeypatch.setattr(library, "_file", lambda suffix: Path("nowhere"))
+    assert library._loaded.__wrapped__()[1].fix.endswith("on the path, " + library.AGAIN)

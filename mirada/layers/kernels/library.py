@@ -17,6 +17,8 @@ SETTING = "MIRADA_CPU_KERNELS"
 """Environment: auto (the best that the processor has), scalar, avx2, avx512, or off."""
 _ISAS = ("scalar", "avx2", "avx512")
 _HERE = Path(__file__).parent
+AGAIN = "in Mirada's checkout: pip install --force-reinstall --no-deps ."
+"""How the package is installed anew: not by its name, which would ask a package index."""
 
 
 class Matrix(ctypes.Structure):
@@ -68,7 +70,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, Status]:
         raise SettingsError(f"{SETTING}={wanted!r} is unknown", f"use auto, off, {', '.join(_ISAS)}")
     if wanted == "off":
         return None, Status("none", f"{SETTING}=off", f"unset {SETTING}")
-    again = "pip install --force-reinstall --no-deps mirada, with a C compiler (gcc or clang) on the path"
+    again = f"with a C compiler (gcc or clang) on the path, {AGAIN}"
     file = next((path for path in map(_file, importlib.machinery.EXTENSION_SUFFIXES) if path.is_file()), None)
     if file is None:
         return None, Status("none", "they were not compiled when Mirada was installed", again)
