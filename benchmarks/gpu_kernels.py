@@ -126,8 +126,8 @@ def attention(report: common.Report, ceiling: float) -> None:
 
 def segments(report: common.Report, ceiling: float) -> None:
     """Pictures of a tower end to end; bytes are not what bounds it, so the share says little."""
-    from mirada.layers.attention import KINDS
     from mirada.layers.kernels import triton_varlen
+    from mirada.layers.kinds import KINDS
 
     lengths = (1024, 4096, 256, 2048)
     q, k, v = noise(sum(lengths), 48, 80).split(16, 1)

@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mirada.layers.attention import set_kind
 from mirada.layers.batch import Batch, MediaBatch
 from mirada.layers.cache import make_cache
+from mirada.layers.kinds import set_kind
 from mirada.layers.moe import Router
 from mirada.models.family import FAMILIES
 from mirada.models.load import build

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mirada.layers import attention
+from mirada.layers import kinds
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "gpu_parity.py"
 TINY = ["--device", "cpu", "--tiny", "--tokens", "80"]
@@ -42,7 +42,7 @@ def test_every_model_and_row(parity, capsys, monkeypatch):
 
 def test_a_wrong_kernel_is_noticed(parity, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.setitem(attention.KINDS, "eager", lambda q, k, v, causal, scale: attention.sdpa(q, k, v, causal, 2 * scale))
+    monkeypatch.setitem(kinds.KINDS, "eager", lambda q, k, v, causal, scale: kinds.sdpa(q, k, v, causal, 2 * scale))
     assert parity.main([*TINY, "--only", "keye"]) == 1
     bad = [line for line in lines(capsys) if line.endswith("TOO LARGE")]
     assert bad and all(" eager " in line for line in bad)

@@ -86,7 +86,7 @@ def measure(asked: Asked) -> tuple[Any, Any]:
         peer = Peer(find(asked.model), model_type)
         return ours, peer.run(given, parts.renderer, parts.rule, dict(ours.facts), parts.eos)
     if asked.reference == "eager":
-        from mirada.layers.attention import set_kind
+        from mirada.layers.kinds import set_kind
 
         set_kind(parts.model, "eager")
         return ours, run_stages(parts.model, given, parts.rule, parts.precision, parts.eos)

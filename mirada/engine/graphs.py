@@ -20,10 +20,11 @@ from torch import Tensor
 
 from mirada.engine.chunk import Chunk
 from mirada.layers import fused
-from mirada.layers.attention import DEFAULT
 from mirada.layers.batch import Batch
 from mirada.layers.cache import Cache
-from mirada.layers.paged import PagedCache, PagedLatentCache, Pages, Tables
+from mirada.layers.kinds import DEFAULT
+from mirada.layers.paged import PagedCache, PagedLatentCache, Pages
+from mirada.layers.tables import Tables
 
 BUCKETS = (1, 2, 4, *range(8, 65, 8), *range(80, 257, 16))
 """Rows of a captured step."""

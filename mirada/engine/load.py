@@ -19,8 +19,8 @@ from mirada.engine.parallel import check_alone, join, load_shared, own_device, s
 from mirada.engine.place import Plan, Room, install, measure, plan, rooms
 from mirada.errors import CheckpointError, NotAvailable, SettingsError
 from mirada.layers import fused
-from mirada.layers.attention import check_kind, set_kind
 from mirada.layers.kernels import library
+from mirada.layers.kinds import check_kind, set_kind
 from mirada.media.grid import GridRule
 from mirada.media.rule import MediaRule
 from mirada.models import precision, shards
@@ -84,7 +84,7 @@ def load(
     """Read the checkpoint ``name``: a directory, a model inside the package (``mini``), or org/name on a hub.
 
     ``widen``: packed (quantised) matrices take ``dtype`` on load, for speed, instead of staying packed. ``device_map="auto"``
-    spreads layers over all GPUs and the CPU instead of taking one ``device``. ``attn``: see ``layers.attention.check_kind``.
+    spreads layers over all GPUs and the CPU instead of taking one ``device``. ``attn``: see ``layers.kinds.check_kind``.
     ``quant``: how matrices are kept, see ``adapt.mode`` and ``check_mode``; without it and without a ``dtype`` (None or
     ``auto``) see ``unasked_mode``.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mirada.errors import OutOfMemory, SettingsError
-from mirada.layers.attention import DEFAULT
+from mirada.layers.kinds import DEFAULT
 from mirada.layers.kv_int8 import SCALE_TYPE, Quantised, quantise
 from mirada.layers.past import attend_one
 from mirada.table import Table
@@ -74,7 +74,7 @@ class KVCache(Protocol):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float, kind: str = DEFAULT) -> Tensor:
         """Keep the new k, v [T, K, d] of each sequence, then attend causally over past and new: q [T, H, d] -> [T, H, d].
 
-        ``kind``: see ``layers.attention.KINDS``.
+        ``kind``: see ``layers.kinds.KINDS``.
         """
         ...
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,8 @@ from torch import Tensor, nn
 from mirada import config
 from mirada.errors import SettingsError
 from mirada.layers.kernels import library, matrix
-
-if TYPE_CHECKING:
-    from mirada.layers.norm import RMSNorm
-    from mirada.layers.paged import PagedCache, PagedLatentCache, Tables
+from mirada.layers.past import attend_one
+from mirada.layers.tables import Tables
 
 SETTING = "MIRADA_GPU_KERNELS"
 """Environment: auto (on CUDA where Triton is installed), off, or interpret: on the CPU too, in Triton's interpreter, which
@@ -96,15 +94,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     return triton_norm.rms_norm(rows, weight, eps).view(x.shape)
 
 
-def add_norm(x: Tensor, delta: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-    """x and delta [T, D] -> x + delta, and the norm of that."""
-    # A norm that something is hooked on is called as a module.
-    if on(x) and norm.weight.dtype == x.dtype == delta.dtype and not norm._forward_hooks and not norm._forward_pre_hooks:
-        from mirada.layers.kernels import triton_norm
+def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+    """x and delta [T, D] -> x + delta, and its norm; None where no kernel computes."""
+    if not on(x) or not weight.dtype == x.dtype == delta.dtype:
+        return None
+    from mirada.layers.kernels import triton_norm
 
-        return triton_norm.add_norm(x.contiguous(), delta, norm.weight, norm.eps)
-    total = x + delta
-    return total, norm(total)
+    return triton_norm.add_norm(x.contiguous(), delta, weight, eps)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -122,6 +118,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 MOST_HEAD = 1024
 """Channels of a head that the CPU kernel turns."""
+Share = tuple[Tensor, float, int]
+"""Of a norm of heads: its weight [d], its eps, and how many of the heads are its."""
 
 
 def turn_in_place(
@@ -129,27 +127,26 @@ def turn_in_place(
     by: nn.Module,
     heads: Tensor,
     turn: tuple[Tensor, Tensor],
-    norms: Sequence[tuple[RMSNorm, int]] = (),
+    norms: Sequence[Share] = (),
     pairs: bool = False,
 ) -> Tensor | None:
     """Normalises and turns ``heads`` [T, H, d], a view of what ``by`` has ``made``, where they lie, on a CPU.
 
-    That is ``rope.rotate`` of ``norm.norm_heads``, or, with ``pairs``, of ``rope.pairs_to_halves``. ``norms``: each with how
-    many of the heads are its.
+    That is ``rope.rotate`` of ``norm.norm_heads``, or, with ``pairs``, of ``rope.pairs_to_halves``. ``norms`` are of
+    modules that nothing is hooked on (``plain``).
 
     Returns the heads; None, and nothing is written, where no kernel computes. What is hooked on ``by`` may keep what it saw:
     heads are then of a copy.
     """
-    weights = [norm.weight for norm, _ in norms]
-    if made.dtype != torch.float32 or not compiles(made) or heads.shape[-1] > MOST_HEAD or not plain(*(n for n, _ in norms)):
+    if made.dtype != torch.float32 or not compiles(made) or heads.shape[-1] > MOST_HEAD:
         return None
-    if any(weight.dtype != torch.float32 for weight in weights) or any(side.dtype != torch.float32 for side in turn):
+    if any(weight.dtype != torch.float32 for weight, _, _ in norms) or any(side.dtype != torch.float32 for side in turn):
         return None
     if not plain(by):
         heads = heads.clone()
     begin = 0
-    for (norm, count), weight in zip(norms, weights, strict=True):
-        matrix.normalise_heads(heads[:, begin : begin + count], weight, norm.eps)
+    for weight, eps, count in norms:
+        matrix.normalise_heads(heads[:, begin : begin + count], weight, eps)
         begin += count
     matrix.turn_heads(heads, turn, pairs)
     return heads
@@ -178,12 +175,12 @@ def _lanes(x: Tensor) -> bool:
     return compiles(x) and library.status().name != "scalar"
 
 
-def norm_in_place(x: Tensor, norm: RMSNorm) -> None:
-    """x [T, D], any number apart, becomes ``norm(x)``."""
-    if x.dtype == norm.weight.dtype == torch.float32 and compiles(x) and plain(norm):
-        matrix.normalise_heads(x[:, None], norm.weight, norm.eps)
-    else:
-        x.copy_(norm(x))
+def norm_in_place(x: Tensor, weight: Tensor, eps: float) -> bool:
+    """x [T, D], any number apart, becomes its norm, on a CPU; False, and nothing is written, where no kernel computes."""
+    if not x.dtype == weight.dtype == torch.float32 or not compiles(x):
+        return False
+    matrix.normalise_heads(x[:, None], weight, eps)
+    return True
 
 
 def plain(*modules: nn.Module) -> bool:
@@ -192,29 +189,24 @@ def plain(*modules: nn.Module) -> bool:
 
 
 def turn_and_keep(
-    cache: Any,
-    layer: int,
     qkv: Tensor,
     heads: int,
     turn: tuple[Tensor, Tensor],
-    norms: tuple[RMSNorm, RMSNorm] | None,
-    batch: Any,
+    norms: Sequence[Share],
+    rows: Tensor,
+    pools: tuple[Tensor, ...],
 ) -> Tensor | None:
-    """qkv [T, (H + 2 K) d] -> turned queries [T, H, d], the keys and values being in the pages of ``cache``; None, and nothing
-    is written, where ``cache`` is of another kind or no kernel computes."""
-    from mirada.layers.paged import PagedCache
-
-    if not isinstance(cache, PagedCache) or cache.kv != "auto" or not on(qkv):
-        return None
+    """qkv [T, (H + 2 K) d] -> turned queries [T, H, d], the keys and values being at the places ``rows`` of their pools; None,
+    and nothing is written, where the kernel does not take ``norms`` (see ``paged.PagedCache.turn_and_keep``)."""
     weights = None
-    if norms is not None:
-        weights = norms[0].weight, norms[1].weight, norms[0].eps
-        if norms[0].eps != norms[1].eps or any(w.dtype != qkv.dtype for w in weights[:2]):
+    if norms:
+        (q_weight, eps, _), (k_weight, k_eps, _) = norms
+        if eps != k_eps or not q_weight.dtype == k_weight.dtype == qkv.dtype:
             return None
+        weights = q_weight, k_weight, eps
     from mirada.layers.kernels import triton_rope
 
-    tables = cache.tables(batch).on(qkv.device)
-    return triton_rope.rope_write(qkv, heads, turn, weights, tables.rows, *cache.pools(layer))
+    return triton_rope.rope_write(qkv, heads, turn, weights, rows, *pools)
 
 
 def write(pool: Tensor, rows: Tensor, new: Tensor) -> None:
@@ -224,31 +216,31 @@ def write(pool: Tensor, rows: Tensor, new: Tensor) -> None:
     triton_rope.write(pool, rows, new.contiguous())
 
 
-def attend_pages(cache: PagedCache, layer: int, q: Tensor, tables: Tables, scale: float) -> Tensor | None:
+def attend_pages(pools: tuple[Tensor, ...], q: Tensor, tables: Tables, scale: float) -> Tensor | None:
     """Causal attention of new tokens whose keys and values are in their pages: q [T, H, d] -> [T, H, d]; None where no kernel
-    computes."""
-    decodes = max(tables.counts) == 1
-    if not on(q) or q.shape[1] // cache.num_kv_heads > 64:
+    computes. ``pools``: planes [pages, page, K, width], two of floats or four of int8 and scales."""
+    decodes, kv_heads = max(tables.counts) == 1, pools[0].shape[2]
+    if not on(q) or q.shape[1] // kv_heads > 64:
         return None
     from mirada.layers.kernels import triton_paged
 
-    tables, pools = tables.on(q.device), cache.pools(layer)
+    tables = tables.on(q.device)
     if decodes:
         return triton_paged.paged_decode(q, pools, tables.block_tables, tables.lengths, scale)
-    if cache.kv == "auto" and (made := _varlen_pages(q, pools, tables, scale)) is not None:
+    if len(pools) == 2 and (made := _varlen_pages(q, pools, tables, scale)) is not None:
         return made
     if tables.places is None:
-        tables.places = triton_paged.tiles(tables.counts, triton_paged.queries(q.shape[1], cache.num_kv_heads), q.device)
+        tables.places = triton_paged.tiles(tables.counts, triton_paged.queries(q.shape[1], kv_heads), q.device)
     return triton_paged.paged_prefill(q, pools, tables.block_tables, tables.lengths, tables.places, scale)
 
 
-def attend_latents(cache: PagedLatentCache, layer: int, q: Tensor, tables: Tables, rank: int, scale: float) -> Tensor | None:
+def attend_latents(pools: tuple[Tensor, ...], q: Tensor, tables: Tables, rank: int, scale: float) -> Tensor | None:
     """New tokens over latents in pages: q [T, H, W] -> [T, H, rank]; None where no kernel computes."""
     if not on(q):
         return None
     from mirada.layers.kernels import triton_mla, triton_paged
 
-    tables, pools = tables.on(q.device), cache.pools(layer)
+    tables = tables.on(q.device)
     if max(tables.counts) == 1:
         return triton_mla.latent_decode(q, pools, tables.block_tables, tables.lengths, rank, scale)
     if tables.places is None:
@@ -261,11 +253,9 @@ MOST_GROUPED = 4096
 product for more. A guess that no GPU has checked: ``benchmarks/gpu_kernels.py`` times both."""
 
 
-def experts(
-    x: Tensor, gate_up: Any, down: Any, tokens: Tensor, shares: Tensor, order: Tensor, counts: Tensor
-) -> Tensor | None:
-    """See ``triton_moe.grouped_experts``; None where no kernel computes, or for so many rows that torch's is better. Stacks that
-    are held as integers (``adapt.packed.PackedStack``) are multiplied as they lie."""
+def experts(x: Tensor, gate_up: Any, down: Any, tokens: Tensor, shares: Tensor, order: Tensor, counts: Tensor) -> Tensor | None:
+    """See ``triton_moe.grouped_experts``; None where no kernel computes, or for so many rows that torch's is better. Stacks
+    that are held as integers (``adapt.packed.PackedStack``) are multiplied as they lie."""
     if not (isinstance(gate_up, Tensor) and isinstance(down, Tensor)):
         return _packed_experts(x, gate_up, down, tokens, shares, order, counts)
     grouped = x.device.type == "cuda" and x.dtype == torch.bfloat16
@@ -417,7 +407,5 @@ def _varlen_pages_work(device: torch.device, dtype: torch.dtype, heads: int, pag
         )  # fmt: skip
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
         return False
-    from mirada.layers.past import attend_one
-
     k, v = (x[[1, 0]].flatten(0, 1)[: page + 1].transpose(0, 1) for x in (keys, values))
     return torch.allclose(made.float(), attend_one(q, k, v, 0.1).float(), atol=0.05)

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirada.layers import fused
-from mirada.layers.attention import DEFAULT, attend_packed
+from mirada.layers.attention import attend_packed
 from mirada.layers.batch import Batch
+from mirada.layers.kinds import DEFAULT
 from mirada.layers.kv_int8 import Quantised
 from mirada.layers.latent_cache import LatentCache, Rows
 from mirada.layers.linear import Linear, linear
-from mirada.layers.norm import RMSNorm
+from mirada.layers.norm import RMSNorm, norm_in_place
 from mirada.layers.paged import PagedLatentCache
 from mirada.layers.past import TILE, Read, attend_one, attend_pieces, in_pieces, merge, tiles, written_piece
 from mirada.layers.rope import Rotation, pairs_to_halves, rotate
@@ -59,7 +60,7 @@ class MLA(nn.Module):
     """
 
     attention_kind: str = DEFAULT
-    """Of the expanded form, see ``layers.attention.KINDS``; the absorbed one always computes its softmax as written."""
+    """Of the expanded form, see ``layers.kinds.KINDS``; the absorbed one always computes its softmax as written."""
     variants: Sequence[tuple[Callable[[Tensor], Tensor] | None, tuple[int, ...]]] = ()
     """Where an adapter changes the weight of ``kv_b``: what makes the changed one (None: as it is), and for which of the
     sequences of a forward; together all of them."""
@@ -113,7 +114,7 @@ class MLA(nn.Module):
         rows = self.kv_a(x)
         latent, key = rows.split((self.sizes.kv_rank, self.sizes.rope), -1)
         if fused.plain(self.kv_a) and fused.turn_in_place(rows, self.kv_a, key[:, None], turn, pairs=True) is not None:
-            fused.norm_in_place(latent, self.kv_norm)
+            norm_in_place(latent, self.kv_norm)
             return rows
         return torch.cat((self.kv_norm(latent), rotate(pairs_to_halves(key)[:, None], turn)[:, 0]), -1)
 

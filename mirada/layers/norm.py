@@ -34,5 +34,20 @@ def norm_heads(heads: Tensor, q_norm: RMSNorm, k_norm: RMSNorm, num_q: int) -> T
     return F.rms_norm(heads.float(), heads.shape[-1:], None, q_norm.eps).to(heads.dtype) * weight
 
 
+def add_norm(x: Tensor, delta: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+    """x and delta [T, D] -> x + delta, and the norm of that. One that something is hooked on is called as a module."""
+    made = fused.add_norm(x, delta, norm.weight, norm.eps) if fused.plain(norm) else None
+    if made is not None:
+        return made
+    total = x + delta
+    return total, norm(total)
+
+
+def norm_in_place(x: Tensor, norm: RMSNorm) -> None:
+    """x [T, D], any number apart, becomes ``norm(x)``."""
+    if not fused.plain(norm) or not fused.norm_in_place(x, norm.weight, norm.eps):
+        x.copy_(norm(x))
+
+
 class LayerNorm(nn.LayerNorm):
     """torch's: its kernels accumulate in float32 for every storage type."""

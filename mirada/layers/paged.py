@@ -6,7 +6,6 @@ B sequences; T new tokens of all; S past + new tokens of one; K key-value heads;
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,48 +13,18 @@ from torch import Tensor
 
 from mirada.errors import OutOfMemory, SettingsError
 from mirada.layers import fused
-from mirada.layers.attention import DEFAULT
 from mirada.layers.cache import Cache, KeysAndValues, Store
+from mirada.layers.kinds import DEFAULT
 from mirada.layers.kv_int8 import Quantised
 from mirada.layers.latent_cache import Latents, Rows
 from mirada.layers.past import attend_one
+from mirada.layers.tables import Tables
 
 if TYPE_CHECKING:
     from mirada.layers.batch import Batch
 
 PAGE = 32
 """Tokens of a page; also the least that a prefix shares."""
-
-
-@dataclass(eq=False)
-class Tables:
-    """Where the tokens of one batch lie, made once for all layers."""
-
-    batch: Batch
-    counts: tuple[int, ...]
-    """New tokens of each sequence."""
-    rows: Tensor
-    """int64 [T]: page * PAGE + offset of each new token; of a fixed batch negative where there is none."""
-    block_tables: Tensor
-    """int32 [B, most pages of a sequence]; behind a sequence's own, zeros."""
-    lengths: Tensor
-    """int32 [B]: past + new tokens."""
-    fixed: bool = False
-    """The tensors are refilled from step to step (``engine.graphs``): nothing but them may be read, and rows may be empty."""
-    places: tuple[Tensor, ...] | None = None
-    """What a kernel makes of the sizes, once for all layers."""
-    some: dict[tuple[int, ...], Tables] = field(default_factory=dict)
-    """Of some of the sequences, by their numbers; ``rows`` are all."""
-    _elsewhere: dict[torch.device, Tables] = field(default_factory=dict)
-
-    def on(self, device: torch.device) -> Tables:
-        """The same with its tensors on ``device``."""
-        if device == self.rows.device:
-            return self
-        if device not in self._elsewhere:
-            rows, tables, lengths = (x.to(device) for x in (self.rows, self.block_tables, self.lengths))
-            self._elsewhere[device] = Tables(self.batch, self.counts, rows, tables, lengths, self.fixed)
-        return self._elsewhere[device]
 
 
 class Pages(Cache):
@@ -251,6 +220,22 @@ class SharedStore:
 class PagedCache(KeysAndValues, Pages):
     """Keys and values in pages [page, K, d]."""
 
+    def turn_and_keep(
+        self,
+        layer: int,
+        qkv: Tensor,
+        heads: int,
+        turn: tuple[Tensor, Tensor],
+        norms: Sequence[fused.Share],
+        batch: Batch,
+    ) -> Tensor | None:
+        """qkv [T, (H + 2 K) d] -> turned queries [T, H, d], the keys and values being in their places; None, and nothing is
+        written, where no kernel computes. ``norms``: of the queries and of the keys, or none."""
+        if self.kv != "auto" or not fused.on(qkv):
+            return None
+        rows = self.tables(batch).on(qkv.device).rows
+        return fused.turn_and_keep(qkv, heads, turn, norms, rows, self.pools(layer))
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float, kind: str = DEFAULT) -> Tensor:
         """See KVCache. All new tokens are written at once; a step of decoding is one call of a kernel where there is one."""
         self.put(layer, self.tables(batch).rows, k, v)
@@ -259,7 +244,7 @@ class PagedCache(KeysAndValues, Pages):
     def attend_kept(self, layer: int, q: Tensor, batch: Batch, scale: float, kind: str = DEFAULT) -> Tensor:
         """``attend`` where the new keys and values are in their places already."""
         tables = self.tables(batch)
-        made = fused.attend_pages(self, layer, q, tables, scale) if kind == DEFAULT else None
+        made = fused.attend_pages(self.pools(layer), q, tables, scale) if kind == DEFAULT else None
         if made is not None:
             return made
         if tables.fixed:
@@ -306,7 +291,7 @@ class PagedLatentCache(Latents, Pages):
     def attend_members(self, layer: int, q: Tensor, members: Sequence[int], batch: Batch, rank: int, scale: float) -> Tensor:
         """The new tokens of some sequences of ``batch``, whose rows are kept, where kernels compute: queries in the space of
         the latents [T, H, W] -> [T, H, rank]."""
-        made = fused.attend_latents(self, layer, q, self._some(tuple(members), batch), rank, scale)
+        made = fused.attend_latents(self.pools(layer), q, self._some(tuple(members), batch), rank, scale)
         assert made is not None
         return made
 
@@ -323,7 +308,7 @@ class PagedLatentCache(Latents, Pages):
         """Keep the new ``rows`` [B, W], then attend: queries in the space of the latents [B, H, W] -> [B, H, rank]."""
         tables = self.tables(batch)
         self.put(layer, tables.rows, rows[:, None])
-        made = fused.attend_latents(self, layer, q, tables, rank, scale)
+        made = fused.attend_latents(self.pools(layer), q, tables, rank, scale)
         if made is not None:
             return made
         (keys,), live = self.gather_tables(layer, tables)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from mirada.layers.attention import DEFAULT, KINDS
+from mirada.layers.kinds import DEFAULT, KINDS
 from mirada.layers.kv_int8 import Quantised
 
 TILE = 1 << 20

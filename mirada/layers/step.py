@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mirada.layers.attention import DEFAULT
 from mirada.layers.batch import Batch
 from mirada.layers.cache import SlabCache
 from mirada.layers.kernels.library import library
+from mirada.layers.kinds import DEFAULT
 from mirada.layers.latent_cache import LatentCache
 from mirada.layers.mla import MLA
 from mirada.layers.moe import Experts

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from mirada.errors import ConfigError
 from mirada.keys import Keys
 from mirada.layers import fused
-from mirada.layers.attention import DEFAULT, attend_packed
+from mirada.layers.attention import attend_packed
 from mirada.layers.batch import Batch
 from mirada.layers.cache import KVCache
+from mirada.layers.kinds import DEFAULT
 from mirada.layers.linear import Linear
 from mirada.layers.mlp import GatedMLP
-from mirada.layers.norm import RMSNorm, norm_heads
+from mirada.layers.norm import RMSNorm, add_norm, norm_heads
+from mirada.layers.paged import PagedCache
 from mirada.layers.rope import Rotation, inverse_frequencies, mrope_angles, rotate, rotation
 from mirada.layers.step import Step
 from mirada.layers.step_parts import Block, Heads, Parts, Shape, Unplannable
@@ -79,14 +81,15 @@ class DecoderAttention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         keys, qkv = self.heads + self.kv_heads, self.qkv(x)
-        norms = (self.q_norm, self.k_norm) if self.qk_norm else None
-        q = fused.turn_and_keep(ctx.cache, self.index, qkv, self.heads, ctx.turn, norms, ctx.batch)
-        if q is not None:
-            cache: Any = ctx.cache
-            return self.out(cache.attend_kept(self.index, q, ctx.batch, self.scale, self.attention_kind).flatten(1))
+        norms = (self.q_norm, self.k_norm) if self.qk_norm else ()
+        shares = [(norm.weight, norm.eps, n) for norm, n in zip(norms, (self.heads, self.kv_heads), strict=False)]
+        if isinstance(ctx.cache, PagedCache):
+            q = ctx.cache.turn_and_keep(self.index, qkv, self.heads, ctx.turn, shares, ctx.batch)
+            if q is not None:
+                mixed = ctx.cache.attend_kept(self.index, q, ctx.batch, self.scale, self.attention_kind)
+                return self.out(mixed.flatten(1))
         qk, v = qkv.view(len(x), keys + self.kv_heads, -1).split((keys, self.kv_heads), 1)
-        shared = ((norms[0], self.heads), (norms[1], self.kv_heads)) if norms else ()
-        turned = fused.turn_in_place(qkv, self.qkv, qk, ctx.turn, shared)
+        turned = fused.turn_in_place(qkv, self.qkv, qk, ctx.turn, shares) if fused.plain(*norms) else None
         if turned is None:
             turned = rotate(norm_heads(qk, *norms, self.heads) if norms else qk, ctx.turn)
         q, k = turned.split((self.heads, self.kv_heads), 1)
@@ -108,7 +111,7 @@ class DecoderLayer(nn.Module):
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        x, normed = fused.add_norm(x, self.attention(self.norm1(x), ctx), self.norm2)
+        x, normed = add_norm(x, self.attention(self.norm1(x), ctx), self.norm2)
         return x + self.mlp(normed)
 
 

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from mirada.errors import ConfigError
-from mirada.layers import fused
 from mirada.layers.batch import Batch
 from mirada.layers.latent_cache import LatentCache
 from mirada.layers.mla import MLA, LatentSizes
 from mirada.layers.mlp import GatedMLP
 from mirada.layers.moe import MoE, Routing
-from mirada.layers.norm import RMSNorm
+from mirada.layers.norm import RMSNorm, add_norm
 from mirada.layers.rope import Rotation, Yarn, inverse_frequencies, rotation, section_angles
 from mirada.layers.step import Step
 from mirada.layers.step_parts import Block, Parts, Shape, Unplannable
@@ -106,7 +105,7 @@ class DeepseekLayer(nn.Module):
         )
 
     def forward(self, x: Tensor, turn: Rotation, batch: Batch, cache: LatentCache | None) -> Tensor:
-        x, normed = fused.add_norm(x, self.attention(self.norm1(x), turn, batch, cache), self.norm2)
+        x, normed = add_norm(x, self.attention(self.norm1(x), turn, batch, cache), self.norm2)
         return x + self.mlp(normed)
 
 

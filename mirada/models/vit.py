@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from mirada.errors import ConfigError
 from mirada.layers import fused
-from mirada.layers.attention import DEFAULT, attend_packed, attend_some
+from mirada.layers.attention import attend_packed, attend_some
 from mirada.layers.embed import GridPositions, PatchEmbed
+from mirada.layers.kinds import DEFAULT
 from mirada.layers.linear import Linear
 from mirada.layers.mlp import MLP, Gelu
 from mirada.layers.norm import LayerNorm

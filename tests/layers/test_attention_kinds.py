@@ -8,10 +8,11 @@ from tiny import TINY, make_tiny
 
 from mirada import VLM, Message, Sampling
 from mirada.errors import NotAvailable, SettingsError
-from mirada.layers import attention, fused
-from mirada.layers.attention import KINDS, attend_packed, check_kind
+from mirada.layers import fused, kinds
+from mirada.layers.attention import attend_packed
 from mirada.layers.batch import Batch
 from mirada.layers.cache import SlabCache, attend_one
+from mirada.layers.kinds import KINDS, check_kind
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
@@ -53,7 +54,7 @@ def test_the_last_tokens_of_a_sequence_by_every_kind(kind: str, new: int) -> Non
 
 def test_the_cache_hands_the_kind_on(monkeypatch) -> None:
     asked = []
-    monkeypatch.setitem(KINDS, "eager", lambda *args: asked.append(1) or attention.eager(*args))
+    monkeypatch.setitem(KINDS, "eager", lambda *args: asked.append(1) or kinds.eager(*args))
     cache = SlabCache(1, 2, 16)
     cache.allocate(0)
     batch = Batch(torch.zeros(3, dtype=torch.int64), torch.zeros(3, 3, dtype=torch.int64), (3,), (0,), (0,))

@@ -349,11 +349,11 @@ def test_a_kernel_that_is_there_decodes(monkeypatch):
     """It gets pages, tables and lengths from which a plain loop finds every key; prefill does not go through it."""
     calls = []
 
-    def kernel(cache, layer, q, tables, scale):
+    def kernel(pools, q, tables, scale):
         if max(tables.counts) > 1:
             return None
         calls.append(len(q))
-        (k_pages, v_pages), block_tables, lengths = cache.pools(layer), tables.block_tables, tables.lengths
+        (k_pages, v_pages), block_tables, lengths = pools, tables.block_tables, tables.lengths
         out = []
         for row, table, length in zip(q, block_tables.tolist(), lengths.tolist(), strict=True):
             sides = [torch.stack([pool[table[i // 4], i % 4] for i in range(length)], 1) for pool in (k_pages, v_pages)]

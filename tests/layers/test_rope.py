@@ -75,7 +75,7 @@ def test_turned_where_they_lie_equals_the_written_rule(heads: int, width: int, p
         beside = made.view(tokens, heads + 2, width)[:, heads:].clone()
         source = pairs_to_halves(held) if pairs else norm_heads(held, norms[0], norms[1], 1)
         expected = rotate(source, turn)
-        given = () if pairs else ((norms[0], 1), (norms[1], heads - 1))
+        given = () if pairs else [(norm.weight, norm.eps, count) for norm, count in zip(norms, (1, heads - 1), strict=True)]
         got = fused.turn_in_place(made, by, held, turn, given, pairs)
         assert got is held
         torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
