@@ -6,10 +6,13 @@ Nothing heavier than typer is imported here; ``mirada --help`` stays below 0.3 s
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -27,6 +30,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _debug = False
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE)
+"""A full disk, a full quota, and a reader that has gone."""
 
 
 def _set_debug(value: bool) -> bool:
@@ -270,16 +275,24 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what an old terminal cannot show
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # what cannot be written is known here, and not when the interpreter ends
     except MiradaError as error:
         _fail(
             error, f"{error.problem}\n  {error.fix}" if error.fix else error.problem, 2 if isinstance(error, InputError) else 1
         )
-    except Exception as error:  # a defect: say so in one line, and where to see more
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            with contextlib.suppress(OSError):  # what is left in the buffer is tried again at the very end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _fail(error, f"the output cannot be written: {error.strerror}\n  make room for it, or send it elsewhere", 1)
+        # a defect: say so in one line, and where to see more
         _fail(error, f"internal error: {type(error).__name__}: {error}\n  run it again with --debug to see where", 1)
 
 
-def _fail(error: Exception, message: str, code: int) -> None:
+def _fail(error: Exception, message: str, code: int) -> NoReturn:
     if _debug:
         raise error
     print(f"mirada: {message}", file=sys.stderr)

@@ -208,6 +208,18 @@ def test_help_is_quick_and_offers_only_what_exists():
     assert not any(word in text for word in ("train", "eval", "quantize"))
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_is_no_defect():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "mirada.cli", "--version"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "mirada: the output cannot be written: No space left on device\n  make room for it, or send it elsewhere\n"
+    )
+
+
 def test_version(mirada):
     import mirada as package
 
