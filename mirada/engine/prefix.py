@@ -27,6 +27,8 @@ from mirada.types import Span
 
 BLOCK = 16
 """Tokens of a block, where the cache lies in slabs (in pages: those of a page). Small pictures of few tokens are shared too."""
+FOLLOW = 64
+"""Tokens that a request must have in common with one that is computing them to wait for it: fewer are sooner computed again."""
 HASH = 32
 """Bytes of a content key; a span with any other number of them has none, and its sequence is not kept from there on."""
 
@@ -193,6 +195,19 @@ class PrefixCache:
             self._insert(keys[known : known + count], keys[known - 1] if known else chain.root, handles)
         self._touch([self._blocks[key] for key in keys[: known + count]])
 
+    def leader(self, sequence: Sequence, running: Iterable[Sequence]) -> tuple[Sequence, int] | None:
+        """Of ``running``, the one that computes most of what ``sequence`` begins with beyond what is here, and the token before
+        which that ends; None where that is less than FOLLOW tokens for each of them."""
+        prompts = [other for other in running if other.left > 1 and not other.done]
+        if not prompts:
+            return None
+        chain, size = self._chain(sequence), self._store.block
+        keys = chain.keys[: min((sequence.num_tokens - 1) // size, self._most)]
+        kept = next((i for i, key in enumerate(keys) if key not in self._blocks), len(keys))
+        common = {other: _common(keys, self._chain(other).keys) for other in prompts}
+        best = max(prompts, key=common.__getitem__)
+        return (best, common[best] * size) if (common[best] - kept) * size >= FOLLOW else None
+
     def clear(self) -> None:
         """Drop everything."""
         for block in self._blocks.values():
@@ -265,6 +280,11 @@ class PrefixCache:
             parent.followers -= 1
             if not parent.followers:
                 self._push(parent)
+
+
+def _common(some: list[bytes], others: list[bytes]) -> int:
+    """How many first blocks two chains share: a key holds all before it, so none is equal behind one that differs."""
+    return bisect.bisect_left(range(min(len(some), len(others))), True, key=lambda i: some[i] != others[i])
 
 
 def root_key(weights: bytes, adapter: str, form: str, salt: str) -> bytes:

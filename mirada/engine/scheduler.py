@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 from mirada.engine import memory
 from mirada.engine.chunk import Chunk
@@ -20,7 +21,7 @@ from mirada.engine.memory import Budget
 from mirada.engine.sequence import Sequence
 from mirada.engine.settings import EngineSettings
 from mirada.engine.turns import Turns
-from mirada.errors import OutOfMemory
+from mirada.errors import OutOfMemory, RequestFailed
 from mirada.layers.cache import Cache
 
 ROOM_TO_GROW = 64
@@ -44,6 +45,11 @@ class PrefixCache(Protocol):
         """The slot of ``sequence`` holds its first ``computed`` tokens; keep of them what is worth it."""
         ...
 
+    def leader(self, sequence: Sequence, running: Iterable[Sequence]) -> tuple[Sequence, int] | None:
+        """Who of ``running`` computes much of the beginning of ``sequence`` that is not kept yet, and before which token it
+        ends."""
+        ...
+
 
 class Scheduler:
     """Owns the line, the running sequences and the slots of the cache. For one thread."""
@@ -57,6 +63,8 @@ class Scheduler:
         self.slots = list(range(min(settings.max_running, settings.step_tokens)))
         self.turns = Turns(settings.step_tokens)
         self.preemptions = 0
+        self._leaders: WeakKeyDictionary[Sequence, tuple[Sequence, int]] = WeakKeyDictionary()
+        """Of those in line: who computes their beginning, and how far that goes."""
 
     def enter(self, sequence: Sequence) -> None:
         """Put a request in line by when it arrived: behind what came before it, ahead of what came later and was ready sooner.
@@ -70,17 +78,22 @@ class Scheduler:
         """Let go of all that has ended or was cancelled."""
         for sequence in (*self.running, *self.waiting):
             if sequence.cancelled and not sequence.done:
-                sequence.cancel()
+                _cancel(sequence)
         for sequence in [s for s in self.running if s.done]:
             self.leave(sequence)
         if any(s.done for s in self.waiting):
             self.waiting = deque(s for s in self.waiting if not s.done)
 
     def admit(self) -> list[Sequence]:
-        """Give slots to waiting requests, in order, while there is room; one that could not run even alone fails."""
+        """Give slots to waiting requests, in order, while there is room; one that could not run even alone fails. Whose
+        beginning another is just computing is left in line until it can be taken from there, and those behind may pass."""
         fresh: list[Sequence] = []
+        behind: list[Sequence] = []
         while self.waiting and self.slots:
             sequence = self.waiting[0]
+            if self._follows(sequence):
+                behind.append(self.waiting.popleft())
+                continue
             error = self._impossible(sequence)
             if error is not None:
                 self.waiting.popleft().fail(error)
@@ -92,7 +105,30 @@ class Scheduler:
             self.waiting.popleft()
             self._enter(sequence)
             fresh.append(sequence)
+        self.waiting.extendleft(reversed(behind))
         return fresh
+
+    def _follows(self, sequence: Sequence) -> bool:
+        """Whether it is to wait for what another computes of its beginning, which is sooner there than computed twice. Who is
+        waited for runs, and so moves on; if it goes, another leads, or the first in line does."""
+        if self.prefix is None:
+            return False
+        leader, end = self._leaders.get(sequence, (None, 0))
+        if leader is None or leader.done or leader.slot < 0:
+            self._leaders.pop(sequence, None)
+            try:
+                found = self.prefix.leader(sequence, self.running)
+            except Exception:
+                _log.exception("it could not be seen whether a request begins as another does")
+                return False
+            if found is None:
+                return False
+            self._leaders[sequence] = leader, end = found
+        if leader.computed < end:
+            return True
+        del self._leaders[sequence]
+        self.share(leader)
+        return False
 
     def _impossible(self, sequence: Sequence) -> OutOfMemory | None:
         """The error of a request that will not fit even when all others have ended."""
@@ -222,6 +258,15 @@ class Scheduler:
                 room -= count
         self.turns.note(list(prompts), [(chunk.sequence, chunk.count) for chunk in chunks[len(decoding) :]])
         return chunks
+
+
+def _cancel(sequence: Sequence) -> None:
+    """End it, whatever comes of its last words: a step that fails ends all that run."""
+    try:
+        sequence.cancel()
+    except Exception as error:
+        _log.exception("what there was of a cancelled reply could not be read")
+        sequence.fail(RequestFailed(f"ending the reply failed: {error!r}", "this is a defect, please report it"))
 
 
 def _end(sequence: Sequence) -> int:
