@@ -18,6 +18,8 @@ DEMO_PICTURE ?= examples/sign.png
 DEMO_QUESTION ?= What does the sign say?
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# By a path, and not by a hook of imports, so that type checkers see the package from scripts elsewhere too.
+EDITABLE := --config-settings editable_mode=compat
 
 .PHONY: demo test test-browser test-distributed test-slow check format clean
 
@@ -53,7 +55,7 @@ format: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt $(wildcard mirada/layers/kernels/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Mirada needs Python 3.11 or newer; try: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dev,train]"
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) $(EDITABLE) -c constraints.txt -e ".[dev,train]"
 	@touch $@
 
 clean:
