@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,15 @@ from mirada.models.family import family_of
 from mirada.models.lora import load_adapter, size_of
 
 
-def no_adapter(name: object, known: Iterable[str]) -> SettingsError:
+def no_adapter(name: object, known: Collection[str]) -> SettingsError:
     """Lists what there is."""
     return SettingsError(f"there is no adapter {name!r}", nearest(str(name), list(known)))
+
+
+def check_adapter(name: object, known: Collection[str]) -> None:
+    """Raises SettingsError for what names none of ``known``."""
+    if not isinstance(name, str) or name not in known:
+        raise no_adapter(name, known)
 
 
 class Adapters:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mirada.adapt.mode import parse as parse_mode
 from mirada.engine import inputs, memory
 from mirada.engine import sleep as sleeping
-from mirada.engine.adapters import Adapters, no_adapter
+from mirada.engine.adapters import Adapters, check_adapter
 from mirada.engine.counts import add, is_moment
 from mirada.engine.graphs import Graphs, pool_bytes
 from mirada.engine.guide import Guide
@@ -304,8 +304,8 @@ class VLM(Sleeper):
         with self._bed:
             if self._adapters is not None:
                 self._adapters.unload(name)
-            elif name not in self._adapter_paths:  # its weights went with the model's, and would come again with them
-                raise no_adapter(name, self._adapter_paths)
+            else:  # its weights went with the model's, and would come again with them
+                check_adapter(name, self._adapter_paths)
             self._adapter_paths.pop(name, None)
 
     @property

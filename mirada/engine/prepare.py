@@ -7,6 +7,7 @@ the most that it can become.
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import threading
@@ -34,6 +35,7 @@ may take, and must not hold up the rest."""
 USUAL_PIXELS = 1 << 21
 """Of a resized picture, at most."""
 
+_log = logging.getLogger(__name__)
 Work = Callable[[Cancel], None]
 """Prepares one sequence, in place. Raises MiradaError."""
 
@@ -212,7 +214,7 @@ class _State:
             )
         except BaseException as failure:
             error = RequestFailed(f"preparing the request failed: {failure!r}", "this is a defect, please report it")
-            error.__cause__ = failure
+            _log.exception("preparing a request failed")
         size = sum(patches.pixels.nbytes for patches in sequence.media)
         self._let_go(item.most - size)
         if error is None and not sequence.cancelled and not self.closed:
@@ -229,7 +231,7 @@ class _State:
         if item.sequence.cancelled or error is None:
             item.sequence.cancel()
         else:
-            item.sequence.fail(error.with_traceback(None))
+            item.sequence.fail(_without_frames(error))
 
     def _let_go(self, size: int) -> None:
         with self.changed:
@@ -244,7 +246,10 @@ class _State:
 
     def _watch(self) -> None:
         while (end := self.cancels.get()) is not None:
-            end()
+            try:
+                end()
+            except Exception:
+                _log.exception("a request that was cancelled could not be ended early")
             del end
 
     def end_cancelled(self, cancelled: weakref.ref[Sequence]) -> None:
@@ -287,6 +292,15 @@ class _Release:
     def __call__(self, done: bool) -> None:
         if done and self._lock.acquire(blocking=False):
             self._state._let_go(self._size)
+
+
+def _without_frames(error: MiradaError) -> MiradaError:
+    """``error``, its causes too: their frames would keep pixels and engines alive for as long as somebody holds the reply."""
+    found: BaseException | None = error
+    while found is not None:
+        found.__traceback__ = None
+        found = found.__cause__ or found.__context__
+    return error
 
 
 def _closed() -> RequestFailed:

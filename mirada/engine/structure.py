@@ -46,8 +46,11 @@ class Structures:
     def __init__(self, tokenizer: Tokenizer, form: PromptFormat, eos: Collection[int]) -> None:
         self._tokenizer, self._form = tokenizer, form
         self.vocabulary = Vocabulary(tokenizer, eos)
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._kept: OrderedDict[str, Any] = OrderedDict()
+        self._under_way: set[str] = set()
+        """Grammars that a thread compiles now."""
+        self._one_view = threading.Lock()
         self._view: Any = None
 
     def guide(
@@ -120,20 +123,34 @@ class Structures:
                     yield {NAME: name, NUMBER: _NUMBER}.get(part) or _quoted(part)
 
     def _compiled(self, what: str, grammar: str, control: frozenset[int]) -> Any:
-        """A matcher at its beginning, to be copied. Raises SettingsError."""
-        with self._lock:
+        """A matcher at its beginning, to be copied. Who wants the same grammar at the same time waits for it, nobody else does.
+        Raises SettingsError."""
+        with self._changed:
+            self._changed.wait_for(lambda: grammar not in self._under_way)
             if grammar in self._kept:
                 self._kept.move_to_end(grammar)
                 return self._kept[grammar]
-            if self._view is None:
-                self._view = _view(self._tokenizer, self.vocabulary)
-            compiled = self._kept[grammar] = self._checked(what, grammar, control)
-            while len(self._kept) > KEPT or (len(self._kept) > 1 and sum(map(len, self._kept)) > KEPT_CHARS):
-                self._kept.popitem(last=False)
-            return compiled
+            self._under_way.add(grammar)
+        try:
+            compiled = self._checked(what, grammar, control)
+            with self._changed:
+                self._keep(grammar, compiled)
+        finally:
+            with self._changed:
+                self._under_way.discard(grammar)
+                self._changed.notify_all()
+        return compiled
+
+    def _keep(self, grammar: str, compiled: Any) -> None:
+        self._kept[grammar] = compiled
+        while len(self._kept) > KEPT or (len(self._kept) > 1 and sum(map(len, self._kept)) > KEPT_CHARS):
+            self._kept.popitem(last=False)
 
     def _checked(self, what: str, grammar: str, control: frozenset[int]) -> Any:
         llguidance = _library()
+        with self._one_view:
+            if self._view is None:
+                self._view = _view(self._tokenizer, self.vocabulary)
         limits = llguidance.LLParserLimits(max_lexer_states=MOST_STATES, verbose_errors=False)
         with _panics(what):
             made = llguidance.LLMatcher(self._view, grammar, log_level=0, limits=limits)

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from mirada.config import env
-from mirada.errors import HubNotFound, HubRefused, MiradaError
+from mirada.errors import HubNotFound, HubRefused, MiradaError, SettingsError
 from mirada.hub.source import Asked, Listing, RemoteFile
 
 
@@ -34,11 +34,20 @@ class HuggingFace:
         return Path(env("HF_HUB_CACHE") or env("HUGGINGFACE_HUB_CACHE") or self._home() / "hub").expanduser()
 
     def token(self) -> str | None:
+        """Raises SettingsError for a file that is there and cannot be read."""
         found = env("HF_TOKEN") or env("HUGGING_FACE_HUB_TOKEN")
         if found:
             return found.strip()
         file = Path(env("HF_TOKEN_PATH") or self._home() / "token").expanduser()
-        return (file.read_text().strip() or None) if file.is_file() else None
+        try:
+            return file.read_text(encoding="utf-8").strip() or None
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(
+                f"the token file {str(file)!r} cannot be read: {error}",
+                "mend or remove it (hf auth login writes it anew), or give the token as HF_TOKEN or --token",
+            ) from error
 
     def headers(self, token: str | None) -> Mapping[str, str]:
         return {"Authorization": f"Bearer {token}"} if token else {}

@@ -176,4 +176,6 @@ def _one(token: Mapping[str, Any]) -> str:
     text = re.escape(token["content"])
     if token.get("single_word"):
         text = rf"(?<!\w){text}(?!\w)"
-    return (r"\s*" if token.get("lstrip") else "") + text + (r"\s*" if token.get("rstrip") else "")
+    # Blanks are looked at from the first of a run alone, else a long run costs the square of its length.
+    before = r"(?:(?<!\s)\s+)?" if token.get("lstrip") else ""
+    return before + text + (r"\s*" if token.get("rstrip") else "")

@@ -109,6 +109,20 @@ def test_the_line_is_by_arrival():
     assert list(line.waiting) == [preempted, first, *made]
 
 
+def test_one_that_waits_and_cannot_be_cancelled_fails_alone():
+    class Broken:
+        def close(self):
+            raise ZeroDivisionError("planted")
+
+    line = Scheduler.__new__(Scheduler)
+    bad, good, cancelled = (Sequence(Prompt(()), Sampling(), reply) for reply in (Broken(), None, None))
+    line.running, line.waiting = [], preparing.deque((bad, good, cancelled))
+    bad.cancelled = cancelled.cancelled = True
+    line.reap()
+    assert list(line.waiting) == [good] and cancelled.finish == "cancelled"
+    assert isinstance(bad.error, RequestFailed) and "planted" in bad.error.problem
+
+
 def test_cancelling_what_is_not_ready(opened, gate):
     others = set(threading.enumerate())
     vlm = opened()
@@ -208,7 +222,7 @@ def test_bytes_of_prepared_pixels_are_bounded(opened, gate, monkeypatch):
     assert all(output.error is None for output in tight.generate([ask(Image(png(i))) for i in range(3)], SHORT))
 
 
-def test_a_defect_in_preparation_is_a_typed_error(opened, monkeypatch):
+def test_a_defect_in_preparation_is_a_typed_error(opened, monkeypatch, caplog):
     vlm = opened()
     for thrown in (ZeroDivisionError("x"), MemoryError()):
 
@@ -219,7 +233,25 @@ def test_a_defect_in_preparation_is_a_typed_error(opened, monkeypatch):
             patch.setattr(request, "prepare_many", fail)
             error = vlm.submit(ask(Image(png(1))), SHORT).result(20).error
         assert type(error).__name__ == ("OutOfMemory" if isinstance(thrown, MemoryError) else "RequestFailed")
+        while error is not None:  # frames would live for as long as the reply
+            assert error.__traceback__ is None
+            error = error.__cause__ or error.__context__
+    assert "in fail" in caplog.text  # where the defect lies
     assert vlm.submit(ask(Image(png(1))), SHORT).result(60).error is None
+
+
+def test_one_that_cannot_be_ended_keeps_nobody_from_being_ended(opened, caplog):
+    def fail():
+        raise ZeroDivisionError("planted")
+
+    ended, vlm = threading.Event(), opened()
+    watch = vlm._preparing.watch
+    first, second = (Sequence(Prompt(()), Sampling(), None) for _ in range(2))
+    watch(first, fail)
+    watch(second, ended.set)
+    first.stop()
+    second.stop()
+    assert ended.wait(20) and "planted" in caplog.text
 
 
 def test_estimates():

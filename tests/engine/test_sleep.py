@@ -190,6 +190,8 @@ def test_an_adapter_can_be_unloaded_in_its_sleep(vlm, tmp_path, level):
     vlm.sleep(level)
     with pytest.raises(SettingsError, match="no adapter 'b'"):
         vlm.unload_adapter("b")
+    with pytest.raises(SettingsError, match="no adapter \\['a'\\]"):
+        vlm.unload_adapter(["a"])
     vlm.unload_adapter("a")
     with pytest.raises(SettingsError, match="no adapter 'a'"):
         vlm.unload_adapter("a")

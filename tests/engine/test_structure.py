@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import jsonschema
@@ -321,6 +323,36 @@ def test_grammars_are_kept_and_their_number_is_bounded(qwen, monkeypatch):
     monkeypatch.setattr(structure, "KEPT_CHARS", 10)
     made.guide(Sampling(regex="abc"))
     assert len(made._kept) == 1
+
+
+def test_a_grammar_that_compiles_long_holds_up_only_those_who_want_it(qwen, monkeypatch):
+    made = Structures(qwen.parts.renderer.tokenizer, QWEN2_VL, qwen.parts.eos)
+    check, begun, go, compiled = made._checked, threading.Event(), threading.Event(), []
+
+    def checked(what, grammar, control):
+        compiled.append(grammar)
+        if "slow" in grammar:
+            begun.set()
+            assert go.wait(20)
+        return check(what, grammar, control)
+
+    made.guide(Sampling(choice=("kept",)))
+    monkeypatch.setattr(made, "_checked", checked)
+    with ThreadPoolExecutor(3) as pool:
+        slow = [pool.submit(made.guide, Sampling(choice=("slow",))) for _ in range(2)]
+        try:
+            assert begun.wait(20)
+            for text in ("kept", "fresh"):
+                assert pool.submit(made.guide, Sampling(choice=(text,))).result(10).allows
+            assert not any(one.done() for one in slow)
+        finally:
+            go.set()
+        guides = [one.result(20) for one in slow]
+    assert len(compiled) == 2 and guides[0] is not guides[1]
+    monkeypatch.setattr(made, "_checked", check)
+    for _ in range(2):  # one that failed is nobody's to wait for
+        with pytest.raises(SettingsError):
+            made.guide(Sampling(regex="("))
 
 
 def test_tools_are_compiled_once_however_many_there_are(qwen, monkeypatch):

@@ -302,6 +302,18 @@ def test_tokens(hub: Any, source: str, monkeypatch: pytest.MonkeyPatch, tmp_path
         assert resolve(MODEL) == place
 
 
+def test_a_token_file_that_cannot_be_read_is_named(hub: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_bytes(b"\xff\xfe")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(file))
+    with pytest.raises(SettingsError, match=r"token .*cannot be read") as caught:
+        resolve(MODEL)
+    assert "HF_TOKEN" in caught.value.fix
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(SettingsError, match="Permission denied"):
+        resolve(MODEL)
+
+
 def test_a_token_never_leaves_for_another_host(hub: Any) -> None:
     hub.token = "right"
     resolve(MODEL, token="right")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -150,6 +151,19 @@ def test_flags_of_added_tokens():
 
     text = "a <think>  b </think> c"
     assert Tokenizer(made).encode_control(text) == tokenizers.Tokenizer.from_str(json.dumps(made)).encode(text).ids
+
+
+def test_long_runs_of_blanks_before_a_token_that_takes_them():
+    made = spec()
+    for token in made["added_tokens"]:
+        token["lstrip"] = True
+    reader = Tokenizer(made)
+    blank, think = " " * 20_000, (" \n <think>", reader.id("<think>"))
+    began = time.process_time()
+    assert list(reader.split(f"a{blank}b \n <think> \n <think>{blank}")) == [
+        (f"a{blank}b", None), think, think, (blank, None),
+    ]  # fmt: skip
+    assert time.process_time() - began < 0.5  # one look per place, not one per pair of them
 
 
 def test_half_a_surrogate_pair_is_a_message_error():
