@@ -19,12 +19,12 @@ import torch
 from mirada import VLM, Image, Message, Sampling, Text, synth
 from mirada.engine.settings import EngineSettings
 from mirada.engine.vision import encode
-from mirada.layers.attention import KINDS
 from mirada.layers.batch import Batch
 from mirada.layers.cache import make_cache
+from mirada.layers.kinds import KINDS
 from mirada.layers.kv_int8 import Quantised, quantise
 from mirada.layers.past import attend_one
-from mirada.media.fetch import FetchLimits
+from mirada.media.limits import FetchLimits
 from mirada.media.prepare import prepare_many
 from mirada.models.positions import positions
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from mirada.engine.structure import Structures
 from mirada.prompt.format import QWEN2_VL
+from mirada.prompt.spelling import BYTE_TO_CHAR
 from mirada.prompt.tokenizer import Tokenizer
-from mirada.prompt.tokenizer_files import BYTE_TO_CHAR
 from mirada.types import Sampling
 
 WORD = {"type": "string", "maxLength": 40}

@@ -10,6 +10,8 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -81,12 +83,56 @@ def test_only_config_touches_the_environment():
     assert found == []
 
 
-def test_nothing_unpickles():
-    for file in ROOT.rglob("*.py"):
+@cache
+def imports(root: Path) -> dict[Path, list[str]]:
+    """All that each module of the package at ``root`` imports, lazily and for types too, with its whole name."""
+    made: dict[Path, list[str]] = {}
+    for file in root.rglob("*.py"):
+        made[file] = []
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
-                assert not {"pickle", "cPickle", "dill", "joblib", "shelve"} & {name.split(".")[0] for name in names}, file
+            if isinstance(node, ast.Import):
+                made[file] += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.module and not node.level, f"{file} has a relative import"
+                made[file] += [f"{node.module}.{alias.name}" for alias in node.names]
+    return made
+
+
+def test_nothing_unpickles():
+    for file, names in imports(ROOT).items():
+        assert not {"pickle", "cPickle", "dill", "joblib", "shelve"} & {part for name in names for part in name.split(".")}, (
+            file
+        )
+
+
+def circle(root: Path) -> list[str]:
+    """Modules of the package at ``root`` of which each is imported by the next, and the last is the first; none if there are no
+    such."""
+    dotted = {file: ".".join(file.relative_to(root.parent).with_suffix("").parts) for file in imports(root)}
+    files = {name.removesuffix(".__init__"): file for file, name in dotted.items()}
+    graph: dict[str, set[str]] = {}
+    for name, file in files.items():
+        whole = [(found, found.rpartition(".")[0]) for found in imports(root)[file]]
+        graph[name] = {found if found in files else parent for found, parent in whole} & set(files)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle(tmp_path):
+    assert circle(ROOT) == []
+    house = tmp_path / "house"
+    house.mkdir()
+    for name, text in {
+        "__init__": "",
+        "a": "def f():\n    from house import b",
+        "b": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import house.c",
+        "c": "from house.a import f",
+    }.items():
+        (house / f"{name}.py").write_text(text)
+    assert set(circle(house)) == {"house.a", "house.b", "house.c"}
 
 
 def test_functions_and_files_stay_short():

@@ -11,7 +11,7 @@ from mirada.cli import show
 from mirada.cli.options import How, Who
 from mirada.engine import inputs
 from mirada.errors import InputError
-from mirada.media.fetch import FetchLimits
+from mirada.media.limits import FetchLimits
 from mirada.records.answer import annotation_to_openai
 from mirada.types import Output
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mirada.cli.batch_file import RESPONSES, Line
 from mirada.cli.options import Who
 from mirada.errors import MediaRefused, ParameterError
-from mirada.media.fetch import FetchLimits
+from mirada.media.limits import FetchLimits
 from mirada.records import completion_to_openai
 from mirada.types import Delta, Handle, Message, Output, Sampling, Thinking, ToolCall
 

@@ -11,7 +11,7 @@ from typing import Any
 from mirada.cli import show
 from mirada.cli.options import How, Who
 from mirada.errors import MediaNotFound, MiradaError, nearest
-from mirada.media.fetch import FetchLimits
+from mirada.media.limits import FetchLimits
 from mirada.types import Delta, Image, Message, Text, Video
 
 COMMANDS = {

@@ -19,7 +19,7 @@ from mirada.types import Image, Part, Sampling, Thinking, Video
 if TYPE_CHECKING:
     import mirada
     from mirada.client import HttpClient
-    from mirada.media.fetch import FetchLimits
+    from mirada.media.limits import FetchLimits
 
 MODES = ("auto", "on", "off")
 

@@ -63,7 +63,7 @@ def _settings(plan: Plan) -> tuple[Any, Any, Any]:
     ``FetchLimits`` of its ``media`` over those of a server; where files may lie is said by the options alone."""
     from mirada.config import parse, read_yaml
     from mirada.engine.settings import EngineSettings
-    from mirada.media.fetch import SERVING, FetchLimits
+    from mirada.media.limits import SERVING, FetchLimits
     from mirada.serve.settings import ServeSettings, find_keys
 
     config = plan.config

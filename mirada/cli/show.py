@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from mirada.errors import InputError, MediaNotFound
-from mirada.media import fetch
+from mirada.media.limits import FetchLimits, show
 from mirada.types import Delta, Output
 
 
@@ -43,7 +43,7 @@ def check_paths(sources: Iterable[str], fix: str = "check the path; the question
     for source in sources:
         # os.path.exists, unlike Path's, takes what is too long for a path.
         if "://" not in source and not source.startswith("data:") and not os.path.exists(source):
-            raise MediaNotFound(f"nothing lies at {fetch.show(source)}", fix)
+            raise MediaNotFound(f"nothing lies at {show(source)}", fix)
 
 
 def piped(words: Sequence[str]) -> tuple[list[str | bytes], str]:
@@ -54,7 +54,7 @@ def piped(words: Sequence[str]) -> tuple[list[str | bytes], str]:
         raise InputError("'-' is standard input, which can be read only once", "give it once; a file of that name is ./-")
     if sys.stdin.isatty():
         raise InputError("'-' is standard input, and nothing is piped into it", 'write: cat a.png | mirada ask - "What is it?"')
-    data = sys.stdin.buffer.read(fetch.FetchLimits().video_bytes + 1)
+    data = sys.stdin.buffer.read(FetchLimits().video_bytes + 1)
     if words[-1] != "-":
         return [data if word == "-" else word for word in words[:-1]], words[-1]
     try:

@@ -10,7 +10,8 @@ from dataclasses import fields
 from typing import Any
 
 from mirada.errors import MediaUnsupported, MessageError
-from mirada.media.fetch import FetchLimits, fetch
+from mirada.media.fetch import fetch
+from mirada.media.limits import FetchLimits
 from mirada.records.wire import message_from_json, message_to_json
 from mirada.types import Chat, Image, Message, Prompt, Sampling, Text, Thinking, Video
 

@@ -38,7 +38,7 @@ from mirada.errors import (
     SettingsError,
     nearest,
 )
-from mirada.media.fetch import FetchLimits
+from mirada.media.limits import FetchLimits
 from mirada.types import Chat, Delta, Prompt, Sampling, Thinking
 
 KEY_VARIABLE = "MIRADA_API_KEY"

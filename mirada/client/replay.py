@@ -21,7 +21,7 @@ from mirada.client.body import Tools, chat_to_body, options_to_body
 from mirada.client.fake import ending, pieces
 from mirada.client.handle import Growing, ReplyHandle
 from mirada.errors import MessageError, MiradaError, NotRecorded, RemoteError
-from mirada.media.fetch import FetchLimits
+from mirada.media.limits import FetchLimits
 from mirada.records.answer import annotation_from_openai, annotation_to_openai, media_from_openai, media_to_openai
 from mirada.records.files import JsonLines
 from mirada.records.wire import message_from_json, message_to_json

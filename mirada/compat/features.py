@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mirada.errors import MediaUnsupported, MessageError, SettingsError
 from mirada.media.exact import resize_bilinear
-from mirada.media.fetch import FetchLimits
 from mirada.media.grid import Patches, content_key, denormalise, normalise
+from mirada.media.limits import FetchLimits
 from mirada.media.prepare import prepare
 from mirada.media.rule import MediaRule
 from mirada.media.video import merged, resize

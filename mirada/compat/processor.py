@@ -14,7 +14,7 @@ from mirada.compat.keywords import Keywords
 from mirada.engine.load import find, pick_device
 from mirada.engine.request import check_chat
 from mirada.errors import MessageError, SettingsError
-from mirada.media.fetch import FetchLimits
+from mirada.media.limits import FetchLimits
 from mirada.media.rule import MediaRule
 from mirada.models.family import family_of
 from mirada.models.load import read_json

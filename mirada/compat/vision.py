@@ -18,9 +18,9 @@ from PIL import Image as pil
 from mirada import config
 from mirada.errors import MediaTooLarge, MessageError, SettingsError
 from mirada.media.exact import resize_bicubic
-from mirada.media.fetch import FetchLimits
 from mirada.media.frames import FrameList
 from mirada.media.grid import GridRule, fit
+from mirada.media.limits import FetchLimits
 from mirada.media.prepare import resize_first
 from mirada.media.rule import MediaRule, Stage
 from mirada.media.sample import check_settings, choose

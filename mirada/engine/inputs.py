@@ -11,7 +11,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mirada.errors import MediaNotFound, MessageError, SettingsError
-from mirada.media.fetch import FetchLimits, locate, show
+from mirada.media.fetch import locate
+from mirada.media.limits import FetchLimits, show
 from mirada.table import nearest
 from mirada.types import Image, Message, Part, Prompt, Sampling, Text, Video
 

@@ -46,8 +46,8 @@ from mirada.errors import MessageError, MiradaError, NotAvailable, RequestFailed
 from mirada.layers.cache import make_cache
 from mirada.layers.paged import Pages
 from mirada.media.cache import PixelCache
-from mirada.media.fetch import FetchLimits
 from mirada.media.grid import Patches
+from mirada.media.limits import FetchLimits
 from mirada.media.pool import Pool
 from mirada.media.rule import MediaRule
 from mirada.models import rounding
@@ -72,7 +72,7 @@ class VLM(Sleeper):
     ``dtype`` on load (faster, larger) instead of staying packed. ``quant`` says how matrices are kept: ``int8``, ``int4`` or,
     with groups of 64, ``int4:64``, and on a CPU ``exact`` (as stored, with float32 activations); see docs/quantise.md.
     ``load_in_8bit`` and ``load_in_4bit`` are other names of int8 and int4. ``limits`` say what may be fetched, and from where
-    (``media.fetch.FetchLimits``, or a mapping of its fields).
+    (``media.limits.FetchLimits``, or a mapping of its fields).
     ``adapters``: names and directories of LoRA adapters, see ``load_adapter``. ``tensor_parallel``: processes that share the
     model, of which this is the first; the others call ``follow`` (docs/parallel.md).
     ``engine``: bounds of the engine, see ``EngineSettings``. Its thread ends with ``close()``, at the end of a ``with`` block,

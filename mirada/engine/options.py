@@ -10,7 +10,7 @@ from mirada import config
 from mirada.engine.load import Parts
 from mirada.engine.settings import EngineSettings
 from mirada.errors import SettingsError
-from mirada.media.fetch import FetchLimits
+from mirada.media.limits import FetchLimits
 from mirada.types import Sampling
 
 SamplingLike = Sampling | Mapping[str, Any] | None

@@ -297,7 +297,9 @@ class _Release:
 def _without_frames(error: MiradaError) -> MiradaError:
     """``error``, its causes too: their frames would keep pixels and engines alive for as long as somebody holds the reply."""
     found: BaseException | None = error
-    while found is not None:
+    seen: list[BaseException] = []  # one may be its own cause
+    while found is not None and found not in seen:
+        seen.append(found)
         found.__traceback__ = None
         found = found.__cause__ or found.__context__
     return error

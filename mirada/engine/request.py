@@ -17,8 +17,8 @@ from mirada.engine.together import Outcome, Prepared, Together
 from mirada.errors import ContextOverflow, MessageError, MiradaError, RequestFailed, SettingsError
 from mirada.media.cache import PixelCache
 from mirada.media.coords import View
-from mirada.media.fetch import FetchLimits
 from mirada.media.grid import Patches, content_key
+from mirada.media.limits import FetchLimits
 from mirada.media.named import prepare_named
 from mirada.media.pool import Cancel, Pool
 from mirada.media.prepare import prepare_many

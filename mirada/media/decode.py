@@ -21,7 +21,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image as pil
 
 from mirada.errors import MediaDecodeError, MediaError, MediaTimeout, MediaTooLarge
-from mirada.media.fetch import FetchLimits, show
+from mirada.media.limits import FetchLimits, show
 from mirada.media.probe import Probe, broken, choose_stream, open_container, open_file, orientation, probe
 from mirada.media.sample import Timeline
 

@@ -23,7 +23,7 @@ import httpcore
 import httpx
 
 from mirada.errors import MediaDecodeError, MediaNotFound, MediaRefused, MediaTimeout, MediaUnsupported
-from mirada.media.fetch import Allowance, FetchLimits, show, too_large
+from mirada.media.limits import Allowance, FetchLimits, show, too_large
 
 REDIRECTS = (301, 302, 303, 307, 308)
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")

@@ -11,9 +11,9 @@ import numpy as np
 from mirada.errors import MediaDecodeError, MediaError, MediaTooLarge, MediaUnsupported
 from mirada.media.decode import Deadline
 from mirada.media.exact import linspace_indices
-from mirada.media.fetch import FetchLimits
 from mirada.media.grid import fit
 from mirada.media.image import open_image, resize
+from mirada.media.limits import FetchLimits
 from mirada.media.rule import MediaRule
 from mirada.media.sample import Choice, Timeline, choose, cut
 from mirada.types import Video

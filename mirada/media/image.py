@@ -16,7 +16,8 @@ from PIL import Image as pil
 from PIL import UnidentifiedImageError, features
 
 from mirada.errors import MediaDecodeError, MediaError, MediaTooLarge, MediaUnsupported
-from mirada.media.fetch import FetchLimits, fetch, show
+from mirada.media.fetch import fetch
+from mirada.media.limits import FetchLimits, show
 from mirada.media.rule import Alpha, MediaRule
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000")

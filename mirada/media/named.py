@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from mirada.errors import MediaNotFound
 from mirada.media.cache import PixelCache, source_key
-from mirada.media.fetch import FetchLimits
 from mirada.media.grid import Patches, Room
+from mirada.media.limits import FetchLimits
 from mirada.media.prepare import check_count
 from mirada.media.rule import MediaRule
 from mirada.types import Image, Video

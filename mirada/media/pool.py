@@ -25,8 +25,8 @@ import numpy as np
 from mirada import config, errors
 from mirada.errors import MediaTimeout, MiradaError, RequestFailed
 from mirada.media import wire
-from mirada.media.fetch import FetchLimits
 from mirada.media.grid import Patches
+from mirada.media.limits import FetchLimits
 from mirada.media.rule import MediaRule
 from mirada.types import Image, Video
 

@@ -18,9 +18,10 @@ from PIL import Image as pil
 
 from mirada.errors import MediaError, MediaTooLarge, MediaUnsupported, RequestFailed, SettingsError
 from mirada.media.cache import PixelCache
-from mirada.media.fetch import Allowance, FetchLimits, is_remote, locate, show
+from mirada.media.fetch import is_remote, locate
 from mirada.media.grid import GridRule, Patches, Room
 from mirada.media.image import resize
+from mirada.media.limits import Allowance, FetchLimits, show
 from mirada.media.plan import Plan, common_cap
 from mirada.media.rule import MediaRule
 from mirada.media.task import Loaded, Means, Task, load, sizes_of

@@ -19,7 +19,7 @@ from av.error import FFmpegError
 from av.stream import Disposition
 
 from mirada.errors import MediaDecodeError, MediaTooLarge, MediaUnsupported
-from mirada.media.fetch import FetchLimits, show, too_large
+from mirada.media.limits import FetchLimits, show, too_large
 from mirada.media.sample import Timeline
 
 DEMUXERS = (

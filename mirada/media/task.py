@@ -16,9 +16,10 @@ from PIL import Image as pil
 
 from mirada.errors import MediaUnsupported
 from mirada.media.cache import PixelCache, source_key
-from mirada.media.fetch import Allowance, FetchLimits, is_remote, locate, read_file, show
+from mirada.media.fetch import is_remote, locate, read_file
 from mirada.media.grid import Patches, Room, content_key
 from mirada.media.image import Picture, decode, header_pixels, header_size, open_image, resize
+from mirada.media.limits import Allowance, FetchLimits, show
 from mirada.media.plan import Plan, Sizes, check_item
 from mirada.media.rule import MediaRule
 from mirada.media.times import Times

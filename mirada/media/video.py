@@ -19,9 +19,10 @@ from mirada.media import image
 from mirada.media.clean import Read, VideoClean, kept
 from mirada.media.decode import Reader, open_reader
 from mirada.media.exact import resize_bicubic, resize_bilinear
-from mirada.media.fetch import FetchLimits, locate
+from mirada.media.fetch import locate
 from mirada.media.frames import FrameList
 from mirada.media.grid import GridRule, Patches, Room, content_key, fit
+from mirada.media.limits import FetchLimits
 from mirada.media.rule import MediaRule
 from mirada.media.sample import Choice, check_settings, choose
 from mirada.media.slowfast import Typist, frame_sizes

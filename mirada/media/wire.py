@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from mirada import config
-from mirada.media.fetch import FetchLimits
 from mirada.media.grid import Patches
+from mirada.media.limits import FetchLimits
 from mirada.media.rule import MediaRule
 from mirada.types import Image, Video
 

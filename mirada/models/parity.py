@@ -29,9 +29,9 @@ from mirada.errors import CheckpointError, MessageError, TensorError
 from mirada.layers.batch import Batch, MediaBatch
 from mirada.layers.cache import make_cache
 from mirada.layers.kernels import library
-from mirada.media.fetch import FetchLimits
 from mirada.media.grid import Patches, normalise
 from mirada.media.image import open_image
+from mirada.media.limits import FetchLimits
 from mirada.media.prepare import prepare
 from mirada.media.rule import MediaRule
 from mirada.models.family import FAMILIES

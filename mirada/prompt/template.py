@@ -13,7 +13,8 @@ from jinja2.exceptions import SecurityError
 from mirada.errors import CheckpointError, MessageError
 from mirada.prompt import sandbox
 from mirada.prompt.format import PromptFormat
-from mirada.prompt.tokenizer_files import NAMES, content_of, read_json
+from mirada.prompt.spelling import content_of
+from mirada.prompt.tokenizer_files import NAMES, read_json
 
 MAX_SOURCE = 1024 * 1024
 """Characters of a template's source."""

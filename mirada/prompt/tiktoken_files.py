@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mirada.errors import CheckpointError
-from mirada.prompt.tokenizer_files import BYTE_TO_CHAR, content_of
+from mirada.prompt.spelling import BYTE_TO_CHAR, content_of
 
 NAME = "tiktoken.model"
 CLASS = "TikTokenTokenizer"

@@ -14,6 +14,7 @@ from typing import Any
 
 from mirada.errors import CheckpointError, MessageError
 from mirada.prompt import tokenizer_files
+from mirada.prompt.spelling import BYTE_TO_CHAR, CHAR_TO_BYTE
 from mirada.table import nearest
 
 
@@ -112,7 +113,7 @@ class Tokenizer:
                 spelled.append(token)
                 continue
             for byte in self._bytes[token]:
-                piece = self._plain.token_to_id(tokenizer_files.BYTE_TO_CHAR[byte])
+                piece = self._plain.token_to_id(BYTE_TO_CHAR[byte])
                 if piece is None:
                     raise CheckpointError(
                         f"the vocabulary has no token for byte {byte}", "use a byte-level tokenizer that holds all 256 bytes"
@@ -161,10 +162,9 @@ class StreamDecoder:
 def _token_bytes(vocabulary: Mapping[str, int], control: Mapping[str, int]) -> list[bytes]:
     size = 1 + max((*vocabulary.values(), *control.values()), default=-1)
     table = [b""] * size
-    char_to_byte = tokenizer_files.CHAR_TO_BYTE
     for token, index in vocabulary.items():
         try:
-            table[index] = bytes([char_to_byte[char] for char in token])
+            table[index] = bytes([CHAR_TO_BYTE[char] for char in token])
         except KeyError:  # written as plain text, as whitespace tokens that were added are
             table[index] = token.encode()
     for token, index in control.items():

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mirada.errors import CheckpointError
+from mirada.prompt import tiktoken_files
+from mirada.prompt.spelling import content_of
 
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -20,17 +22,6 @@ MAX_IDS = 1 << 24
 NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
-def _byte_to_char() -> dict[int, str]:
-    # GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes for code points from 256 on.
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + rank) for rank, byte in enumerate(others)}
-
-
-BYTE_TO_CHAR = _byte_to_char()
-CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
-
-
 def read(directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """-> (contents in the form of ``tokenizer.json``, ``eos_token`` and the like). Raises CheckpointError."""
     if not directory.is_dir():
@@ -39,8 +30,6 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if (directory / "tokenizer.json").exists():
         spec = read_json(directory / "tokenizer.json")
     elif (directory / "tiktoken.model").exists():
-        from mirada.prompt import tiktoken_files  # it builds on this module
-
         spec = tiktoken_files.read(directory, settings)
     else:
         spec = _from_merges(directory)
@@ -118,10 +107,6 @@ def _add_tokens(spec: dict[str, Any], settings: Mapping[str, Any], directory: Pa
         added[content] = {**(token if isinstance(token, Mapping) else {}), "content": content, "id": int(index)}
         taken[int(index)] = content
     spec["added_tokens"] = sorted(added.values(), key=lambda token: token["id"])
-
-
-def content_of(token: Any) -> str:
-    return token["content"] if isinstance(token, Mapping) else str(token)
 
 
 def _checked(tokens: Any) -> list[Mapping[str, Any]]:

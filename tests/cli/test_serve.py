@@ -180,7 +180,7 @@ def test_a_way_of_thinking_that_a_model_lacks_is_refused_at_the_start(vlm):
     from types import SimpleNamespace
 
     from mirada.errors import SettingsError
-    from mirada.media.fetch import FetchLimits
+    from mirada.media.limits import FetchLimits
     from mirada.serve import ServeSettings, create_app
 
     form = replace(vlm.parts.renderer.format, thinking_suffix=(("auto", ""),))

@@ -33,7 +33,7 @@ from mirada.errors import (
     SettingsError,
 )
 from mirada.media import download
-from mirada.media.fetch import FetchLimits
+from mirada.media.limits import FetchLimits
 from mirada.types import Prompt, Span
 
 

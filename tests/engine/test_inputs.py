@@ -8,7 +8,7 @@ from PIL import Image as pil
 
 from mirada.engine.inputs import as_part, is_video, question, split_options
 from mirada.errors import MediaNotFound, MessageError, SettingsError
-from mirada.media.fetch import FetchLimits
+from mirada.media.limits import FetchLimits
 from mirada.types import Image, Text, Video
 
 LIMITS = FetchLimits()

@@ -8,7 +8,7 @@ from media.test_pool import png
 
 from mirada import VLM, Image, Message, Sampling, Text
 from mirada.errors import ContextOverflow, MediaNotFound, MediaTooLarge, MessageError
-from mirada.media.fetch import FetchLimits
+from mirada.media.limits import FetchLimits
 from mirada.records.wire import message_from_json, message_to_json
 
 SHORT = Sampling(max_tokens=6, ignore_eos=True)

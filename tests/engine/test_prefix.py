@@ -24,8 +24,8 @@ from mirada.layers.cache import SlabCache, make_cache
 from mirada.layers.kernels.matrix import Matrix
 from mirada.layers.linear import MatrixLinear
 from mirada.layers.paged import PagedCache
-from mirada.media.fetch import FetchLimits
 from mirada.media.grid import Patches
+from mirada.media.limits import FetchLimits
 from mirada.media.prepare import prepare_many
 from mirada.models.positions import positions
 from mirada.types import Image, Message, Prompt, Sampling, Span, Text, Video

@@ -23,8 +23,8 @@ from mirada.engine.thought import AfterThought
 from mirada.errors import RequestFailed, SettingsError
 from mirada.prompt.format import KEYE_1_5, KIMI, QWEN2_VL, Tags
 from mirada.prompt.parse import Parser
+from mirada.prompt.spelling import BYTE_TO_CHAR
 from mirada.prompt.tokenizer import Tokenizer
-from mirada.prompt.tokenizer_files import BYTE_TO_CHAR
 from mirada.types import joined_calls
 
 ASK = [Message("user", "Say it in JSON.")]

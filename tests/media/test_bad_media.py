@@ -27,7 +27,7 @@ from mirada.errors import (
     MediaUnsupported,
     SettingsError,
 )
-from mirada.media.fetch import FetchLimits
+from mirada.media.limits import FetchLimits
 from mirada.media.prepare import prepare, prepare_many
 from mirada.media.rule import KEYE_PREVIEW
 from mirada.types import Image

@@ -19,7 +19,7 @@ from PIL import Image as pil
 
 from mirada.errors import MediaDecodeError, MediaError, MediaTimeout, MediaTooLarge, MediaUnsupported
 from mirada.media.decode import Animation, VideoFile, _advance, _Painter, on_white, open_reader
-from mirada.media.fetch import FetchLimits
+from mirada.media.limits import FetchLimits
 
 LIMITS = FetchLimits()
 

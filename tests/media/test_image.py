@@ -12,8 +12,8 @@ import pytest
 from PIL import Image as pil
 
 from mirada.errors import MediaDecodeError, MediaTooLarge, MediaUnsupported
-from mirada.media.fetch import FetchLimits
 from mirada.media.image import _formats, decode, from_array, open_image
+from mirada.media.limits import FetchLimits
 
 LIMITS = FetchLimits()
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)

@@ -24,8 +24,8 @@ from mirada.media import pool as pool_module
 from mirada.media import task as task_module
 from mirada.media import wire
 from mirada.media.cache import PixelCache
-from mirada.media.fetch import FetchLimits
 from mirada.media.grid import Patches
+from mirada.media.limits import FetchLimits
 from mirada.media.pool import Cancel, Pool
 from mirada.media.prepare import prepare, prepare_many
 from mirada.media.rule import KEYE_15, KEYE_671B, KEYE_PREVIEW, KIMI, QWEN2_VL, QWEN2_VL_LATER

@@ -21,8 +21,8 @@ from PIL import Image as pil
 
 from mirada.errors import MediaNotFound, MediaTooLarge, MediaUnsupported, SettingsError
 from mirada.media.cache import PixelCache, source_key
-from mirada.media.fetch import FetchLimits
 from mirada.media.grid import GridRule, Patches, normalise
+from mirada.media.limits import FetchLimits
 from mirada.media.prepare import prepare, prepare_many, resize_first
 from mirada.media.rule import KEYE_15, KEYE_PREVIEW, MediaRule, Stage
 from mirada.types import Image, Text

@@ -18,7 +18,7 @@ from mirada.media import prepare as prepare_module
 from mirada.media import task as task_module
 from mirada.media import video as video_module
 from mirada.media.cache import PixelCache
-from mirada.media.fetch import FetchLimits
+from mirada.media.limits import FetchLimits
 from mirada.media.pool import Cancel, Pool
 from mirada.media.prepare import prepare_many
 from mirada.media.rule import KEYE_15, KEYE_PREVIEW, KIMI, QWEN2_VL

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mirada.media.fetch import FetchLimits
 from mirada.media.frames import FrameList
 from mirada.media.grid import normalise
+from mirada.media.limits import FetchLimits
 from mirada.media.rule import KEYE_15
 from mirada.media.sample import slowfast_nframes
 from mirada.media.slowfast import Typist, _slow_tokens, compared_size, frame_sizes, look, similarity

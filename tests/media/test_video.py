@@ -18,8 +18,8 @@ import pytest
 from PIL import Image as pil
 
 from mirada.errors import MediaDecodeError, MediaNotFound, MediaRefused, MediaTooLarge, MediaUnsupported, SettingsError
-from mirada.media.fetch import FetchLimits
 from mirada.media.grid import Patches, normalise
+from mirada.media.limits import FetchLimits
 from mirada.media.prepare import prepare
 from mirada.media.rule import KEYE_15, KEYE_PREVIEW
 from mirada.media.video import merged, prepare_video

@@ -24,9 +24,9 @@ from tiny import FRAMES, MARKUP, SPECIAL, write_tokenizer
 from mirada.compat import keye_vl_utils, keye_vl_utils_1_0
 from mirada.errors import InputError
 from mirada.media.exact import resize_bicubic, resize_bilinear
-from mirada.media.fetch import FetchLimits
 from mirada.media.frames import FrameList
 from mirada.media.grid import fit, normalise
+from mirada.media.limits import FetchLimits
 from mirada.media.prepare import prepare, resize_first
 from mirada.media.rule import KEYE_15, KEYE_PREVIEW, MediaRule
 from mirada.media.sample import slowfast_nframes, strict_nframes

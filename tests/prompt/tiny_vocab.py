@@ -6,8 +6,9 @@ import functools
 import json
 from typing import Any
 
+from mirada.prompt.spelling import BYTE_TO_CHAR
 from mirada.prompt.tokenizer import Tokenizer
-from mirada.prompt.tokenizer_files import BYTE_TO_CHAR, QWEN2_PATTERN
+from mirada.prompt.tokenizer_files import QWEN2_PATTERN
 
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",

@@ -19,7 +19,7 @@ from tiny_adapters import make_adapter
 
 import mirada
 from mirada.engine.guide import allow
-from mirada.media.fetch import FetchLimits
+from mirada.media.limits import FetchLimits
 from mirada.serve import ServeSettings, run, serve
 
 TEMPLATE = (

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 from serving import data_uri, gif, image, png, start_command, user
 
-from mirada.media.fetch import FetchLimits
+from mirada.media.limits import FetchLimits
 
 SECONDS = 1.0
 """Of each limit on time."""

@@ -20,7 +20,7 @@ from mirada.engine.handle import EngineHandle
 from mirada.engine.llm import VLM
 from mirada.engine.sequence import Sequence
 from mirada.errors import QueueFull, RequestFailed, SettingsError
-from mirada.media.fetch import FetchLimits
+from mirada.media.limits import FetchLimits
 from mirada.serve import ServeSettings, create_app
 from mirada.serve.errors import HttpError
 from mirada.serve.log import Lines, event

@@ -14,7 +14,7 @@ from tiny import make_tiny
 from mirada import VLM, Message, Sampling
 from mirada import Image as Picture
 from mirada.errors import ParameterError
-from mirada.media.fetch import FetchLimits
+from mirada.media.limits import FetchLimits
 from mirada.serve import ServeSettings, create_app
 from mirada.serve.chat import ask_of
 from mirada.types import Video

@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from mirada import VLM
 from mirada.errors import SettingsError
-from mirada.media.fetch import FetchLimits
+from mirada.media.limits import FetchLimits
 from mirada.serve import ServeSettings, create_app
 
 TOOL = {"type": "function", "function": {"name": "f"}}

@@ -10,7 +10,7 @@ from serving import data_uri, gif, image, png, user
 from starlette.testclient import TestClient
 
 from mirada import VLM
-from mirada.media.fetch import FetchLimits
+from mirada.media.limits import FetchLimits
 from mirada.serve import ServeSettings, create_app
 
 KEYS = ("key-of-anna", "key-of-berta")

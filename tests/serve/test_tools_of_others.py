@@ -10,7 +10,7 @@ import pytest
 from serving import data_uri, image, png, user
 
 from mirada import VLM
-from mirada.media.fetch import FetchLimits
+from mirada.media.limits import FetchLimits
 from mirada.serve import create_app, stream
 
 BRIEF = {"max_tokens": 2, "temperature": 0}
