@@ -26,6 +26,9 @@ from mirada.serve.sleep import check_sleep, mount_sleep
 if TYPE_CHECKING:
     from mirada.engine.llm import VLM
 
+READ = ["GET", "HEAD"]
+"""How what can be read is asked for; who watches over servers often wants no more than the head."""
+
 
 def create_app(models: Mapping[str, VLM], settings: ServeSettings | None = None) -> FastAPI:
     """An ASGI application for ``models`` by the names that requests use. ``app.state.gate`` says what is under way.
@@ -109,12 +112,12 @@ def _add_model_routes(app: FastAPI, desk: chat.Desk) -> None:
         made = openai.model_card(name, desk.created, vlm.parts.context, () if adapter else vlm.adapters)
         return made | ({"parent": model} if adapter else {})
 
-    @app.get("/v1/models", response_model=None)
+    @app.api_route("/v1/models", methods=READ, response_model=None)
     async def models() -> Response:
         """The models that are served here, and their adapters, which may be asked for as models too."""
         return reply({"object": "list", "data": [card(name) for name in desk.names]})
 
-    @app.get("/v1/models/{name:path}", response_model=None)
+    @app.api_route("/v1/models/{name:path}", methods=READ, response_model=None)
     async def model(name: str) -> Response:
         """One of them."""
         if name not in desk.names:
@@ -123,12 +126,12 @@ def _add_model_routes(app: FastAPI, desk: chat.Desk) -> None:
 
 
 def _add_state_routes(app: FastAPI, desk: chat.Desk) -> None:
-    @app.get("/health", response_model=None)
+    @app.api_route("/health", methods=READ, response_model=None)
     async def health() -> Response:
         """Whether the process lives."""
         return reply({"status": "ok"})
 
-    @app.get("/ready", response_model=None)
+    @app.api_route("/ready", methods=READ, response_model=None)
     async def ready() -> Response:
         """Whether requests that come now would be answered: 503 once the server was told to stop, while the engine of a model
         hangs in a step or has died, and while all models sleep. It names none of them, for it needs no key."""
@@ -138,7 +141,7 @@ def _add_state_routes(app: FastAPI, desk: chat.Desk) -> None:
         status = "draining" if desk.gate.draining else status
         return reply({"status": status}, 200 if status == "ready" else 503)
 
-    @app.get("/metrics", response_model=None)
+    @app.api_route("/metrics", methods=READ, response_model=None)
     async def metrics() -> Response:
         """Figures for Prometheus."""
         return Response(desk.metrics.text(), headers={"content-type": CONTENT_TYPE})

@@ -50,6 +50,7 @@ VALUE_BYTES = 256
 LARGE_BODY = 1 << 18
 """What is smaller is read sooner than handed to a thread (some milliseconds)."""
 T = TypeVar("T")
+_HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -150,6 +151,11 @@ class Guard:
         self._check_caller(scope, headers)
         if self.gate.draining and scope["path"] not in ("/health", "/ready", "/metrics"):
             raise stopping()
+        if "transfer-encoding" in headers and "content-length" in headers:
+            raise HttpError(
+                400, "the length of the body is said twice, by Content-Length and by Transfer-Encoding; send one of them",
+                code="two_lengths", headers={"Connection": "close"},
+            )  # fmt: skip
         if counted and self.gate.num_requests >= self.settings.max_requests:
             raise busy(f"{self.gate.num_requests} requests are under way", "max_requests")
 
@@ -214,6 +220,8 @@ class _Sending:
         if message["type"] == "websocket.accept":
             self._ticket.status = 101
             message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", self._ticket.id.encode())]}
+        elif message["type"] == "websocket.close" and not self._ticket.status:
+            self._ticket.status = 403  # what the client is told of one that was not opened
         elif message["type"].endswith("http.response.start"):
             self._ticket.status = message["status"]
             have = {name.lower() for name, _ in message["headers"]}
@@ -263,6 +271,8 @@ async def read_body(request: Request, gate: Gate, settings: ServeSettings) -> by
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise HttpError(415, "the body must be JSON; send the header Content-Type: application/json", code="not_json")
+    if (coding := request.headers.get("content-encoding", "identity").strip().lower()) not in ("", "identity"):
+        raise HttpError(415, f"the body comes in the coding {coding[:40]!r}; send it as it is", code="unknown_coding")
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > settings.max_body_bytes:
         raise _too_large(settings)
@@ -333,8 +343,9 @@ def _headers(scope: Scope) -> dict[str, str]:
 
 
 def _host(header: str) -> str:
-    """The name in a Host header, without its port."""
-    return header[: header.rfind("]") + 1] if header.startswith("[") else header.partition(":")[0]
+    """The name in a Host header, without its port; empty for what is none."""
+    found = _HOST.fullmatch(header)
+    return found[1] if found else ""
 
 
 def _digest(key: str) -> bytes:

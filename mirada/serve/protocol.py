@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 import h11
@@ -33,6 +34,10 @@ def timed_socket(settings: ServeSettings) -> type[WebSocketsSansIOProtocol]:
 
 LEAST_TAKEN = 64 << 10
 """Bytes that a client must take in ``send_seconds``, if so many wait for it."""
+
+READ_BYTES = 32 << 10
+"""Read of a connection before all others have their turn. A body may come in chunks of one byte, each of which costs as much as
+thousands of bytes in one."""
 
 
 class _Taking:
@@ -88,6 +93,7 @@ class _Timed(_Taking, H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.max_size = READ_BYTES  # type: ignore[attr-defined]  # asyncio's own; other loops take no notice
         self._head.start(self.settings.header_seconds)
         if len(self.connections) > self.settings.max_connections:
             self._make_room()
@@ -104,6 +110,12 @@ class _Timed(_Taking, H11Protocol):
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
         self._head.stop()
+        if any(name == b"transfer-encoding" or (name == b"content-length" and value != b"0") for name, value in self.headers):
+            # uvicorn hands on the head alone: the other protocol would wait for the body, and no clock would see it.
+            log.event("upgrade_with_body", client=self.client and self.client[0])
+            self._refuse(HttpError(400, "a request that opens a WebSocket has no body", code="upgrade_with_body"))
+            self.transport.close()
+            return
         super().handle_websocket_upgrade(event)
 
     def on_response_complete(self) -> None:
@@ -136,15 +148,16 @@ class _Timed(_Taking, H11Protocol):
             return
         if not self.transport.is_closing() and self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:
             log.event("slow_head", client=self.client and self.client[0])
-            self._refuse()
+            seconds = self.settings.header_seconds
+            self._refuse(HttpError(408, f"the head of the request did not arrive within {seconds:g} s", code="head_timeout"))
         self.transport.close()
 
-    def _refuse(self) -> None:
-        seconds = self.settings.header_seconds
-        said = error_reply(HttpError(408, f"the head of the request did not arrive within {seconds:g} s", code="head_timeout"))
+    def _refuse(self, error: HttpError) -> None:
+        said = error_reply(error)
         headers = [*said.raw_headers, (b"connection", b"close")]
+        reason = HTTPStatus(error.status).phrase.encode()
         for event in (
-            h11.Response(status_code=408, headers=headers, reason=b"Request Timeout"),
+            h11.Response(status_code=error.status, headers=headers, reason=reason),
             h11.Data(data=bytes(said.body)),
         ):
             self.transport.write(self.conn.send(event) or b"")

@@ -116,6 +116,52 @@ def test_who_is_ready_can_answer(model, parts):
     assert asyncio.run(told())[0] == (503, "draining")
 
 
+@pytest.mark.parametrize(
+    "host, status",
+    [
+        ("127.0.0.1:8000", 200), ("[::1]", 200), ("LocalHost:1", 200), ("127.0.0.1:", 200), ("[::1].evil.example", 403),
+        ("127.0.0.1:80@evil.example", 403), ("[::1", 403), ("127.0.0.1.evil.example", 403), ("", 403), ("::1", 403),
+    ],
+)  # fmt: skip
+def test_which_host_names_this_machine(model, host, status):
+    (reply,) = asked(model, ("GET", "/v1/models", {"headers": {"Host": host}}))
+    assert reply.status_code == status
+
+
+def test_a_body_that_is_coded_or_has_two_lengths_is_refused(model):
+    gzip, both, plain = asked(
+        model,
+        ("POST", "/v1/chat/completions", {"content": b"{}", "headers": JSON | {"Content-Encoding": "gzip"}}),
+        ("POST", "/v1/chat/completions", {"content": b"{}", "headers": JSON | {"Transfer-Encoding": "chunked"}}),
+        ("POST", "/v1/chat/completions", {"content": b"{}", "headers": JSON | {"Content-Encoding": "identity"}}),
+    )
+    assert gzip.status_code == 415 and "gzip" in gzip.json()["error"]["message"]
+    assert both.status_code == 400 and both.json()["error"]["code"] == "two_lengths"
+    assert both.headers["connection"] == "close"  # a proxy that counts otherwise would take the rest for another's request
+    assert plain.status_code == 400 and plain.json()["error"]["param"] == "model"
+
+
+def test_a_proxy_may_ask_for_the_head_of_what_can_be_read(model):
+    paths = ("/health", "/ready", "/metrics", "/v1/models", "/v1/models/mini", "/", "/openapi.json")
+    replies = asked(model, *(("HEAD", path, {}) for path in paths))
+    assert [reply.status_code for reply in replies] == [200] * len(paths)
+
+
+def test_a_socket_that_is_not_opened_has_a_status(model, caplog):
+    caplog.set_level("INFO", "mirada.serve")
+    scope = {"type": "websocket", "path": "/nothing", "headers": [(b"host", b"localhost")], "query_string": b""}
+    sent = []
+
+    async def receive():
+        return {"type": "websocket.connect"}
+
+    async def send(message):
+        sent.append(message["type"])
+
+    asyncio.run(create_app({"mini": model})(scope, receive, send))
+    assert sent == ["websocket.close"] and caplog.records[-1].facts["status"] == 403
+
+
 def test_the_log_says_when_an_engine_dies(model, caplog):
     app = create_app({"mini": model}, ServeSettings())
     with caplog.at_level("INFO", logger="mirada.serve"):

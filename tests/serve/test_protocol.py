@@ -10,11 +10,12 @@ from contextlib import asynccontextmanager
 
 import pytest
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from mirada.errors import SettingsError
 from mirada.serve import ServeSettings
-from mirada.serve.protocol import timed
+from mirada.serve.protocol import READ_BYTES, timed
 from mirada.serve.run import listen
 
 HEAD = b"POST /%s HTTP/1.1\r\nHost: x\r\n"
@@ -104,6 +105,36 @@ def test_a_head_that_does_not_come(begun, dripping):
         head, _, body = data.partition(b"\r\n\r\n")
         assert data == b"" if not begun else head.startswith(b"HTTP/1.1 408 ") and b"connection: close" in head.lower()
         assert not begun or json.loads(body)["error"]["code"] == "head_timeout"
+
+
+def test_one_that_sends_much_has_its_turns_as_all_others(monkeypatch):
+    read, received = [], H11Protocol.data_received
+    monkeypatch.setattr(H11Protocol, "data_received", lambda self, data: read.append(len(data)) or received(self, data))
+
+    async def main():
+        async with listening() as (port, _), connected(port) as (reader, writer):
+            writer.write(HEAD % b"x" + b"Content-Length: 1000000\r\n\r\n" + bytes(1_000_000))
+            await reader.readuntil(b"ok")
+
+    asyncio.run(main())
+    assert sum(read) > READ_BYTES >= max(read)
+
+
+@pytest.mark.parametrize("said", [b"Content-Length: 5", b"Transfer-Encoding: chunked"])
+def test_an_upgrade_with_a_body_is_refused_at_once(said):
+    """uvicorn hands on the head alone: both sides would wait for ever, on a connection that no clock sees."""
+    upgrade = b"GET /x HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n" + said + b"\r\n\r\n"
+
+    async def main():
+        async with listening() as (port, state), connected(port) as (reader, writer):
+            writer.write(upgrade)
+            data, _ = await until_closed(reader)
+            await asyncio.sleep(0.05)
+            return data, len(state.connections)
+
+    data, left = asyncio.run(main())
+    assert data.startswith(b"HTTP/1.1 400 ") and left == 0
+    assert json.loads(data.partition(b"\r\n\r\n")[2])["error"]["code"] == "upgrade_with_body"
 
 
 def test_a_whole_head_has_no_clock_and_the_next_one_has():
