@@ -104,10 +104,11 @@ class Local:
         options = asked.chat.options
 
         def made(outputs: list[Output], id: str) -> dict[str, Any]:
-            return read.answer(
-                outputs, id, self._model, asked.chat.sampling, token_bytes(self._vlm), self._vlm.parts.eos,
-                ids=options.return_token_ids, reasoning=options.include_reasoning, name=options.request_id,
+            how = Wanted(
+                self._model, asked.chat.sampling, token_bytes(self._vlm), self._vlm.parts.eos,
+                options.return_token_ids, options.include_reasoning, options.request_id,
             )  # fmt: skip
+            return read.answer(outputs, id, how)
 
         return Started(list(handles), made, read.naming)
 
@@ -148,12 +149,27 @@ class Remote:
 
         def made(outputs: list[Output], id: str) -> dict[str, Any]:
             model = str(batch.model or line.body.get("model") or self._client.model)
-            return read.answer(outputs, id, model, None, ids=bool(line.body.get("return_token_ids")))
+            return read.answer(outputs, id, Wanted(model, ids=bool(line.body.get("return_token_ids"))))
 
         return Started(list(handles), made, read.naming)
 
     def close(self) -> None:
         self._client.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the body of an answer is to say beside its text, and by which tokens."""
+
+    model: str
+    sampling: Sampling | None = None
+    token_bytes: Callable[[int], bytes] | None = None
+    ends: Collection[int] = ()
+    """Ids of the tokens that end an answer."""
+    ids: bool = False
+    reasoning: bool = True
+    name: str | None = None
+    """Of the request, where it has one."""
 
 
 class _Chat:
@@ -163,24 +179,12 @@ class _Chat:
     def naming(self) -> Iterator[None]:
         yield
 
-    def answer(
-        self,
-        outputs: list[Output],
-        id: str,
-        model: str,
-        sampling: Sampling | None,
-        token_bytes: Callable[[int], bytes] | None = None,
-        ends: Collection[int] = (),
-        *,
-        ids: bool = False,
-        reasoning: bool = True,
-        name: str | None = None,
-    ) -> dict[str, Any]:
+    def answer(self, outputs: list[Output], id: str, how: Wanted) -> dict[str, Any]:
         """The body of its answer."""
         outputs = [_with_ids(output, id, index) for index, output in enumerate(outputs)]
         return completion_to_openai(
-            outputs, model=model, id=f"chatcmpl-{name or id}", created=int(time.time()), token_bytes=token_bytes,
-            return_token_ids=ids, reasoning=reasoning,
+            outputs, model=how.model, id=f"chatcmpl-{how.name or id}", created=int(time.time()),
+            token_bytes=how.token_bytes, return_token_ids=how.ids, reasoning=how.reasoning,
         )  # fmt: skip
 
 
@@ -200,24 +204,12 @@ class _Response(_Chat):
         with own_words(self.form.places):
             yield
 
-    def answer(
-        self,
-        outputs: list[Output],
-        id: str,
-        model: str,
-        sampling: Sampling | None,
-        token_bytes: Callable[[int], bytes] | None = None,
-        ends: Collection[int] = (),
-        *,
-        ids: bool = False,
-        reasoning: bool = True,
-        name: str | None = None,
-    ) -> dict[str, Any]:
+    def answer(self, outputs: list[Output], id: str, how: Wanted) -> dict[str, Any]:
         from mirada.client.fake import ending, pieces
         from mirada.serve.responses_items import Items
 
         (output,) = outputs
-        items = Items(f"resp_{id}", model, sampling, self._body, ends, token_bytes, reasoning)
+        items = Items(f"resp_{id}", how.model, how.sampling, self._body, how.ends, how.token_bytes, how.reasoning)
         *before, last = pieces(output, 1 << 30) or [Delta()]
         for delta in before:
             items.feed(delta)
