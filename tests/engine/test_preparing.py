@@ -109,6 +109,18 @@ def test_the_line_is_by_arrival():
     assert list(line.waiting) == [preempted, first, *made]
 
 
+def test_frames_are_let_go_of_where_errors_are_each_others_cause():
+    made = []
+    for problem in ("one", "two"):
+        try:
+            raise RequestFailed(problem)
+        except RequestFailed as error:
+            made.append(error)
+    made[0].__cause__, made[1].__cause__ = made[1], made[0]
+    assert preparing._without_frames(made[0]) is made[0]
+    assert [error.__traceback__ for error in made] == [None, None]
+
+
 def test_one_that_waits_and_cannot_be_cancelled_fails_alone():
     class Broken:
         def close(self):
