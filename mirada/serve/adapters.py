@@ -65,7 +65,7 @@ def mount_adapters(app: FastAPI, desk: Desk) -> None:
 
 async def _read(request: Request, desk: Desk, *known: str) -> dict[str, Any]:
     body = openai.read_json(await read_body(request, desk.gate, desk.settings))
-    if unknown := next((name for name in body if name not in known), None):
+    if (unknown := next((name for name in body if name not in known), None)) is not None:
         raise ParameterError(f"there is no parameter {unknown[:80]!r} here", nearest(unknown[:80], known), param=unknown[:80])
     return body
 

@@ -317,7 +317,7 @@ def _id(asked: Mapping[str, Any]) -> str:
 
 
 def _check_names(asked: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    if unknown := next((name for name in asked if name not in known), None):
+    if (unknown := next((name for name in asked if name not in known), None)) is not None:
         raise ParameterError(f"{asked['type']} has no {unknown!r}", nearest(unknown, known), param=unknown)
 
 

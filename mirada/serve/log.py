@@ -46,8 +46,8 @@ def event(name: str, level: int = logging.INFO, error: BaseException | None = No
 
 
 def set_up(fd: int = 2) -> None:
-    """Have this server and uvicorn write lines to ``fd``, and nothing else."""
-    for name, level in (("mirada.serve", logging.INFO), ("uvicorn", logging.WARNING)):
+    """Have this server, the engine and uvicorn write lines to ``fd``, and nothing else."""
+    for name, level in (("mirada", logging.WARNING), ("mirada.serve", logging.INFO), ("uvicorn", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers[:] = [Lines(fd)]
         logger.setLevel(level)

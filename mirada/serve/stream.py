@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from mirada.errors import MiradaError, RequestFailed
+from mirada.errors import RequestFailed
 from mirada.serve.errors import ClientGone
 from mirada.types import Delta, Output, Usage
 
@@ -41,7 +41,7 @@ class Choices:
 
     def __init__(self, handles: Sequence[Running]) -> None:
         self.handles = handles
-        self._news: asyncio.Queue[tuple[int, Delta | MiradaError | None]] = asyncio.Queue(ROOM)
+        self._news: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue(ROOM)
         self._pumps: list[asyncio.Task[None]] = []
         self._open = len(handles)
 
@@ -67,10 +67,11 @@ class Choices:
         self._pumps = [asyncio.create_task(self._pump(index, handle)) for index, handle in enumerate(self.handles)]
 
     async def next(self) -> tuple[int, Delta] | None:
-        """(choice, piece), or None after the last. Raises MiradaError. Nothing is lost where its caller gives up waiting."""
+        """(choice, piece), or None after the last. Raises what a choice does, MiradaError above all. Nothing is lost where its
+        caller gives up waiting."""
         while self._open:
             index, news = await self._news.get()
-            if isinstance(news, MiradaError):
+            if isinstance(news, Exception):
                 raise news
             if news is not None:
                 return index, news
@@ -88,7 +89,7 @@ class Choices:
                     raise _ended()
                 await self._news.put((index, delta))
             await self._news.put((index, None))
-        except MiradaError as error:
+        except Exception as error:  # a defect too: who reads would wait for ever
             await self._news.put((index, error))
 
     def end(self) -> None:

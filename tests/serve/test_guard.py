@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import logging
 import threading
 import time
 from contextlib import asynccontextmanager
@@ -19,13 +20,15 @@ from starlette.testclient import TestClient
 from mirada.engine.handle import EngineHandle
 from mirada.engine.llm import VLM
 from mirada.engine.sequence import Sequence
-from mirada.errors import QueueFull, RequestFailed, SettingsError
+from mirada.errors import ParameterError, QueueFull, RequestFailed, SettingsError
 from mirada.media.limits import FetchLimits
 from mirada.serve import ServeSettings, create_app
 from mirada.serve.errors import HttpError
-from mirada.serve.log import Lines, event
+from mirada.serve.live import _check_names
+from mirada.serve.log import Lines, event, set_up
 from mirada.serve.openai import read_json
 from mirada.serve.settings import find_keys
+from mirada.serve.stream import Choices
 from mirada.types import Delta, Prompt, Sampling
 
 BODY = {"model": "mini", "messages": user("hi")}
@@ -160,6 +163,43 @@ def test_a_socket_that_is_not_opened_has_a_status(model, caplog):
 
     asyncio.run(create_app({"mini": model})(scope, receive, send))
     assert sent == ["websocket.close"] and caplog.records[-1].facts["status"] == 403
+
+
+def test_a_defect_in_the_middle_of_a_stream_is_raised_and_nobody_waits_for_ever():
+    class Broken:
+        async def __aiter__(self):
+            yield Delta("a")
+            raise ZeroDivisionError("planted")
+
+    async def main():
+        choices = Choices([Broken()])
+        choices.begin()
+        async with asyncio.timeout(10):
+            assert (await choices.next())[1].text == "a"
+            await choices.next()
+
+    with pytest.raises(ZeroDivisionError, match="planted"):
+        asyncio.run(main())
+
+
+def test_what_the_engine_logs_is_lines_too(tmp_path):
+    loggers = [logging.getLogger(name) for name in ("mirada", "mirada.serve", "uvicorn", "uvicorn.error")]
+    before = [(one, one.handlers[:], one.level, one.propagate) for one in loggers]
+    with (tmp_path / "log").open("wb") as file:
+        try:
+            set_up(file.fileno())
+            logging.getLogger("mirada.engine.prepare").error("planted")
+            event("once")
+        finally:
+            for one, handlers, level, propagate in before:
+                one.handlers[:], one.propagate = handlers, propagate
+                one.setLevel(level)
+    assert [json.loads(line)["event"] for line in (tmp_path / "log").read_text().splitlines()] == ["planted", "once"]
+
+
+def test_a_parameter_without_a_name_is_unknown_too():
+    with pytest.raises(ParameterError, match="start has no ''"):
+        _check_names({"type": "start", "": 1}, ("type", "model"))
 
 
 def test_the_log_says_when_an_engine_dies(model, caplog):
