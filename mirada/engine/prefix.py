@@ -141,6 +141,8 @@ class PrefixCache:
         self._format = repr((cache.kv, str(cache.dtype), cache.sides, self._store.block))
         self._read_weights = weights
         self._weights = weights()
+        self._steps = self._seen = False
+        """Whether steps are announced, and whether weights were looked at in this one."""
         self._blocks: dict[bytes, Block] = {}
         self._leaves: list[tuple[int, bytes]] = []
         """A heap of (used, key); entries that no longer hold are skipped."""
@@ -161,6 +163,11 @@ class PrefixCache:
         return PrefixStats(
             self.hits, self.misses, self.tokens_reused, self.evictions, len(self), self.bytes_held, self.max_bytes
         )
+
+    def begin(self) -> None:
+        """A step of the engine: until the next, weights are looked at once at most, which takes as long as some products. What
+        is computed while they change is kept under those before, and dropped with them."""
+        self._steps, self._seen = True, False
 
     def match(self, sequence: Sequence) -> tuple[int, Callable[[int], None]]:
         """How many of its first tokens are there (at least one fewer than it has), and what copies them into a slot."""
@@ -229,11 +236,12 @@ class PrefixCache:
         return chain
 
     def _root(self, sequence: Sequence) -> bytes:
-        weights = self._read_weights()
-        if weights != self._weights:
-            self.clear()
-            self._weights = weights
-        return root_key(weights, sequence.adapter, self._format, sequence.salt)
+        if not self._seen:
+            weights, self._seen = self._read_weights(), self._steps
+            if weights != self._weights:
+                self.clear()
+                self._weights = weights
+        return root_key(self._weights, sequence.adapter, self._format, sequence.salt)
 
     def _insert(self, keys: Iterable[bytes], parent: bytes, handles: Iterable[int]) -> None:
         for key, handle in zip(keys, handles, strict=True):

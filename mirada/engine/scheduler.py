@@ -37,6 +37,10 @@ _log = logging.getLogger(__name__)
 class PrefixCache(Protocol):
     """Keys and values of the beginnings of earlier requests."""
 
+    def begin(self) -> None:
+        """A step begins."""
+        ...
+
     def match(self, sequence: Sequence) -> tuple[int, Callable[[int], None]]:
         """How many of its first tokens are there (fewer than it has), and what copies them into a slot of the cache."""
         ...
@@ -83,6 +87,11 @@ class Scheduler:
             self.leave(sequence)
         if any(s.done for s in self.waiting):
             self.waiting = deque(s for s in self.waiting if not s.done)
+
+    def begin(self) -> None:
+        """A step begins."""
+        if self.prefix is not None:
+            self.prefix.begin()
 
     def admit(self) -> list[Sequence]:
         """Give slots to waiting requests, in order, while there is room; one that could not run even alone fails. Whose

@@ -53,8 +53,9 @@ class Engine:
     def step(self) -> None:
         """Move every request forward: end, begin, choose what to do, encode, compute, choose tokens, tell."""
         self.num_steps += 1
-        self.pace.begin()
         scheduler = self.scheduler
+        self.pace.begin()
+        scheduler.begin()
         self._reap()
         for sequence in scheduler.admit():
             self._alone(self._open, sequence)
