@@ -121,14 +121,15 @@ def test_beginnings_that_cannot_be_compared_are_computed_by_each(either, monkeyp
 def test_a_step_looks_at_the_weights_once(either, monkeypatch):
     """Which they are is read from all tensors; a burst of requests would read them several times each."""
     engine = small(either, **CACHED, step_tokens=512)
-    looks = []
-    read = engine._prefix._read_weights
-    monkeypatch.setattr(engine._prefix, "_read_weights", lambda: looks.append(1) or read())
+    prefix, looks = engine._prefix, []
+    assert prefix is not None
+    read = prefix._read_weights
+    monkeypatch.setattr(prefix, "_read_weights", lambda: looks.append(1) or read())
     asked = [line_up(engine, sized(engine, 100, letter), max_tokens=2) for letter in "abcd"]
     step(engine)
     assert len(looks) == 1 and all(one.slot >= 0 for one in asked)
     engine.forget()  # weights changed
-    held = len(engine._prefix)
+    held = len(prefix)
     step(engine)
-    assert len(looks) == 2 and held and not len(engine._prefix)
+    assert len(looks) == 2 and held and not len(prefix)
     finish(engine)
