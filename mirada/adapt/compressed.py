@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mirada.adapt.fp8 import ACTIVATIONS, by_row_or_all, floats
+from mirada.adapt.fp8 import ACTIVATIONS, block_of, floats, scale_shapes
 from mirada.adapt.method import (
     FLOATS,
     Field,
@@ -113,10 +113,9 @@ class Compressed:
 
 
 def _float_fields(name: str, shape: Shape, block: tuple[int, int] | None) -> dict[str, Field]:
-    sizes = by_row_or_all(shape) if block is None else (tuple(ceil_div(n, b) for n, b in zip(shape, block, strict=True)),)
     return {
         name: Field((shape,), ("F8_E4M3",)),
-        f"{name}_scale": Field(sizes, FLOATS),
+        f"{name}_scale": Field(scale_shapes(shape, block), FLOATS),
         f"{module_of(name)}.input_scale": ACTIVATIONS,
     }
 
@@ -197,6 +196,4 @@ def _float_weights(keys: Keys, targets: tuple[str, ...]) -> Group:
     keys.expect("actorder", None)
     keys.expect("strategy", "channel", "tensor", "block")
     by_block, block = keys.take("strategy", str) == "block", keys.take("block_structure", (list, type(None)), None)
-    if by_block and (block is None or len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block)):
-        raise ConfigError(f"{keys.where}: strategy 'block' with block_structure {block}", "give two numbers, as [128, 128]")
-    return Group(targets, 0, 0, block=(block[0], block[1]) if by_block and block else None)
+    return Group(targets, 0, 0, block=block_of(block, f"{keys.where}: block_structure") if by_block else None)

@@ -33,9 +33,9 @@ class FP8:
 
     def fields(self, name: str, shape: Shape) -> Mapping[str, Field]:
         if self.block is not None:
-            blocks = tuple(ceil_div(n, b) for n, b in zip(shape, self.block, strict=True))
-            return {name: Field((shape,), ("F8_E4M3",)), f"{name}_scale_inv": Field((blocks,), FLOATS)}
-        scale = Field(by_row_or_all(shape), FLOATS, optional=True)
+            scale = Field(scale_shapes(shape, self.block), FLOATS)
+            return {name: Field((shape,), ("F8_E4M3",)), f"{name}_scale_inv": scale}
+        scale = Field(scale_shapes(shape, None), FLOATS, optional=True)
         made = {name: Field((shape,), ("F8_E4M3",)), **{f"{name}{suffix}": scale for suffix in SCALES}}
         return made | {f"{module_of(name)}.input_scale": ACTIVATIONS}
 
@@ -54,9 +54,18 @@ ACTIVATIONS = Field(((), (1,)), FLOATS, optional=True)
 """The scale by which other software rounds activations; nothing here does."""
 
 
-def by_row_or_all(shape: Shape) -> tuple[Shape, ...]:
-    """Shapes that the scales of a matrix without blocks may have."""
+def scale_shapes(shape: Shape, block: tuple[int, int] | None) -> tuple[Shape, ...]:
+    """Shapes that the scales of a matrix of blocks, or (None) of rows or of all, may have."""
+    if block is not None:
+        return (tuple(ceil_div(n, b) for n, b in zip(shape, block, strict=True)),)
     return (), (1,), (1, 1), (shape[0], 1), (shape[0],)
+
+
+def block_of(value: list[int] | None, what: str) -> tuple[int, int]:
+    """Rows and columns of a block, as ``what`` gives them. Raises ConfigError."""
+    if value is None or len(value) != 2 or not all(isinstance(n, int) and n > 0 for n in value):
+        raise ConfigError(f"{what} is {value}", "it must be two numbers, as [128, 128]")
+    return value[0], value[1]
 
 
 def floats(name: str, values: Tensor, scale: Tensor, block: tuple[int, int] | None = None) -> Packed:
@@ -76,7 +85,5 @@ def read(keys: Keys) -> FP8:
     # How activations would be rounded; they stay as they are.
     keys.ignore("activation_scheme", "scale_fmt", "ignored_layers", "kv_cache_scheme")
     block = keys.take("weight_block_size", (list, type(None)), None)
-    if block is not None and (len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block)):
-        raise ConfigError(f"{keys.where}: weight_block_size is {block}", "it must be two numbers, as [128, 128]")
     left = (*skipped(keys, "modules_to_not_convert"), *skipped(keys, "ignored_layers"))
-    return FP8(None if block is None else (block[0], block[1]), left)
+    return FP8(None if block is None else block_of(block, f"{keys.where}: weight_block_size"), left)

@@ -47,11 +47,6 @@ class VisionConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
-    @property
-    def patch_numbers(self) -> int:
-        """Numbers of a patch."""
-        return self.num_channels * self.temporal_patch_size * self.patch_size**2
-
 
 def check_heads(config: VisionConfig, where: str) -> None:
     """ConfigError unless the width is a whole number of heads, each of which halves and halves again."""

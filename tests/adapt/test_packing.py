@@ -268,7 +268,7 @@ REFUSED = {
     "gptq head": (gptq_config(32, lm_head=True), "lm_head=True"),
     "gptq rules": (gptq_config(32, dynamic={"+:.*": {"bits": 8}}), r"dynamic rule '\+:"),
     "gptq unknown": (gptq_config(32, bitz=4), "'bitz'.*'bits'"),
-    "compressed float block": (compressed_float_config("block"), "strategy 'block' with block_structure None"),
+    "compressed float block": (compressed_float_config("block"), "block_structure is None"),
     "compressed float group": (compressed_float_config("group"), "strategy='group'"),
     "fp8 e5m2": (fp8_config(128, fmt="e5m2"), "fmt='e5m2'"),
     "fp8 block": (fp8_config(128, weight_block_size=[128]), r"weight_block_size is \[128\]"),
