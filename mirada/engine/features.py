@@ -106,6 +106,7 @@ class Flight:
     patches: int
     next: Work
     """The slice that comes next."""
+    begun: bool = False
 
     @property
     def wanted(self) -> list[tuple[Sequence, Unit]]:
@@ -264,6 +265,7 @@ class Encoder:
         clock, left = self.pace.clock, seconds
         while True:
             work, began = flight.next, clock()
+            flight.begun = True
             with self.adapters.media(flight.adapters, work.rows):
                 try:
                     flight.next = next(flight.slices)
